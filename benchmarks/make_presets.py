@@ -1,0 +1,253 @@
+"""Trains the embedded teacher and student from random weights.
+
+    KERAS_BACKEND=jax python -m benchmarks.make_presets
+
+Writes `keras_laid/presets/digits_teacher` and `digits_student`. Each stage
+leaves its weights under `runs/make_presets/`; started again, the script goes on
+from the last one finished, and within a stage from the last epoch.
+"""
+
+import argparse
+import dataclasses
+import io
+import itertools
+import json
+import pathlib
+
+import keras
+import keras_hub
+import numpy as np
+import sentencepiece
+
+from keras_laid.backbones.multi_image_pali_gemma import (
+    MultiImagePaliGemmaCausalLM,
+)
+from keras_laid.distillation.position_stretching import PositionStretching
+from keras_laid.haystacks.dataset import Haystacks
+from keras_laid.haystacks.dataset import article
+from keras_laid.haystacks.dataset import question
+from keras_laid.haystacks.digits import NAMES
+from keras_laid.haystacks.digits import Digits
+from keras_laid.haystacks.evaluation import haystack_accuracy
+
+CAPTION_PROMPT = "What is in the image?"
+EPOCHS = 10  # Of a stage: a stage is saved, and can be resumed, this often.
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """Supervised training on captions, or on haystacks of some sizes."""
+
+    sizes: tuple | None  # Numbers of images; `None`: captions of one image.
+    steps: int
+    batch_size: int
+    learning_rate: float  # Falls to a tenth along a cosine.
+    window: int | None = None  # Positions are stretched over so many images.
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Size of a PaliGemma and how it is trained."""
+
+    hidden_dim: int
+    num_query_heads: int
+    intermediate_dim: int  # KerasHub gates: the inner width is half of it.
+    stages: tuple
+
+
+RECIPES = {
+    "digits_student": Recipe(
+        hidden_dim=64,
+        num_query_heads=2,
+        intermediate_dim=256,
+        stages=(
+            Stage(None, 600, 64, 1e-3),
+            Stage((1,), 600, 64, 1e-3),
+            Stage((1, 2, 3, 5), 3000, 64, 1e-3),
+        ),
+    ),
+    "digits_teacher": Recipe(
+        hidden_dim=128,
+        num_query_heads=4,
+        intermediate_dim=256,
+        stages=(
+            Stage(None, 600, 64, 1e-3),
+            Stage((1,), 400, 64, 1e-3),
+            Stage((1, 2, 5, 10), 1600, 48, 1e-3, window=150),
+            Stage((2, 5, 10, 20), 2000, 32, 1e-3, window=150),
+            Stage((1, 20, 50, 100), 600, 16, 4e-4, window=150),
+        ),
+    ),
+}
+
+
+class Captions(keras.utils.PyDataset):
+    """One image a prompt; the response names its digits, the smaller first.
+
+    Learning to read first makes the questions learnable: an answer says one
+    bit about an image, a caption over five.
+    """
+
+    def __init__(self, preprocessor, num_batches, batch_size, seed, **kwargs):
+        super().__init__(**kwargs)
+        self.preprocessor = preprocessor
+        self.num_batches_in_all = num_batches
+        self.batch_size = batch_size
+        self.seed = seed
+        self.source = Digits("train")
+        self.pairs = np.array(list(itertools.combinations(range(10), 2)))
+        self.text = preprocessor(
+            {
+                "images": np.zeros((len(self.pairs), 16, 16, 3), "uint8"),
+                "prompts": [CAPTION_PROMPT] * len(self.pairs),
+                "responses": [caption(*pair) for pair in self.pairs],
+            }
+        )
+
+    def __len__(self):
+        return self.num_batches_in_all
+
+    def __getitem__(self, index):
+        rng = np.random.default_rng((self.seed, index))
+        rows = rng.integers(len(self.pairs), size=self.batch_size)
+        x, y, sample_weight = keras.tree.map_structure(
+            lambda values: np.asarray(values)[rows], self.text
+        )
+        images = self.source.render(self.pairs[rows], rng)[:, None]
+        converter = self.preprocessor.image_converter
+        x["images"] = (images * converter.scale + converter.offset).astype("float32")
+        return x, y, sample_weight
+
+
+def caption(one, other):
+    return f"{article(NAMES[one])} and {article(NAMES[other])}"
+
+
+def make_preprocessor():
+    """A real sentencepiece vocabulary, trained on the questions' words."""
+    sentences = [question(a, b) for a in NAMES for b in NAMES if a != b]
+    proto = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(
+            sentences + ["yes", "no", "and", CAPTION_PROMPT] * 50
+        ),
+        model_writer=proto,
+        model_type="bpe",
+        vocab_size=128,
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        pad_piece="<pad>",
+        eos_piece="<eos>",
+        bos_piece="<bos>",
+        unk_piece="<unk>",
+        minloglevel=2,
+    )
+    tokenizer = keras_hub.models.PaliGemmaTokenizer(proto=proto.getvalue())
+    return keras_hub.models.PaliGemmaCausalLMPreprocessor(
+        tokenizer,
+        keras_hub.layers.PaliGemmaImageConverter(scale=1 / 127.5, offset=-1.0),
+        sequence_length=16,
+    )
+
+
+def make_model(recipe, preprocessor):
+    backbone = keras_hub.models.PaliGemmaBackbone(
+        vocabulary_size=preprocessor.tokenizer.vocabulary_size(),
+        image_size=16,
+        num_layers=4,
+        num_query_heads=recipe.num_query_heads,
+        num_key_value_heads=1,
+        hidden_dim=recipe.hidden_dim,
+        intermediate_dim=recipe.intermediate_dim,
+        head_dim=32,
+        vit_patch_size=8,
+        vit_num_heads=4,
+        vit_hidden_dim=64,
+        vit_num_layers=1,
+        vit_intermediate_dim=128,
+    )
+    return keras_hub.models.PaliGemmaCausalLM(
+        backbone=backbone, preprocessor=preprocessor
+    )
+
+
+def make_data(stage, image_length, preprocessor, seed):
+    if stage.sizes is None:
+        return Captions(preprocessor, stage.steps, stage.batch_size, seed)
+    return Haystacks(
+        Digits("train"),
+        preprocessor,
+        num_questions=stage.steps * stage.batch_size,
+        sizes=stage.sizes,
+        batch_size=stage.batch_size,
+        stretching=stage.window
+        and PositionStretching(stage.window, image_length),
+        seed=seed,
+    )
+
+
+def train(model, stage, data, backup):
+    steps = stage.steps // EPOCHS
+    schedule = keras.optimizers.schedules.CosineDecay(
+        stage.learning_rate / 10,
+        stage.steps,
+        alpha=0.1,
+        warmup_target=stage.learning_rate,
+        warmup_steps=steps,
+    )
+    model.compile(
+        keras.optimizers.AdamW(schedule, weight_decay=0.01, clipnorm=1.0),
+        keras.losses.SparseCategoricalCrossentropy(
+            from_logits=True, reduction="mean_with_sample_weight"
+        ),
+        weighted_metrics=["sparse_categorical_accuracy"],
+    )
+    model.fit(
+        data,
+        epochs=EPOCHS,
+        steps_per_epoch=steps,
+        verbose=2,
+        callbacks=[keras.callbacks.BackupAndRestore(backup)],
+    )
+
+
+def make(name, recipe, preprocessor, runs, presets, seed):
+    keras.utils.set_random_seed(seed)
+    pali_gemma = make_model(recipe, preprocessor)
+    model = MultiImagePaliGemmaCausalLM(pali_gemma.backbone)
+    print(f"{name}: {model.backbone.count_params():,} parameters")
+    for number, stage in enumerate(recipe.stages):
+        weights = runs / f"{name}_{number}.weights.h5"
+        if weights.exists():
+            pali_gemma.backbone.load_weights(weights)
+            continue
+        print(f"{name}, stage {number}: {stage}")
+        image_length = model.backbone.image_sequence_length
+        data = make_data(stage, image_length, preprocessor, seed + number)
+        train(model, stage, data, str(runs / f"{name}_{number}"))
+        pali_gemma.backbone.save_weights(weights)
+        sizes = (1, 5, 10, 20, 50, 100, 150)
+        print(haystack_accuracy(model, Digits("validation"), preprocessor, sizes, 256))
+    pali_gemma.save_to_preset(str(presets / name))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--names", nargs="+", default=list(RECIPES))
+    parser.add_argument("--runs", type=pathlib.Path, default="runs/make_presets")
+    parser.add_argument(
+        "--output", type=pathlib.Path, default="keras_laid/presets"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    runs = pathlib.Path(args.runs)
+    runs.mkdir(parents=True, exist_ok=True)
+    preprocessor = make_preprocessor()
+    for name in args.names:
+        make(name, RECIPES[name], preprocessor, runs, pathlib.Path(args.output), args.seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""Long-window anchoring distillation of vision-language models, for Keras 3."""
+
+from keras_laid.backbones.gain_modulation import attach_gain_modulation
+from keras_laid.backbones.gain_modulation import fold_gain_modulation
+from keras_laid.backbones.multi_image_pali_gemma import (
+    MultiImagePaliGemmaCausalLM,
+)
+from keras_laid.backbones.rotary_positions import rotary_positions
+from keras_laid.distillation.distance_weighting import DistanceWeighting
+from keras_laid.distillation.distiller import (
+    DistanceWeightedAttentionDistillation,
+)
+from keras_laid.distillation.group_optimizer import group_optimizer
+from keras_laid.distillation.position_stretching import PositionStretching
+from keras_laid.haystacks.dataset import Haystacks
+from keras_laid.haystacks.digits import Digits
+from keras_laid.haystacks.evaluation import effective_window
+from keras_laid.haystacks.evaluation import haystack_accuracy
+from keras_laid.layers.gain_modulated_rotary_embedding import (
+    GainModulatedRotaryEmbedding,
+)
+from keras_laid.layers.head_mixer import HeadMixer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Digits",
+    "DistanceWeightedAttentionDistillation",
+    "DistanceWeighting",
+    "GainModulatedRotaryEmbedding",
+    "Haystacks",
+    "HeadMixer",
+    "MultiImagePaliGemmaCausalLM",
+    "PositionStretching",
+    "attach_gain_modulation",
+    "effective_window",
+    "fold_gain_modulation",
+    "group_optimizer",
+    "haystack_accuracy",
+    "rotary_positions",
+]

@@ -1,0 +1,207 @@
+"""PaliGemma over several images."""
+
+import keras
+from keras import ops
+from keras_hub.layers import PaliGemmaImageConverter
+from keras_hub.models import CausalLM
+from keras_hub.models import PaliGemmaCausalLM
+from keras_hub.models import PaliGemmaCausalLMPreprocessor
+
+from keras_hub.src.utils.pipeline_model import PipelineModel
+
+from keras_laid.backbones.decoder import backbone_of
+from keras_laid.backbones.rotary_positions import rotary_positions
+
+
+class MultiImageConverter(PaliGemmaImageConverter):
+    """Converts `(batch, images, height, width, 3)` as single images."""
+
+    def call(self, inputs):
+        shape = ops.shape(inputs)
+        if len(shape) < 5:
+            return super().call(inputs)
+        flat = super().call(ops.reshape(inputs, (-1, *shape[-3:])))
+        return ops.reshape(flat, (*shape[:2], *ops.shape(flat)[1:]))
+
+
+class MultiImagePaliGemmaCausalLM(PaliGemmaCausalLM):
+    """A PaliGemma whose prompts hold several images.
+
+    It shares every layer and weight with the PaliGemma it is made from:
+    training one trains the other. Each image goes through the vision encoder on
+    its own; the tokens of all images stand before the text in one sequence. With
+    one image the outputs are those of `keras_hub.models.PaliGemmaCausalLM`. The
+    number of images may differ from batch to batch.
+
+    Masking: as in PaliGemma. Images and prompt attend each other in both
+    directions; the response is causal.
+
+    Args:
+        backbone: A `keras_hub.models.PaliGemmaBackbone`.
+        preprocessor: A `keras_hub.models.PaliGemmaCausalLMPreprocessor` or
+            `None`. Defaults to `None`.
+        **kwargs: Passed to `keras_hub.models.PaliGemmaCausalLM`.
+
+    Call arguments:
+        inputs: A dictionary with `"images"` of shape
+            `(batch, images, height, width, 3)`; `"token_ids"`,
+            `"padding_mask"`, `"response_mask"` of shape `(batch, length)`; and
+            optionally `"positions"`, integers of shape
+            `(batch, images * image_sequence_length + length)`, which replace
+            `0, 1, 2, ...` in every rotary embedding.
+
+    Returns:
+        Logits of shape `(batch, length, vocabulary)`, for the text alone.
+
+    Raises:
+        ValueError: If `backbone` is not a PaliGemma backbone.
+
+    Example:
+
+    ```python
+    pali_gemma = keras_hub.models.PaliGemmaCausalLM.from_preset("my_preset")
+    model = keras_laid.MultiImagePaliGemmaCausalLM.from_causal_lm(pali_gemma)
+    model.generate({"images": images, "prompts": ["Which image has a cat?"]})
+    ```
+    """
+
+    def __init__(self, backbone, preprocessor=None, **kwargs):
+        # A subclassed model, not a functional one: how many image tokens there
+        # are is known when it is called.
+        CausalLM.__init__(self, **kwargs)
+        self.backbone = backbone_of(backbone)
+        self.dtype_policy = self.backbone.dtype_policy
+        if preprocessor is not None:
+            preprocessor = multi_image_preprocessor(preprocessor)
+        self.preprocessor = preprocessor
+
+    @classmethod
+    def from_causal_lm(cls, causal_lm):
+        """Makes one from a `keras_hub.models.PaliGemmaCausalLM`."""
+        return cls(causal_lm.backbone, causal_lm.preprocessor)
+
+    def call(self, inputs):
+        backbone = self.backbone
+        image_embeddings = self.encode_images(inputs["images"])
+        text_embeddings = self.embed_text(inputs["token_ids"])
+        x = ops.concatenate((image_embeddings, text_embeddings), axis=1)
+        with rotary_positions(backbone, inputs.get("positions")):
+            for block in backbone.transformer_layers:
+                x = block(
+                    x,
+                    padding_mask=inputs["padding_mask"],
+                    response_mask=inputs["response_mask"],
+                )
+        # Only the text is read out: the images' logits would cost the most.
+        x = x[:, ops.shape(image_embeddings)[1] :]
+        return backbone.token_embedding(backbone.layer_norm(x), reverse=True)
+
+    # KerasHub's own three read arrays and tf.data only, for preprocessing. The
+    # batches of a `PyDataset` are taken as preprocessed.
+
+    def fit(self, x=None, *args, **kwargs):
+        return _trainer(self, x).fit(x, *args, **kwargs)
+
+    def evaluate(self, x=None, *args, **kwargs):
+        return _trainer(self, x).evaluate(x, *args, **kwargs)
+
+    def predict(self, x=None, *args, **kwargs):
+        return _trainer(self, x).predict(x, *args, **kwargs)
+
+    def compute_output_shape(self, input_shape):
+        return (*input_shape["token_ids"], self.backbone.vocabulary_size)
+
+    def encode_images(self, images):
+        """`(batch, images, height, width, 3)` to `(batch, tokens, hidden)`."""
+        batch = ops.shape(images)[0]
+        flat = ops.reshape(images, (-1, *images.shape[2:]))
+        encoded = self.backbone.vit_encoder(flat)
+        return ops.reshape(encoded, (batch, -1, self.backbone.hidden_dim))
+
+    def embed_text(self, token_ids):
+        """`(batch, length)` to `(batch, length, hidden)`, scaled as Gemma's."""
+        x = self.backbone.token_embedding(token_ids)
+        return x * ops.cast(ops.sqrt(self.backbone.hidden_dim), x.dtype)
+
+    def generate_step(self, inputs, stop_token_ids=None):
+        token_ids = inputs["token_ids"]
+        padding_mask = inputs["padding_mask"]
+        images = inputs["images"]
+        if len(images.shape) == 4:  # One prompt, without its batch axis.
+            images = ops.expand_dims(images, axis=0)
+        image_embeddings = self.encode_images(images)
+        image_length = ops.shape(image_embeddings)[1]
+        batch, length = ops.shape(token_ids)
+        backbone = self.backbone
+        cache = ops.zeros(
+            (
+                batch,
+                backbone.num_layers,
+                2,
+                image_length + length,
+                backbone.num_key_value_heads,
+                backbone.head_dim,
+            ),
+            dtype=self.compute_dtype,
+        )
+        _, hidden_states, cache = self.call_with_cache(
+            token_ids,
+            cache,
+            0,
+            img_embeddings=image_embeddings,
+            padding_mask=padding_mask,
+        )
+
+        def next(prompt, cache, index):
+            last = ops.slice(prompt, (0, index - 1), (batch, 1))
+            logits, hidden_states, cache = self.call_with_cache(
+                last, cache, image_length + index - 1
+            )
+            return logits[:, 0], hidden_states[:, 0], cache
+
+        prompt_lengths = ops.sum(ops.cast(padding_mask, "int32"), axis=-1)
+        token_ids = self.sampler(
+            next=next,
+            prompt=token_ids,
+            cache=cache,
+            index=ops.min(prompt_lengths),
+            mask=padding_mask,
+            stop_token_ids=stop_token_ids,
+            hidden_states=hidden_states,
+            model=self,
+        )
+        generated = ops.ones_like(token_ids, dtype="bool")
+        if stop_token_ids is not None:
+            # Keep the first stop token of each response, mask what follows.
+            stops = ops.zeros_like(generated)
+            for stop in stop_token_ids:
+                stops = ops.logical_or(stops, ops.equal(token_ids, stop))
+            stops = ops.cast(
+                ops.logical_and(stops, ops.logical_not(padding_mask)), "int32"
+            )
+            generated = ops.equal(ops.cumsum(stops, axis=-1), stops)
+        return {
+            "token_ids": token_ids,
+            "padding_mask": generated,
+            "images": images,
+        }
+
+
+def _trainer(model, x):
+    """Whose `fit`, `evaluate` and `predict` can read `x`."""
+    if isinstance(x, keras.utils.PyDataset):
+        return super(PipelineModel, model)
+    return super(MultiImagePaliGemmaCausalLM, model)
+
+
+def multi_image_preprocessor(preprocessor):
+    """A PaliGemma preprocessor whose prompts hold several images."""
+    converter = preprocessor.image_converter
+    return PaliGemmaCausalLMPreprocessor(
+        tokenizer=preprocessor.tokenizer,
+        image_converter=converter
+        and MultiImageConverter.from_config(converter.get_config()),
+        sequence_length=preprocessor.sequence_length,
+        add_start_token=preprocessor.add_start_token,
+        add_end_token=preprocessor.add_end_token,
+    )

@@ -1,0 +1,112 @@
+"""What is refused before a distiller is made."""
+
+import math
+
+from keras_laid.backbones import decoder
+from keras_laid.backbones.multi_image_pali_gemma import (
+    MultiImagePaliGemmaCausalLM,
+)
+
+
+def check_numbers(term_weights, temperature):
+    for name, weight in term_weights.items():
+        if not (weight >= 0 and math.isfinite(weight)):
+            raise ValueError(
+                f"`{name}_weight` must be a finite number, 0 or more. "
+                f"Received: {name}_weight={weight}"
+            )
+    if not any(term_weights.values()):
+        raise ValueError(
+            "At least one term must have a weight greater than 0. Received: "
+            + ", ".join(f"{k}_weight={v}" for k, v in term_weights.items())
+        )
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(
+            "`temperature` must be a finite number greater than 0. "
+            f"Received: temperature={temperature}"
+        )
+
+
+def check_choice(name, value, choices):
+    if value not in choices:
+        raise ValueError(
+            f"`{name}` must be one of {choices}. Received: {name}={value!r}"
+        )
+
+
+def check_pair(teacher, student):
+    """Refuses models whose sequences of tokens are not the same."""
+    if teacher is student:
+        raise ValueError(
+            "`teacher` and `student` must be two models. Received the same "
+            f"model twice: {student.name}. Load the preset once for each."
+        )
+    of_teacher = decoder.backbone_of(teacher)
+    of_student = decoder.backbone_of(student)
+    shared = {id(v) for v in of_teacher.variables} & {
+        id(v) for v in of_student.variables
+    }
+    if shared:
+        raise ValueError(
+            "`teacher` and `student` must not share weights. Received: "
+            f"{len(shared)} shared variables. Load the preset once for each."
+        )
+    for model, name in ((teacher, "teacher"), (student, "student")):
+        if not hasattr(model, "generate"):
+            raise ValueError(
+                f"`{name}` must be a task with logits, such as "
+                "`keras_hub.models.PaliGemmaCausalLM`. "
+                f"Received: {type(model).__name__}"
+            )
+    for attribute in ("image_size", "image_sequence_length"):
+        values = [getattr(b, attribute) for b in (of_teacher, of_student)]
+        if values[0] != values[1]:
+            raise ValueError(
+                "Both models must turn an image into the same tokens. "
+                f"Received: teacher {attribute}={values[0]}, student "
+                f"{attribute}={values[1]}. Choose presets of one resolution."
+            )
+    kinds = [isinstance(m, MultiImagePaliGemmaCausalLM) for m in (teacher, student)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(
+            "Both models must take several images a prompt, or both one. "
+            f"Received: teacher {type(teacher).__name__}, student "
+            f"{type(student).__name__}. Make both with "
+            "`keras_laid.MultiImagePaliGemmaCausalLM.from_causal_lm`."
+        )
+    tokenizers = [
+        model.preprocessor and model.preprocessor.tokenizer
+        for model in (teacher, student)
+    ]
+    if all(tokenizers):
+        vocabularies = [t.get_vocabulary() for t in tokenizers]
+        shortest = min(map(len, vocabularies))
+        if vocabularies[0][:shortest] != vocabularies[1][:shortest]:
+            raise ValueError(
+                "Both models must have the same tokenizer: the student is "
+                "taught token by token. Received: vocabularies that differ. "
+                "Choose presets of one family."
+            )
+
+
+def check_vocabularies(teacher, student, vocabulary):
+    sizes = [
+        decoder.backbone_of(m).vocabulary_size for m in (teacher, student)
+    ]
+    if vocabulary == "same" and sizes[0] != sizes[1]:
+        raise ValueError(
+            "The logits term needs one vocabulary. Received: teacher "
+            f"vocabulary_size={sizes[0]}, student vocabulary_size={sizes[1]}. "
+            'Pass `vocabulary="shared"` to compare the first '
+            f"{min(sizes)} tokens, or `logits_weight=0` to leave it out."
+        )
+
+
+def check_head_dims(teacher, student):
+    dims = [decoder.backbone_of(m).head_dim for m in (teacher, student)]
+    if dims[0] != dims[1]:
+        raise ValueError(
+            "The query/key term needs equal head dims. Received: teacher "
+            f"head_dim={dims[0]}, student head_dim={dims[1]}. Pass "
+            "`query_key_weight=0`: attention maps can be matched all the same."
+        )

@@ -1,0 +1,410 @@
+"""Trains a small model to attend over a long window as a large one does."""
+
+import keras
+from keras import ops
+
+from keras_laid.backbones import decoder
+from keras_laid.backbones.attention_capture import attention_mask
+from keras_laid.backbones.attention_capture import captured_attention
+from keras_laid.backbones.rotary_positions import rotary_positions
+from keras_laid.distillation import checks
+from keras_laid.distillation.distance_weighting import DistanceWeighting
+from keras_laid.distillation.layer_map import resolve_layer_map
+from keras_laid.layers.head_mixer import HeadMixer
+from keras_laid.ops.attention import Distance
+from keras_laid.ops.attention_divergence import attention_divergence
+from keras_laid.ops.logits_divergence import logits_divergence
+from keras_laid.ops.query_key_distance import query_key_distance
+
+if keras.backend.backend() == "jax":
+    from keras_laid.distillation.jax_steps import Steps
+elif keras.backend.backend() == "torch":
+    from keras_laid.distillation.torch_steps import Steps
+else:
+    from keras_laid.distillation.tensorflow_steps import Steps
+
+TERMS = ("attention", "query_key", "logits", "supervised")
+
+
+class DistanceWeightedAttentionDistillation(Steps, keras.Model):
+    """Long-window anchoring distillation (LAid) as a Keras model.
+
+    A training step runs the student once and the teacher once, and minimises
+
+    `attention_weight * attention + query_key_weight * query_key
+    + logits_weight * logits + supervised_weight * supervised`:
+
+    - `attention`: `keras_laid.ops.attention_divergence` of the student's maps
+      from mixed maps of the teacher, weighted by distance, averaged over heads
+      and rows.
+    - `query_key`: `keras_laid.ops.query_key_distance`, averaged likewise.
+    - `logits`: `keras_laid.ops.logits_divergence`, averaged over the tokens
+      that `sample_weight` marks.
+    - `supervised`: the compiled loss against the labels, with
+      `sample_weight`, plus the student's regularization losses.
+
+    A term of weight 0 is not computed, and a teacher that no term needs is not
+    run. Each term is a metric, as are `kl` (the logits term at temperature 1)
+    and `progress`. `sample_weight` also weighs whole examples in the attention
+    terms: an example without any marked token does not count.
+
+    The wrapper learns the student's trainable variables and the mixers', never
+    the teacher's, whatever the teacher's `trainable` says. `predict`,
+    `evaluate` and `generate` are the student's. Weight files of the wrapper
+    hold everything that training needs to go on, without the teacher; the
+    result is `student` itself.
+
+    Args:
+        teacher: A `keras_hub.models.PaliGemmaCausalLM` or
+            `keras_laid.MultiImagePaliGemmaCausalLM`.
+        student: Another, with the same image tokens and tokenizer.
+        distance_weighting: A `keras_laid.DistanceWeighting`. Defaults to
+            `DistanceWeighting()`.
+        attention_weight: Float, 0 or more. Defaults to `1.0`.
+        query_key_weight: Float, 0 or more. Defaults to `0.0`; keep it small.
+        logits_weight: Float, 0 or more. Defaults to `1.0`.
+        supervised_weight: Float, 0 or more. Defaults to `1.0`.
+        temperature: Float greater than 0, of the logits term. Defaults to
+            `1.0`.
+        layer_map: `"last"`, `"uniform"`, or pairs of indices
+            `(student_layer, teacher_layer)`. Defaults to `"last"`.
+        rows: Whose attention is matched: `"text"`, the rows of text tokens, or
+            `"all"`, images' too. Defaults to `"text"`.
+        mixer_sharpness: Float, how far the mixers start from uniform; see
+            `keras_laid.HeadMixer`. Defaults to `0.0`.
+        vocabulary: `"same"`, or `"shared"` to compare the logits of the first
+            tokens that both vocabularies have. Defaults to `"same"`.
+        implementation: Of `keras_laid.ops.attention_divergence`. Defaults to
+            `None`.
+        **kwargs: Passed to `keras.Model`.
+
+    Call arguments:
+        inputs: The student's inputs, a dictionary; `"positions"` of shape
+            `(batch, image tokens + length)` replaces the positions of every
+            rotary embedding, see `keras_laid.PositionStretching`.
+
+    Returns:
+        The student's logits.
+
+    Raises:
+        ValueError: If the models do not fit each other or an argument is out of
+            range; before anything is changed.
+
+    Example:
+
+    ```python
+    distiller = keras_laid.DistanceWeightedAttentionDistillation(
+        teacher=teacher, student=student
+    )
+    distiller.compile(optimizer=keras.optimizers.AdamW(1e-5))
+    distiller.fit(haystacks, epochs=10)
+    distiller.student.save_to_preset("student_long")
+    ```
+
+    Reference:
+     - [Zhou et al., 2026](https://arxiv.org/abs/2512.21576), equations 7, 8.
+    """
+
+    def __init__(
+        self,
+        teacher,
+        student,
+        distance_weighting=None,
+        attention_weight=1.0,
+        query_key_weight=0.0,
+        logits_weight=1.0,
+        supervised_weight=1.0,
+        temperature=1.0,
+        layer_map="last",
+        rows="text",
+        mixer_sharpness=0.0,
+        vocabulary="same",
+        implementation=None,
+        **kwargs,
+    ):
+        self.term_weights = dict(
+            attention=attention_weight,
+            query_key=query_key_weight,
+            logits=logits_weight,
+            supervised=supervised_weight,
+        )
+        checks.check_numbers(self.term_weights, temperature)
+        checks.check_choice("rows", rows, ("text", "all"))
+        checks.check_choice("vocabulary", vocabulary, ("same", "shared"))
+        checks.check_pair(teacher, student)
+        if logits_weight:
+            checks.check_vocabularies(teacher, student, vocabulary)
+        if query_key_weight:
+            checks.check_head_dims(teacher, student)
+        layer_pairs = resolve_layer_map(layer_map, student, teacher)
+
+        super().__init__(**kwargs)
+        self.student = student
+        # Past Keras's tracking: the teacher is neither trained nor saved.
+        vars(self)["teacher"] = teacher
+        self.distance_weighting = distance_weighting or DistanceWeighting()
+        self.temperature = temperature
+        self.layer_map = layer_map
+        self.layer_pairs = layer_pairs
+        self.rows = rows
+        self.vocabulary = vocabulary
+        self.implementation = implementation
+        heads = [
+            decoder.backbone_of(model).num_query_heads
+            for model in (student, teacher)
+        ]
+        self.mixers = []
+        if attention_weight or query_key_weight:
+            self.mixers = [
+                HeadMixer(*heads, sharpness=mixer_sharpness, name=f"mixer_{s}")
+                for s, _ in layer_pairs
+            ]
+        # Training steps done, and in all: they drive `progress` as tensors, so
+        # that a step is never compiled anew.
+        self.step = self.add_weight(
+            shape=(),
+            initializer="zeros",
+            dtype="int32",
+            trainable=False,
+            name="step",
+        )
+        self.total_steps = self.add_weight(
+            shape=(),
+            initializer="zeros",
+            dtype="int32",
+            trainable=False,
+            name="total_steps",
+        )
+        names = [name for name in TERMS if self.term_weights[name]]
+        if logits_weight:
+            names.append("kl")
+        if self.mixers:
+            names.append("progress")
+        self.trackers = {
+            name: keras.metrics.Mean(name=name) for name in names
+        }
+        self.built = True
+
+    def __dir__(self):
+        # Keras saves whatever model it finds here.
+        return [name for name in super().__dir__() if name != "teacher"]
+
+    @property
+    def non_trainable_variables(self):
+        # A compiled step has to be given the teacher's as well.
+        return super().non_trainable_variables + self.teacher.variables
+
+    def compile(self, optimizer="rmsprop", loss="auto", **kwargs):
+        """Configures training.
+
+        Args:
+            optimizer: Optimizer of every group, or the result of
+                `keras_laid.group_optimizer` for a learning rate each.
+            loss: The supervised loss. Defaults to `"auto"`: cross-entropy of
+                the logits, averaged over the tokens that `sample_weight`
+                marks.
+            **kwargs: Passed to `keras.Model.compile`.
+        """
+        if loss == "auto":
+            loss = keras.losses.SparseCategoricalCrossentropy(
+                from_logits=True, reduction="mean_with_sample_weight"
+            )
+        self.supervised_loss = keras.losses.get(loss)
+        super().compile(optimizer=optimizer, **kwargs)
+
+    def fit(self, *args, callbacks=None, initial_epoch=0, **kwargs):
+        callbacks = [
+            *keras.tree.flatten(callbacks or []),
+            TotalSteps(initial_epoch),
+        ]
+        return super().fit(
+            *args, callbacks=callbacks, initial_epoch=initial_epoch, **kwargs
+        )
+
+    def call(self, inputs, training=None):
+        return self.run(self.student, inputs, (), training)[0]
+
+    def generate(self, *args, **kwargs):
+        """Generates with the student; see `keras_hub.models.CausalLM`."""
+        return self.student.generate(*args, **kwargs)
+
+    def get_config(self):
+        raise NotImplementedError(
+            "The distiller cannot be saved whole, since the teacher is no part "
+            "of it. Save the result with `distiller.student.save_to_preset()`, "
+            "or the state of training with `distiller.save_weights()`."
+        )
+
+    def run(self, model, inputs, layers, training):
+        """Runs a model once: its logits, and attention of the layers named."""
+        inputs = dict(inputs)
+        positions = inputs.pop("positions", None)
+        with (
+            captured_attention(model, layers) as attention,
+            rotary_positions(model, positions),
+        ):
+            logits = model(inputs, training=training)
+        return logits, attention
+
+    def run_teacher(self, x):
+        """The teacher's logits and attention; `None` if no term needs them."""
+        if not (self.mixers or self.term_weights["logits"]):
+            return None
+        layers = {t for _, t in self.layer_pairs} if self.mixers else ()
+        return self.run(self.teacher, x, layers, training=False)
+
+    def compute_terms(self, x, y, sample_weight, targets, training):
+        """Runs the student and computes every loss term.
+
+        The one place where losses are defined, on every backend.
+
+        Args:
+            x, y, sample_weight: A batch; `sample_weight` of shape
+                `(batch, length)` or `None`.
+            targets: What `run_teacher(x)` returned.
+            training: Boolean.
+
+        Returns:
+            A tuple of the student's logits and a dictionary of scalars: the
+            terms in use, unweighted, and `"loss"`.
+        """
+        layers = [s for s, _ in self.layer_pairs] if self.mixers else ()
+        y_pred, attention = self.run(self.student, x, layers, training)
+        if sample_weight is None:
+            sample_weight = ops.ones_like(y)
+        sample_weight = ops.cast(sample_weight, "float32")
+        terms = {}
+        if self.mixers:
+            terms.update(
+                self.attention_terms(x, sample_weight, attention, targets[1])
+            )
+        if self.term_weights["logits"]:
+            terms.update(
+                self.logits_terms(y_pred, targets[0], sample_weight)
+            )
+        if self.term_weights["supervised"]:
+            terms["supervised"] = self.supervised_loss(
+                y, y_pred, sample_weight=sample_weight
+            )
+        terms["loss"] = sum(self.losses) + sum(
+            weight * terms[name]
+            for name, weight in self.term_weights.items()
+            if weight
+        )
+        if training:
+            self.step.assign(self.step + 1)
+        return y_pred, terms
+
+    def attention_terms(self, x, sample_weight, student, teacher):
+        """Attention and query/key terms, averaged over the layer pairs."""
+        student_layer, _ = self.layer_pairs[0]
+        key_length = ops.shape(student[student_layer].key)[1]
+        length = ops.shape(x["token_ids"])[1]
+        first_row = key_length - length if self.rows == "text" else 0
+        row_index = ops.arange(first_row, key_length)
+        mask = attention_mask(x, key_length, row_index)
+        attended = ops.logical_or(mask.bidirectional, mask.causal)
+        positions = x.get("positions")
+        if positions is None:
+            positions = ops.arange(key_length)[None]
+        progress = self.distance_weighting.progress(self.step, self.total_steps)
+        distance = Distance(
+            row_positions=positions[:, first_row:],
+            key_positions=positions,
+            strength=self.distance_weighting.strength * progress,
+            exponent=self.distance_weighting.exponent,
+        )
+        # [batch, 1]: an example counts as much as its most weighty token.
+        example_weight = ops.max(sample_weight, axis=1, keepdims=True)
+        row_weight = example_weight * ops.cast(
+            attended[:, first_row:], "float32"
+        )
+        divergences, distances = [], []
+        for mixer, (s, t) in zip(self.mixers, self.layer_pairs, strict=True):
+            of_student, of_teacher = (
+                attention._replace(query=attention.query[:, first_row:])
+                for attention in (student[s], teacher[t])
+            )
+            mixture = mixer.mixture()
+            if self.term_weights["attention"]:
+                divergence = attention_divergence(
+                    of_student,
+                    of_teacher,
+                    mask,
+                    distance,
+                    mixture,
+                    implementation=self.implementation,
+                )
+                divergences.append(
+                    weighted_mean(ops.mean(divergence, axis=1), row_weight)
+                )
+            if self.term_weights["query_key"]:
+                of_heads = query_key_distance(
+                    of_student,
+                    of_teacher,
+                    mixture,
+                    row_mask=attended[:, first_row:],
+                    key_mask=attended,
+                )
+                distances.append(weighted_mean(of_heads, example_weight))
+        terms = {"progress": progress}
+        if divergences:
+            terms["attention"] = sum(divergences) / len(divergences)
+        if distances:
+            terms["query_key"] = sum(distances) / len(distances)
+        return terms
+
+    def logits_terms(self, student, teacher, sample_weight):
+        """The logits term, and the same at temperature 1 to look at."""
+        if self.vocabulary == "shared":
+            shared = min(student.shape[-1], teacher.shape[-1])
+            student, teacher = student[..., :shared], teacher[..., :shared]
+        divergence = logits_divergence(student, teacher, self.temperature)
+        logits = weighted_mean(divergence, sample_weight)
+        if self.temperature == 1.0:
+            return {"logits": logits, "kl": ops.stop_gradient(logits)}
+        kl = logits_divergence(ops.stop_gradient(student), teacher)
+        return {"logits": logits, "kl": weighted_mean(kl, sample_weight)}
+
+    def update_metrics(self, x, y, sample_weight, y_pred, terms):
+        """Updates every metric; returns the logs of a step."""
+        batch = ops.shape(y)[0]
+        self._loss_tracker.update_state(terms["loss"], sample_weight=batch)
+        for name, tracker in self.trackers.items():
+            tracker.update_state(terms[name], sample_weight=batch)
+        return self.compute_metrics(x, y, y_pred, sample_weight)
+
+
+def weighted_mean(values, weights):
+    """Mean of `values`; `weights` have its shape or broadcast to it."""
+    weights = ops.broadcast_to(weights, ops.shape(values))
+    total = ops.maximum(ops.sum(weights), keras.backend.epsilon())
+    return ops.sum(values * weights) / total
+
+
+class TotalSteps(keras.callbacks.Callback):
+    """Tells a distiller how many steps its training has."""
+
+    def __init__(self, initial_epoch):
+        super().__init__()
+        self.initial_epoch = initial_epoch
+
+    def on_train_begin(self, logs=None):
+        weighting = self.model.distance_weighting
+        if weighting.steps is not None:
+            self.model.total_steps.assign(weighting.steps)
+            return
+        if self.params["steps"] is None:
+            if weighting.schedule == "constant" or not self.model.mixers:
+                return
+            raise ValueError(
+                "The schedule of `distance_weighting` must know the number of "
+                "steps, and the data has no length. Pass `steps_per_epoch` to "
+                "`fit`, or `steps` to `DistanceWeighting`."
+            )
+        # Set where `BackupAndRestore` has found an earlier run.
+        initial_epoch = self.model._initial_epoch or self.initial_epoch
+        remaining = self.params["epochs"] - initial_epoch
+        self.model.total_steps.assign(
+            self.model.step + remaining * self.params["steps"]
+        )

@@ -1,0 +1,78 @@
+"""Which student layer learns from which teacher layer."""
+
+from keras_laid.backbones import decoder
+
+
+def resolve_layer_map(layer_map, student, teacher):
+    """Pairs of layers whose attention is matched.
+
+    Args:
+        layer_map: `"last"`: the last layer from the last one (the paper's
+            choice). `"uniform"`: every student layer, from teacher layers at
+            even steps up to the last. Or a sequence of pairs
+            `(student_layer, teacher_layer)`, where negative indices count from
+            the end. Layers with sliding-window attention see no long range:
+            the first two pass over them, the last may not name one.
+        student: The student model.
+        teacher: The teacher model.
+
+    Returns:
+        A tuple of pairs of non-negative integers.
+
+    Raises:
+        ValueError: If a layer does not exist, has a sliding window, or a
+            student layer is named twice.
+    """
+    of_student = full_attention_layers("student", student)
+    of_teacher = full_attention_layers("teacher", teacher)
+    if layer_map == "last":
+        return ((of_student[-1], of_teacher[-1]),)
+    if layer_map == "uniform":
+        step = len(of_teacher) / len(of_student)
+        return tuple(
+            (layer, of_teacher[max(0, round((i + 1) * step) - 1)])
+            for i, layer in enumerate(of_student)
+        )
+    if isinstance(layer_map, str) or not layer_map:
+        raise ValueError(
+            '`layer_map` must be "last", "uniform", or pairs of indices '
+            f"(student_layer, teacher_layer). Received: layer_map={layer_map!r}"
+        )
+    pairs = tuple(
+        (
+            resolve_index("student", student, of_student, student_layer),
+            resolve_index("teacher", teacher, of_teacher, teacher_layer),
+        )
+        for student_layer, teacher_layer in layer_map
+    )
+    if len({student_layer for student_layer, _ in pairs}) < len(pairs):
+        raise ValueError(
+            "`layer_map` must name each student layer once. "
+            f"Received: layer_map={layer_map}"
+        )
+    return pairs
+
+
+def full_attention_layers(name, model):
+    layers = [
+        index
+        for index, layer in enumerate(decoder.attention_layers(model))
+        if not layer.use_sliding_window_attention
+    ]
+    if not layers:
+        raise ValueError(
+            f"The {name} must have a decoder layer without sliding-window "
+            f"attention. Received: {model.name}, which has none."
+        )
+    return layers
+
+
+def resolve_index(name, model, allowed, index):
+    count = len(decoder.attention_layers(model))
+    resolved = index + count if index < 0 else index
+    if resolved not in allowed:
+        raise ValueError(
+            f"`layer_map` must name {name} layers with full attention, of "
+            f"{allowed}. Received: {name} layer {index}"
+        )
+    return resolved

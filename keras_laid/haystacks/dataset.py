@@ -1,0 +1,177 @@
+"""Single-needle haystacks as batches for `fit`, `evaluate` and `predict`."""
+
+import keras
+import numpy as np
+
+
+def article(name):
+    """`"a seven"`, `"an eight"`."""
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def question(anchor, target):
+    """The question of the Visual Haystacks benchmark, with one needle."""
+    return (
+        f"For the image with {article(anchor)}, is there {article(target)}?"
+    )
+
+
+class Haystacks(keras.utils.PyDataset):
+    """Haystacks of images with one needle and one question each.
+
+    Exactly one image of a haystack, the needle, shows the *anchor*. The
+    question is "For the image with [anchor], is there a [target]?", and half of
+    the needles show the target. Other images may show the target, never the
+    anchor: a model must find the needle to answer.
+
+    Batch `i` depends on `seed` and `i` alone, so that questions and images are
+    the same in every epoch, on every backend and after a restart. All
+    haystacks of a batch have one size.
+
+    Args:
+        source: Where images come from, such as `keras_laid.haystacks.Digits`:
+            has `names` and `render(pairs, rng)`.
+        preprocessor: A `keras_hub.models.PaliGemmaCausalLMPreprocessor`. It
+            tokenizes questions and answers; `scale` and `offset` of its image
+            converter are applied to the images.
+        num_questions: Integer, how many questions in all.
+        sizes: Sequence of integers: how many images a haystack holds. Sizes are
+            shared out evenly over the batches.
+        batch_size: Integer, questions a batch; the last may be shorter.
+        stretching: Optional `keras_laid.PositionStretching`. Adds
+            `"positions"` to the inputs, drawn anew in each epoch.
+        seed: Integer.
+
+    Each batch is a tuple `(x, y, sample_weight)` as PaliGemma's preprocessor
+    makes it: `x` has `"images"` of shape `(batch, size, height, width, 3)`,
+    `"token_ids"`, `"padding_mask"` and `"response_mask"` of shape
+    `(batch, length)`; `y` holds the next tokens and `sample_weight` marks those
+    of the answer.
+
+    Raises:
+        ValueError: If a number or a size is not positive, or if the images'
+            size is not the one that the preprocessor makes.
+    """
+
+    def __init__(
+        self,
+        source,
+        preprocessor,
+        num_questions,
+        sizes,
+        batch_size=32,
+        stretching=None,
+        seed=0,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        for name, value in (
+            ("num_questions", num_questions),
+            ("batch_size", batch_size),
+            ("sizes", min(sizes, default=0)),
+        ):
+            if value < 1:
+                raise ValueError(
+                    f"`{name}` must be at least 1. Received: {name}={value}"
+                )
+        self.source = source
+        self.preprocessor = preprocessor
+        self.num_questions = num_questions
+        self.sizes = tuple(sizes)
+        self.batch_size = batch_size
+        self.stretching = stretching
+        self.seed = seed
+        self.epoch = 0
+        converter = preprocessor.image_converter
+        self._scale = 1.0 if converter.scale is None else converter.scale
+        self._offset = 0.0 if converter.offset is None else converter.offset
+        expected = (source.image_size, source.image_size)
+        if converter.image_size not in (None, expected):
+            raise ValueError(
+                "The images must have the size that the preprocessor makes. "
+                f"Received: source.image_size={source.image_size}, "
+                f"image_converter.image_size={converter.image_size}. "
+                "Pass `image_size` to the source."
+            )
+
+        rng = np.random.default_rng(seed)
+        # A needle shows (anchor, other): the target or another thing.
+        draws = rng.random((num_questions, len(source.names))).argsort(axis=1)
+        self.anchors, self.targets, others = draws[:, :3].T
+        self.answers = rng.permutation(num_questions) % 2 == 0
+        self._beside = np.where(self.answers, self.targets, others)
+        count = len(self)
+        self._batch_sizes = rng.permutation(
+            np.resize(np.asarray(self.sizes), count)
+        )
+        # TensorFlow takes its input shapes from the first two batches: these
+        # must differ where sizes do.
+        differ = np.nonzero(self._batch_sizes != self._batch_sizes[0])[0]
+        if len(differ):
+            one, other = 1, differ[0]
+            self._batch_sizes[[one, other]] = self._batch_sizes[[other, one]]
+        self._tokenize()
+
+    def _tokenize(self):
+        """Tokenizes each different question once."""
+        keys = np.stack([self.anchors, self.targets, self.answers], axis=1)
+        unique, self._rows = np.unique(keys, axis=0, return_inverse=True)
+        names = self.source.names
+        size = self.source.image_size
+        x, y, sample_weight = self.preprocessor(
+            {
+                "images": np.zeros((len(unique), size, size, 3), "uint8"),
+                "prompts": [question(names[a], names[t]) for a, t, _ in unique],
+                "responses": ["yes" if a else "no" for _, _, a in unique],
+            }
+        )
+        self._text = {
+            name: np.asarray(keras.ops.convert_to_numpy(x[name]), "int32")
+            for name in ("token_ids", "padding_mask", "response_mask")
+        }
+        self._next = np.asarray(keras.ops.convert_to_numpy(y), "int32")
+        self._weight = np.asarray(
+            keras.ops.convert_to_numpy(sample_weight), "float32"
+        )
+
+    def __len__(self):
+        return -(-self.num_questions // self.batch_size)
+
+    def __getitem__(self, index):
+        rng = np.random.default_rng((self.seed, index))
+        start = index * self.batch_size
+        which = np.arange(
+            start, min(start + self.batch_size, self.num_questions)
+        )
+        size = self._batch_sizes[index]
+        needles = rng.integers(size, size=len(which))
+        images = self._images(which, size, needles, rng)
+        rows = self._rows[which]
+        x = {name: values[rows] for name, values in self._text.items()}
+        x["images"] = images
+        if self.stretching is not None:
+            x["positions"] = self.stretching.positions(
+                batch=len(which),
+                images=size,
+                text_length=x["token_ids"].shape[1],
+                rng=np.random.default_rng((self.seed, index, self.epoch)),
+            )
+        return x, self._next[rows], self._weight[rows]
+
+    def _images(self, which, size, needles, rng):
+        """Images of shape `(batch, size, height, width, 3)`, scaled."""
+        kinds = len(self.source.names)
+        # Two different things a straw, none of them the anchor: draw from the
+        # kinds but one, then step over the anchor.
+        pairs = rng.random((len(which), size, kinds - 1)).argsort(axis=-1)
+        pairs = pairs[..., :2]
+        anchors = self.anchors[which]
+        pairs = pairs + (pairs >= anchors[:, None, None])
+        row = np.arange(len(which))
+        pairs[row, needles] = np.stack([anchors, self._beside[which]], axis=1)
+        images = self.source.render(pairs.reshape(-1, 2), rng)
+        images = images.reshape(len(which), size, *images.shape[1:])
+        return (images * self._scale + self._offset).astype("float32")
+
+    def on_epoch_end(self):
+        self.epoch += 1

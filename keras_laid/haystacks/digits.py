@@ -1,0 +1,97 @@
+"""Images of handwritten digits: the embedded source of haystacks."""
+
+import numpy as np
+
+NAMES = (
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+)
+# Of every 20 drawings of a digit: which go where.
+SPLITS = {
+    "train": range(13),
+    "validation": range(13, 15),
+    "test": range(15, 20),
+}
+PATCH = 8  # Pixels on a side of a drawing.
+
+
+class Digits:
+    """Images with two different handwritten digits each.
+
+    The drawings are scikit-learn's 1,797 digits of 8 x 8 pixels (UCI "Optical
+    Recognition of Handwritten Digits", CC BY 4.0). An image has a 2 x 2 grid of
+    cells; two cells drawn at random hold one digit each, two are blank. The
+    splits share no drawing.
+
+    Args:
+        split: `"train"` (65% of the drawings of each digit), `"validation"`
+            (10%) or `"test"` (25%).
+        image_size: Integer, height and width in pixels, a multiple of 16.
+            Drawings are enlarged by repeating pixels. Defaults to `16`.
+
+    Attributes:
+        names: Tuple of the ten words a question uses, `names[d]` for digit `d`.
+
+    Raises:
+        ValueError: If `split` is unknown or `image_size` is no positive
+            multiple of 16.
+    """
+
+    def __init__(self, split, image_size=2 * PATCH):
+        if split not in SPLITS:
+            raise ValueError(
+                f"`split` must be one of {sorted(SPLITS)}. "
+                f"Received: split={split!r}"
+            )
+        if image_size < 2 * PATCH or image_size % (2 * PATCH):
+            raise ValueError(
+                "`image_size` must be a positive multiple of "
+                f"{2 * PATCH} pixels, the size of a 2 x 2 grid of drawings. "
+                f"Received: image_size={image_size}"
+            )
+        self.split = split
+        self.image_size = image_size
+        self.names = NAMES
+        # Here, since scikit-learn takes a second to import.
+        from sklearn.datasets import load_digits
+
+        data = load_digits()
+        drawings = np.round(data.images * (255 / 16)).astype("uint8")
+        self._drawings = []  # One array of shape (count, 8, 8) a digit.
+        for digit in range(len(NAMES)):
+            of_digit = drawings[data.target == digit]
+            mine = np.isin(np.arange(len(of_digit)) % 20, SPLITS[split])
+            self._drawings.append(of_digit[mine])
+
+    def render(self, pairs, rng):
+        """Draws one image for each pair of digits.
+
+        Args:
+            pairs: Integer array of shape `(images, 2)`, digits 0 to 9.
+            rng: A `numpy.random.Generator`; it picks drawings and cells.
+
+        Returns:
+            A `uint8` array of shape `(images, image_size, image_size, 3)`.
+        """
+        count = len(pairs)
+        cells = np.zeros((count, 4, PATCH, PATCH), "uint8")
+        places = np.argsort(rng.random((count, 4)), axis=1)[:, :2]
+        draws = rng.random((count, 2))
+        for digit, drawings in enumerate(self._drawings):
+            image, which = np.nonzero(pairs == digit)
+            chosen = (draws[image, which] * len(drawings)).astype(int)
+            cells[image, places[image, which]] = drawings[chosen]
+        grid = cells.reshape(count, 2, 2, PATCH, PATCH)
+        images = grid.transpose(0, 1, 3, 2, 4)  # (image, row, y, column, x)
+        images = images.reshape(count, 2 * PATCH, 2 * PATCH)
+        zoom = self.image_size // (2 * PATCH)
+        images = images.repeat(zoom, axis=1).repeat(zoom, axis=2)
+        return np.repeat(images[..., None], 3, axis=-1)

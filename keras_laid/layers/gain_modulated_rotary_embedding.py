@@ -1,0 +1,268 @@
+"""Rotary position embedding with a trainable gain per frequency."""
+
+import math
+
+import keras
+from keras import ops
+from keras_hub.layers import RotaryEmbedding
+
+ROPE_TYPES = ("linear", "dynamic", "yarn")
+APPLIED_TO = ("queries_and_keys", "queries")
+
+
+@keras.saving.register_keras_serializable(package="keras_laid")
+class GainModulatedRotaryEmbedding(RotaryEmbedding):
+    """Rotary position embedding with a trainable gain per frequency.
+
+    The logit of a query and a key is a sum over the frequencies of the rotary
+    embedding. Here the contribution of frequency `k` is multiplied by a
+    trainable gain: `gain[k]`, the same for all heads, or `gain[h, k]` for head
+    `h`. Frequency `k` turns the features `k` and `k + features / 2`: halves are
+    paired as in KerasHub, not interleaved.
+
+    With every gain at 1, the value it starts from, this is
+    `keras_hub.layers.RotaryEmbedding` exactly, bit for bit.
+
+    Gains are stored as log gains, in float32 whatever the dtype policy. A log
+    gain `x` stands for the gain `exp(log(max_gain) * tanh(x / log(max_gain)))`,
+    which is 1 at 0, grows with slope 1 there, and stays within
+    `[1 / max_gain, max_gain]`. Weight decay pulls a log gain to 0, and so a
+    gain to 1: it needs no exception.
+
+    Masking: ignored. A masked position is rotated like any other.
+
+    Args:
+        max_wavelength: Number greater than 0. Upper bound, in positions, of the
+            period of a rotation divided by `2 * pi`. Defaults to `10000`.
+        scaling_factor: Float greater than 0, by which positions are scaled.
+            Defaults to `1.0`.
+        rope_type: `"linear"`, `"dynamic"` or `"yarn"`. How `scaling_factor`
+            acts. Defaults to `"linear"`.
+        beta_fast: Float, in rotations over the original context. For `"yarn"`
+            alone. Defaults to `32.0`.
+        beta_slow: Float, in rotations over the original context. For `"yarn"`
+            alone. Defaults to `1.0`.
+        original_max_position_embeddings: Integer, in positions. The original
+            context. For `"yarn"` alone. Defaults to `4096`.
+        truncate: Boolean. Whether the range of frequencies `"yarn"` corrects
+            is rounded to whole features. Defaults to `True`.
+        sequence_axis: Integer. The axis of positions. Defaults to `1`.
+        feature_axis: Integer. The axis of features. Defaults to `-1`.
+        denominator_dim: Optional integer, in features. Divides the exponents of
+            the frequencies, for rotation of a part of the features. Defaults to
+            the number of features.
+        num_heads: Optional positive integer. `None` is one gain for each
+            frequency; a number is one for each head and frequency. Heads are
+            the last axis but features, once the sequence is axis 1 and features
+            are last: axis 2 of `(batch, length, heads, features)`. Defaults to
+            `None`.
+        max_gain: Float greater than 1. No gain exceeds it, nor is less than its
+            inverse. Defaults to `4.0`.
+        applied_to: What passes through this layer. `"queries_and_keys"`: both,
+            so that each is multiplied by the square root of the gain.
+            `"queries"`: queries alone, multiplied by the whole gain. With
+            `num_heads` it is `"queries"`, since one key head may serve several
+            query heads; without, it defaults to `"queries_and_keys"`.
+        **kwargs: Passed to `keras.layers.Layer`: `name`, `dtype`, etc.
+
+    Call arguments:
+        inputs: Queries or keys with a sequence axis and a feature axis of even
+            length, as `(batch, length, heads, features)`.
+        start_index: Integer or integer tensor, in tokens. The position of the
+            first token. Defaults to `0`.
+        positions: Optional integer tensor of shape `(length,)` or
+            `(batch, length)`, in tokens, which replaces `start_index`.
+
+    Returns:
+        A tensor of the shape of `inputs`, in the layer's compute dtype.
+
+    Raises:
+        ValueError: If an argument is out of its range, if `applied_to` is
+            `"queries_and_keys"` with `num_heads`, if the number of features is
+            odd or unknown, or if the inputs do not have `num_heads` heads.
+
+    Example:
+
+    ```python
+    layer = keras_laid.layers.GainModulatedRotaryEmbedding()
+    query = keras.random.normal((2, 16, 4, 64))
+    layer(query).shape  # (2, 16, 4, 64)
+    layer.gains().shape  # (32,)
+    ```
+
+    Reference:
+     - [Su et al., 2021](https://arxiv.org/abs/2104.09864), equation 34, for
+       the rotation.
+    """
+
+    def __init__(
+        self,
+        max_wavelength=10000,
+        scaling_factor=1.0,
+        rope_type="linear",
+        beta_fast=32.0,
+        beta_slow=1.0,
+        original_max_position_embeddings=4096,
+        truncate=True,
+        sequence_axis=1,
+        feature_axis=-1,
+        denominator_dim=None,
+        num_heads=None,
+        max_gain=4.0,
+        applied_to=None,
+        **kwargs,
+    ):
+        if rope_type not in ROPE_TYPES:
+            raise ValueError(
+                f"`rope_type` must be one of {list(ROPE_TYPES)}. "
+                f"Received: rope_type={rope_type!r}"
+            )
+        if num_heads is not None and num_heads < 1:
+            raise ValueError(
+                "`num_heads` must be a positive integer, or `None` for gains "
+                f"shared by all heads. Received: num_heads={num_heads}"
+            )
+        if not (max_gain > 1 and math.isfinite(max_gain)):
+            raise ValueError(
+                "`max_gain` must be finite and greater than 1. "
+                f"Received: max_gain={max_gain}"
+            )
+        if applied_to is None:
+            applied_to = "queries_and_keys" if num_heads is None else "queries"
+        if applied_to not in APPLIED_TO:
+            raise ValueError(
+                f"`applied_to` must be one of {list(APPLIED_TO)}. "
+                f"Received: applied_to={applied_to!r}"
+            )
+        if num_heads is not None and applied_to != "queries":
+            raise ValueError(
+                "Gains of each head must be applied to queries alone: one key "
+                "head may serve several query heads. "
+                f"Received: num_heads={num_heads}, applied_to={applied_to!r}. "
+                'Pass `applied_to="queries"`, and keys through a plain '
+                "`keras_hub.layers.RotaryEmbedding`."
+            )
+        super().__init__(
+            max_wavelength=max_wavelength,
+            scaling_factor=scaling_factor,
+            rope_type=rope_type,
+            beta_fast=beta_fast,
+            beta_slow=beta_slow,
+            original_max_position_embeddings=original_max_position_embeddings,
+            truncate=truncate,
+            sequence_axis=sequence_axis,
+            feature_axis=feature_axis,
+            denominator_dim=denominator_dim,
+            **kwargs,
+        )
+        self.num_heads = num_heads
+        self.max_gain = max_gain
+        self.applied_to = applied_to
+        self.built = False  # The parent, which has no weights, says `True`.
+
+    def build(self, input_shape):
+        sequence_axis, feature_axis = self._normalize_axes(input_shape)
+        features = input_shape[feature_axis]
+        if features is None or features % 2:
+            raise ValueError(
+                "The number of features must be known and even: the two halves "
+                "are rotated as pairs. "
+                f"Received: inputs.shape={tuple(input_shape)}, "
+                f"feature_axis={self.feature_axis}"
+            )
+        axes = {feature_axis: features}
+        shape = (features // 2,)
+        if self.num_heads is not None:
+            others = [
+                axis
+                for axis in range(1, len(input_shape))
+                if axis not in (sequence_axis, feature_axis)
+            ]
+            if not others or input_shape[others[-1]] != self.num_heads:
+                raise ValueError(
+                    "The inputs must have an axis of `num_heads` heads. "
+                    f"Received: inputs.shape={tuple(input_shape)}, "
+                    f"num_heads={self.num_heads}"
+                )
+            axes[others[-1]] = self.num_heads
+            shape = (self.num_heads, *shape)
+        self.log_gain = self.add_weight(
+            name="log_gain",
+            shape=shape,
+            initializer="zeros",
+            dtype="float32",
+            autocast=False,
+        )
+        # Keras refuses inputs with other features or heads than these.
+        self.input_spec = keras.layers.InputSpec(axes=axes)
+
+    def gains(self):
+        """The gains on the logits.
+
+        Returns:
+            A float32 tensor of shape `(frequencies,)` or, with `num_heads`,
+            `(num_heads, frequencies)`, with values in
+            `[1 / max_gain, max_gain]`, highest frequency first.
+        """
+        return ops.exp(self._bounded_log_gain())
+
+    def feature_gains(self):
+        """What each feature of the inputs is multiplied by.
+
+        Returns:
+            A float32 tensor of shape `(features,)` or, with `num_heads`,
+            `(num_heads, features)`: the gain of the feature's frequency, or its
+            square root where the layer acts on queries and keys.
+        """
+        log_gain = self._bounded_log_gain()
+        if self.applied_to == "queries_and_keys":
+            log_gain = 0.5 * log_gain
+        gain = ops.exp(log_gain)
+        return ops.concatenate((gain, gain), axis=-1)
+
+    def modulate(self, inputs):
+        """Multiplies queries or keys by their gains, without a rotation.
+
+        Gains and rotation commute: this may be used before or after a rotation
+        done elsewhere. The layer must be built.
+
+        Args:
+            inputs: Queries or keys, as in `call`, rotated or not.
+
+        Returns:
+            A tensor of the shape and dtype of `inputs`.
+        """
+        sequence_axis, feature_axis = self._normalize_axes(inputs.shape)
+        # (batch, length, ..., heads, features), as the parent has it.
+        x = ops.moveaxis(inputs, (feature_axis, sequence_axis), (-1, 1))
+        # Multiplied in float32 and rounded once: above 1, bfloat16 has steps of
+        # 0.8%, to which the gain itself, and its gradient, would be rounded.
+        wide = keras.backend.result_type(x.dtype, "float32")
+        gains = ops.cast(self.feature_gains(), wide)
+        x = ops.cast(ops.cast(x, wide) * gains, inputs.dtype)
+        return ops.moveaxis(x, (-1, 1), (feature_axis, sequence_axis))
+
+    def call(self, inputs, start_index=0, positions=None):
+        rotated = super().call(
+            inputs, start_index=start_index, positions=positions
+        )
+        return self.modulate(rotated)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        config = super().get_config()
+        config.update(
+            {
+                "num_heads": self.num_heads,
+                "max_gain": self.max_gain,
+                "applied_to": self.applied_to,
+            }
+        )
+        return config
+
+    def _bounded_log_gain(self):
+        limit = math.log(self.max_gain)
+        log_gain = ops.convert_to_tensor(self.log_gain)
+        return limit * ops.tanh(log_gain / limit)

@@ -1,0 +1,128 @@
+"""Learned weights from a teacher's heads to a student's heads."""
+
+import keras
+import numpy as np
+from keras import ops
+
+
+@keras.saving.register_keras_serializable(package="keras_laid")
+class HeadMixer(keras.layers.Layer):
+    """Gives each student head a mixture of the teacher's heads.
+
+    Mixtures are on the simplex: for each student head, a softmax over the
+    teacher's heads of trainable logits. With equal logits, the default, each
+    student head is given the mean of all teacher heads.
+
+    Weight decay pulls the logits to 0, and so the mixtures to that mean. With
+    `trainable=False` the mixtures stay as they start.
+
+    Args:
+        student_heads: Positive integer.
+        teacher_heads: Positive integer.
+        initializer: Initializer of the logits. Defaults to `"zeros"`.
+        sharpness: Float, in units of the logits (nats). Added to the initial
+            logits of the teacher heads that a student head stands for: when
+            both models' heads are laid out over the same interval, those it
+            overlaps. Of 8 teacher heads, the second of 4 student heads stands
+            for the third and fourth. 0 prefers none. Defaults to `0.0`.
+        **kwargs: Passed to `keras.layers.Layer`: `name`, `trainable`, etc.
+
+    Call arguments:
+        inputs: Tensor of shape `(batch, length, teacher_heads, features)`.
+
+    Returns:
+        A tensor of shape `(batch, length, student_heads, features)`, in the
+        layer's compute dtype.
+
+    Raises:
+        ValueError: If a number of heads is not positive, or `sharpness` is not
+            finite.
+
+    Example:
+
+    ```python
+    mixer = keras_laid.layers.HeadMixer(student_heads=2, teacher_heads=8)
+    mixer(keras.random.normal((1, 16, 8, 64))).shape  # (1, 16, 2, 64)
+    mixer.mixture().shape  # (2, 8)
+    ```
+    """
+
+    def __init__(
+        self,
+        student_heads,
+        teacher_heads,
+        initializer="zeros",
+        sharpness=0.0,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        if student_heads < 1 or teacher_heads < 1:
+            raise ValueError(
+                "`student_heads` and `teacher_heads` must be positive. "
+                f"Received: student_heads={student_heads}, "
+                f"teacher_heads={teacher_heads}"
+            )
+        if not np.isfinite(sharpness):
+            raise ValueError(
+                "`sharpness` must be finite. "
+                f"Received: sharpness={sharpness}. "
+                "With `sharpness=10.0` the preferred heads have all but "
+                "1/20,000 of the weight of any other."
+            )
+        self.student_heads = student_heads
+        self.teacher_heads = teacher_heads
+        self.initializer = keras.initializers.get(initializer)
+        self.sharpness = sharpness
+        self.input_spec = keras.layers.InputSpec(
+            ndim=4, axes={2: teacher_heads}
+        )
+        # The shape needs no inputs, so that `mixture` is there from the start.
+        self.mixing_logits = self.add_weight(
+            name="mixing_logits",
+            shape=(student_heads, teacher_heads),
+            initializer=self._initial_logits,
+            dtype="float32",
+            autocast=False,
+        )
+        self.built = True
+
+    def mixture(self):
+        """The weights of the teacher's heads.
+
+        Returns:
+            A float32 tensor of shape `(student_heads, teacher_heads)`, not
+            negative, with rows that sum to 1.
+        """
+        return ops.softmax(ops.convert_to_tensor(self.mixing_logits), axis=-1)
+
+    def call(self, inputs):
+        # b = batch, l = position, t = teacher head, s = student head,
+        # d = feature
+        mixture = ops.cast(self.mixture(), inputs.dtype)
+        return ops.einsum("bltd,st->blsd", inputs, mixture)
+
+    def compute_output_shape(self, input_shape):
+        return (*input_shape[:2], self.student_heads, *input_shape[3:])
+
+    def get_config(self):
+        config = super().get_config()
+        config.update(
+            {
+                "student_heads": self.student_heads,
+                "teacher_heads": self.teacher_heads,
+                "initializer": keras.initializers.serialize(self.initializer),
+                "sharpness": self.sharpness,
+            }
+        )
+        return config
+
+    def _initial_logits(self, shape, dtype=None):
+        student = np.arange(self.student_heads)[:, None]
+        teacher = np.arange(self.teacher_heads)[None, :]
+        # Head `i` of `n` covers `i / n` to `(i + 1) / n`; in whole numbers.
+        overlap = np.logical_and(
+            student * self.teacher_heads < (teacher + 1) * self.student_heads,
+            teacher * self.student_heads < (student + 1) * self.teacher_heads,
+        )
+        preferred = ops.convert_to_tensor(self.sharpness * overlap, dtype)
+        return self.initializer(shape, dtype=dtype) + preferred

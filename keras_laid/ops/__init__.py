@@ -1,0 +1,15 @@
+from keras_laid.ops.attention import Attention
+from keras_laid.ops.attention import AttentionMask
+from keras_laid.ops.attention import Distance
+from keras_laid.ops.attention_divergence import attention_divergence
+from keras_laid.ops.logits_divergence import logits_divergence
+from keras_laid.ops.query_key_distance import query_key_distance
+
+__all__ = [
+    "Attention",
+    "AttentionMask",
+    "Distance",
+    "attention_divergence",
+    "logits_divergence",
+    "query_key_distance",
+]

@@ -1,0 +1,96 @@
+"""Distance-weighted divergence between two attention maps."""
+
+from keras_laid.ops.attention_divergence import chunked
+from keras_laid.ops.attention_divergence import definition
+from keras_laid.ops.dispatch import Implementation
+from keras_laid.ops.dispatch import select
+
+
+# In order of preference.
+IMPLEMENTATIONS = (
+    Implementation("chunked", chunked.attention_divergence),
+    Implementation("definition", definition.attention_divergence),
+)
+
+
+def attention_divergence(
+    student, teacher, mask, distance, mixture=None, implementation=None
+):
+    """Divergence of a student's attention from a teacher's, row by row.
+
+    For row `i`, teacher map `p` and student map `q`,
+
+    `D_i = sum_j w_ij (p_ij log(p_ij / q_ij) - p_ij + q_ij)`,
+
+    the generalised Kullback-Leibler divergence with weights `w_ij` that grow
+    with the distance of the two tokens. No term is negative, and `D_i` is 0
+    only where the maps agree. With every weight 1 it is `KL(p || q)`.
+
+    Masking: keys outside `mask` have no attention on either side; a row without
+    any key contributes 0.
+
+    Args:
+        student: `keras_laid.ops.Attention` of the student.
+        teacher: `keras_laid.ops.Attention` of the teacher, with the same batch,
+            rows and keys. Head dims may differ. Gradients reach it: stop them
+            before the call where they are not wanted.
+        mask: `keras_laid.ops.AttentionMask` of both.
+        distance: `keras_laid.ops.Distance`, positions and weights.
+        mixture: Optional float32 tensor of shape
+            `(student_heads, teacher_heads)` whose rows sum to 1: `p` of student
+            head `s` is `sum_t mixture[s, t] * p_t`. `None` pairs equal heads.
+        implementation: `None` for the first that can, or one of `"chunked"`
+            (memory linear in the number of keys) and `"definition"` (holds
+            whole maps).
+
+    Returns:
+        A float32 tensor of shape `(batch, student_heads, rows)`, in nats.
+
+    Raises:
+        ValueError: If shapes do not fit, or `implementation` is unknown.
+
+    Reference:
+     - [Zhou et al., 2026](https://arxiv.org/abs/2512.21576), "progressive
+       distance-weighted attention matching"; the formula is ours.
+    """
+    check_shapes(student, teacher, mixture)
+    arguments = (student, teacher, mask, distance, mixture)
+    chosen = select(
+        "attention_divergence", IMPLEMENTATIONS, implementation, *arguments
+    )
+    return chosen.run(*arguments)
+
+
+def check_shapes(student, teacher, mixture):
+    student_heads = student.query.shape[2]
+    teacher_heads = teacher.query.shape[2]
+    if mixture is None and student_heads != teacher_heads:
+        raise ValueError(
+            "Without `mixture` the student and the teacher must have the same "
+            f"number of heads. Received: student heads={student_heads}, "
+            f"teacher heads={teacher_heads}. Pass the mixture of a "
+            "`keras_laid.HeadMixer`."
+        )
+    expected = (student_heads, teacher_heads)
+    if mixture is not None and tuple(mixture.shape) != expected:
+        raise ValueError(
+            "`mixture` must have shape (student_heads, teacher_heads) = "
+            f"{expected}. Received: mixture.shape={tuple(mixture.shape)}"
+        )
+    for name, side in (("student", student), ("teacher", teacher)):
+        heads, key_heads = side.query.shape[2], side.key.shape[2]
+        if heads % key_heads or side.query.shape[3] != side.key.shape[3]:
+            raise ValueError(
+                "Query heads must be a multiple of key heads, and head dims "
+                f"must be equal. Received: {name}.query.shape="
+                f"{tuple(side.query.shape)}, {name}.key.shape="
+                f"{tuple(side.key.shape)}"
+            )
+    for axis, name in ((0, "batch"), (1, "rows")):
+        sizes = student.query.shape[axis], teacher.query.shape[axis]
+        if None not in sizes and sizes[0] != sizes[1]:
+            raise ValueError(
+                f"Student and teacher must have the same {name}. Received: "
+                f"student.query.shape={tuple(student.query.shape)}, "
+                f"teacher.query.shape={tuple(teacher.query.shape)}"
+            )

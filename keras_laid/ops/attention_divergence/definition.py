@@ -1,0 +1,25 @@
+"""The divergence in its plainest form. Every other file here must equal it."""
+
+from keras import ops
+
+# Stands for minus infinity, whose differences would be NaN.
+MASKED = -1e30
+# Below this a probability counts as 0 in `p * log(p)`.
+TINY = 1e-30
+
+
+def attention_divergence(student, teacher, mask, distance, mixture):
+    # b = batch, s = student head, t = teacher head, i = row, j = key
+    allowed = mask.allowed()
+    log_q = log_attention(student, allowed)  # [b, s, i, j]
+    p = ops.exp(log_attention(teacher, allowed))  # [b, t, i, j]
+    if mixture is not None:
+        p = ops.einsum("st,btij->bsij", mixture, p)
+    log_p = ops.log(ops.maximum(p, TINY))
+    terms = p * (log_p - log_q) - p + ops.exp(log_q)
+    terms = ops.where(allowed, distance.weights() * terms, 0.0)
+    return ops.sum(terms, axis=-1)
+
+
+def log_attention(attention, allowed):
+    return ops.log_softmax(ops.where(allowed, attention.logits(), MASKED))

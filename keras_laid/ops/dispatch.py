@@ -1,0 +1,60 @@
+"""Chooses which implementation of an op runs. The only place that decides."""
+
+import dataclasses
+import logging
+from collections.abc import Callable
+
+logger = logging.getLogger("keras_laid")
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """One way to compute an op.
+
+    Attributes:
+        name: What a caller passes as `implementation=`.
+        run: The op itself. Every implementation has the same signature.
+        why_not: Called with the op's arguments before `run`. Returns `None` if
+            `run` can take them, or else one sentence saying why it cannot. It
+            looks only at shapes, dtypes, platform and static values.
+    """
+
+    name: str
+    run: Callable
+    why_not: Callable = lambda *args, **kwargs: None
+
+
+def select(op_name, implementations, requested, *args, **kwargs):
+    """Returns the first implementation that accepts the arguments.
+
+    A named implementation is used or refused; it is never replaced. With
+    `requested=None` the first that accepts is used, in the order listed.
+    Exceptions from `run` are never caught: a kernel that breaks must be seen.
+    """
+    by_name = {impl.name: impl for impl in implementations}
+    if requested is not None:
+        if requested not in by_name:
+            raise ValueError(
+                f"Unknown `implementation` for `{op_name}`. Expected one of "
+                f"{sorted(by_name)} or `None`. "
+                f"Received: implementation={requested!r}"
+            )
+        reason = by_name[requested].why_not(*args, **kwargs)
+        if reason is not None:
+            raise NotImplementedError(
+                f"`{op_name}` cannot use implementation={requested!r}: "
+                f"{reason} Pass `implementation=None` to choose another."
+            )
+        return by_name[requested]
+
+    refusals = []
+    for impl in implementations:
+        reason = impl.why_not(*args, **kwargs)
+        if reason is None:
+            logger.info("%s uses %s. %s", op_name, impl.name, refusals)
+            return impl
+        refusals.append(f"{impl.name}: {reason}")
+    raise NotImplementedError(
+        f"No implementation of `{op_name}` accepts these arguments. "
+        + " ".join(refusals)
+    )

@@ -1,0 +1,57 @@
+"""Distance of a student's queries and keys from mixed ones of a teacher."""
+
+from keras import ops
+
+
+def query_key_distance(student, teacher, mixture, row_mask, key_mask):
+    """Relative squared distance of queries and keys, head by head.
+
+    For student head `s` and the mixed teacher head `Q = sum_t m_st Q_t`,
+    `||Q_s - Q||^2 / ||Q||^2` over the rows of an example, plus the same for
+    keys. The paper's plain sum grows with length and width; unnormalised, it
+    drowned every other term.
+
+    Args:
+        student: `keras_laid.ops.Attention` of the student.
+        teacher: `keras_laid.ops.Attention` of the teacher, with the same head
+            dim. Gradients reach it.
+        mixture: Tensor of shape `(student_heads, teacher_heads)`, rows summing
+            to 1.
+        row_mask: Boolean tensor of shape `(batch, rows)`: queries that count.
+        key_mask: Boolean tensor of shape `(batch, keys)`: keys that count.
+
+    Returns:
+        A float32 tensor of shape `(batch, student_heads)`, 0 or more.
+
+    Raises:
+        ValueError: If head dims differ.
+
+    Reference:
+     - [Zhou et al., 2026](https://arxiv.org/abs/2512.21576), equation 7.
+    """
+    if student.query.shape[-1] != teacher.query.shape[-1]:
+        raise ValueError(
+            "Queries and keys can be matched only between equal head dims. "
+            f"Received: student head dim={student.query.shape[-1]}, teacher "
+            f"head dim={teacher.query.shape[-1]}. Match attention maps instead."
+        )
+    return relative_distance(
+        ops.cast(student.query, "float32"),
+        ops.cast(teacher.query, "float32"),
+        mixture,
+        row_mask,
+    ) + relative_distance(
+        student.key_of_each_head(),
+        teacher.key_of_each_head(),
+        mixture,
+        key_mask,
+    )
+
+
+def relative_distance(student, teacher, mixture, mask):
+    # b = batch, i = token, s = student head, t = teacher head, d = head dim
+    mixed = ops.einsum("st,bitd->bisd", mixture, teacher)
+    mask = ops.cast(mask, "float32")[:, :, None, None]
+    error = ops.sum(mask * ops.square(student - mixed), axis=(1, 3))
+    size = ops.sum(mask * ops.square(mixed), axis=(1, 3))
+    return error / ops.maximum(size, 1e-12)

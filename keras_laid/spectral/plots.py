@@ -1,0 +1,117 @@
+"""Pictures of numbers computed elsewhere. Nothing is computed here."""
+
+import matplotlib.pyplot as plt
+
+STYLES = {
+    "teacher": dict(color="0.6", linestyle="--"),
+    "before": dict(color="tab:orange"),
+    "after": dict(color="tab:blue"),
+}
+LABELS = {
+    "teacher": "teacher",
+    "before": "student before",
+    "after": "student after",
+}
+
+
+def plot_accuracy(path, accuracy, windows=None, trained_on=None):
+    """Accuracy over haystack size, on a logarithmic axis.
+
+    Args:
+        path: File to write.
+        accuracy: Dictionary from `"teacher"`, `"before"` and `"after"` to
+            dictionaries from size, in images, to accuracy.
+        windows: Optional dictionary from the same names to effective windows,
+            in images, drawn as marks on the axis.
+        trained_on: Optional largest size trained on, in images.
+    """
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for name, by_size in accuracy.items():
+        sizes = sorted(by_size)
+        axes.plot(
+            sizes,
+            [by_size[size] for size in sizes],
+            marker="o",
+            markersize=4,
+            label=LABELS[name],
+            **STYLES[name],
+        )
+    for name, window in (windows or {}).items():
+        axes.axvline(
+            window, ymax=0.06, color=STYLES[name]["color"], linewidth=5
+        )
+    if trained_on is not None:
+        axes.axvspan(0.9, trained_on, color="0.95", zorder=0)
+        axes.text(1, 1.012, "sizes trained on", color="0.45", fontsize=9)
+    axes.axhline(0.5, color="0.8", linewidth=1)
+    sizes = sorted(set().union(*accuracy.values()))
+    axes.set_xscale("log")
+    axes.set_xticks(sizes, sizes, minor=False)
+    axes.minorticks_off()
+    axes.set(
+        xlim=(0.9, max(sizes) * 1.15),
+        ylim=(0.42, 1.04),
+        xlabel="images in the haystack",
+        ylabel="accuracy (chance 0.5)",
+    )
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0.02, 0.12))
+    finish(figure, path)
+
+
+def plot_terms(path, history, steps_per_epoch):
+    """Loss terms over training steps, a panel each.
+
+    Args:
+        path: File to write.
+        history: `keras.callbacks.History.history` of a distiller.
+        steps_per_epoch: Integer.
+    """
+    names = [
+        name
+        for name in ("loss", "attention", "query_key", "logits", "supervised")
+        if name in history
+    ]
+    figure, panels = plt.subplots(
+        1,
+        len(names),
+        figsize=(2.6 * len(names), 2.6),
+        layout="constrained",
+        squeeze=False,
+    )
+    for axes, name in zip(panels[0], names, strict=True):
+        values = history[name]
+        steps = [steps_per_epoch * (epoch + 1) for epoch in range(len(values))]
+        axes.plot(steps, values, color="tab:blue", marker="o", markersize=3)
+        axes.set(title=name, xlabel="steps", ylim=(0, None))
+    finish(figure, path)
+
+
+def plot_attention_mass(path, masses, edges, image_length):
+    """Attention of the question by distance.
+
+    Args:
+        path: File to write.
+        masses: Dictionary from `"teacher"`, `"before"` and `"after"` to what
+            `keras_laid.spectral.attention_mass` returned.
+        edges: Edges of the ranges, in tokens.
+        image_length: Integer, tokens an image has.
+    """
+    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    in_images = [edge / image_length for edge in edges]
+    for name, mass in masses.items():
+        axes.stairs(mass, in_images, label=LABELS[name], **STYLES[name])
+    axes.set(
+        xlabel="distance from the question, in images",
+        ylabel="share of attention",
+        xlim=(0, in_images[-1]),
+        yscale="log",
+    )
+    axes.legend(frameon=False)
+    finish(figure, path)
+
+
+def finish(figure, path):
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
