@@ -1,5 +1,6 @@
 """Long-window anchoring distillation of vision-language models, for Keras 3."""
 
+from keras_laid import presets
 from keras_laid.backbones.gain_modulation import attach_gain_modulation
 from keras_laid.backbones.gain_modulation import fold_gain_modulation
 from keras_laid.backbones.multi_image_pali_gemma import (
@@ -37,5 +38,6 @@ __all__ = [
     "fold_gain_modulation",
     "group_optimizer",
     "haystack_accuracy",
+    "presets",
     "rotary_positions",
 ]

@@ -27,8 +27,13 @@ def attention_layers(model):
 def replaced_method(layer, name, function):
     """Scope in which `layer.name` is `function`, for this one layer."""
     # In the instance's own dictionary: Keras tracks what `setattr` sets.
-    vars(layer)[name] = function
+    attributes = vars(layer)
+    outer = attributes.get(name)
+    attributes[name] = function
     try:
         yield
     finally:
-        del vars(layer)[name]
+        if outer is None:
+            del attributes[name]
+        else:
+            attributes[name] = outer

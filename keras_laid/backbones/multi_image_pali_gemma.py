@@ -6,13 +6,13 @@ from keras_hub.layers import PaliGemmaImageConverter
 from keras_hub.models import CausalLM
 from keras_hub.models import PaliGemmaCausalLM
 from keras_hub.models import PaliGemmaCausalLMPreprocessor
-
 from keras_hub.src.utils.pipeline_model import PipelineModel
 
 from keras_laid.backbones.decoder import backbone_of
 from keras_laid.backbones.rotary_positions import rotary_positions
 
 
+@keras.saving.register_keras_serializable(package="keras_laid")
 class MultiImageConverter(PaliGemmaImageConverter):
     """Converts `(batch, images, height, width, 3)` as single images."""
 
@@ -24,14 +24,16 @@ class MultiImageConverter(PaliGemmaImageConverter):
         return ops.reshape(flat, (*shape[:2], *ops.shape(flat)[1:]))
 
 
+@keras.saving.register_keras_serializable(package="keras_laid")
 class MultiImagePaliGemmaCausalLM(PaliGemmaCausalLM):
     """A PaliGemma whose prompts hold several images.
 
     It shares every layer and weight with the PaliGemma it is made from:
     training one trains the other. Each image goes through the vision encoder on
-    its own; the tokens of all images stand before the text in one sequence. With
-    one image the outputs are those of `keras_hub.models.PaliGemmaCausalLM`. The
-    number of images may differ from batch to batch.
+    its own; the tokens of all images stand before the text in one sequence.
+    With one image the outputs are those of
+    `keras_hub.models.PaliGemmaCausalLM`. The number of images may differ from
+    batch to batch.
 
     Masking: as in PaliGemma. Images and prompt attend each other in both
     directions; the response is causal.
@@ -74,6 +76,7 @@ class MultiImagePaliGemmaCausalLM(PaliGemmaCausalLM):
         if preprocessor is not None:
             preprocessor = multi_image_preprocessor(preprocessor)
         self.preprocessor = preprocessor
+        self.built = True
 
     @classmethod
     def from_causal_lm(cls, causal_lm):

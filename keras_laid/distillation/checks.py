@@ -66,7 +66,9 @@ def check_pair(teacher, student):
                 f"Received: teacher {attribute}={values[0]}, student "
                 f"{attribute}={values[1]}. Choose presets of one resolution."
             )
-    kinds = [isinstance(m, MultiImagePaliGemmaCausalLM) for m in (teacher, student)]
+    kinds = [
+        isinstance(m, MultiImagePaliGemmaCausalLM) for m in (teacher, student)
+    ]
     if kinds[0] != kinds[1]:
         raise ValueError(
             "Both models must take several images a prompt, or both one. "
@@ -90,9 +92,7 @@ def check_pair(teacher, student):
 
 
 def check_vocabularies(teacher, student, vocabulary):
-    sizes = [
-        decoder.backbone_of(m).vocabulary_size for m in (teacher, student)
-    ]
+    sizes = [decoder.backbone_of(m).vocabulary_size for m in (teacher, student)]
     if vocabulary == "same" and sizes[0] != sizes[1]:
         raise ValueError(
             "The logits term needs one vocabulary. Received: teacher "

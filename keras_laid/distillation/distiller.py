@@ -180,9 +180,7 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
             names.append("kl")
         if self.mixers:
             names.append("progress")
-        self.trackers = {
-            name: keras.metrics.Mean(name=name) for name in names
-        }
+        self.trackers = {name: keras.metrics.Mean(name=name) for name in names}
         self.built = True
 
     def __dir__(self):
@@ -259,8 +257,10 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         The one place where losses are defined, on every backend.
 
         Args:
-            x, y, sample_weight: A batch; `sample_weight` of shape
-                `(batch, length)` or `None`.
+            x: The student's inputs.
+            y: Integer tensor of shape `(batch, length)`, the next tokens.
+            sample_weight: Float tensor of shape `(batch, length)`, or `None`
+                to mark every token.
             targets: What `run_teacher(x)` returned.
             training: Boolean.
 
@@ -279,9 +279,7 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
                 self.attention_terms(x, sample_weight, attention, targets[1])
             )
         if self.term_weights["logits"]:
-            terms.update(
-                self.logits_terms(y_pred, targets[0], sample_weight)
-            )
+            terms.update(self.logits_terms(y_pred, targets[0], sample_weight))
         if self.term_weights["supervised"]:
             terms["supervised"] = self.supervised_loss(
                 y, y_pred, sample_weight=sample_weight

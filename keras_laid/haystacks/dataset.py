@@ -11,9 +11,7 @@ def article(name):
 
 def question(anchor, target):
     """The question of the Visual Haystacks benchmark, with one needle."""
-    return (
-        f"For the image with {article(anchor)}, is there {article(target)}?"
-    )
+    return f"For the image with {article(anchor)}, is there {article(target)}?"
 
 
 class Haystacks(keras.utils.PyDataset):
@@ -98,8 +96,8 @@ class Haystacks(keras.utils.PyDataset):
         # A needle shows (anchor, other): the target or another thing.
         draws = rng.random((num_questions, len(source.names))).argsort(axis=1)
         self.anchors, self.targets, others = draws[:, :3].T
-        self.answers = rng.permutation(num_questions) % 2 == 0
-        self._beside = np.where(self.answers, self.targets, others)
+        says_yes = rng.permutation(num_questions) % 2 == 0
+        self.beside = np.where(says_yes, self.targets, others)
         count = len(self)
         self._batch_sizes = rng.permutation(
             np.resize(np.asarray(self.sizes), count)
@@ -112,17 +110,34 @@ class Haystacks(keras.utils.PyDataset):
             self._batch_sizes[[one, other]] = self._batch_sizes[[other, one]]
         self._tokenize()
 
+    def text(self, anchor, target, beside):
+        """The prompt and the response for a needle that shows two things.
+
+        Args:
+            anchor: String, a name; the needle shows it.
+            target: String, the name asked for.
+            beside: String, the name of the other thing that the needle shows.
+
+        Returns:
+            A tuple of two strings.
+        """
+        return question(anchor, target), "yes" if target == beside else "no"
+
     def _tokenize(self):
         """Tokenizes each different question once."""
-        keys = np.stack([self.anchors, self.targets, self.answers], axis=1)
+        keys = np.stack([self.anchors, self.targets, self.beside], axis=1)
         unique, self._rows = np.unique(keys, axis=0, return_inverse=True)
         names = self.source.names
         size = self.source.image_size
+        prompts, responses = zip(
+            *(self.text(*(names[i] for i in key)) for key in unique),
+            strict=True,
+        )
         x, y, sample_weight = self.preprocessor(
             {
                 "images": np.zeros((len(unique), size, size, 3), "uint8"),
-                "prompts": [question(names[a], names[t]) for a, t, _ in unique],
-                "responses": ["yes" if a else "no" for _, _, a in unique],
+                "prompts": list(prompts),
+                "responses": list(responses),
             }
         )
         self._text = {
@@ -168,7 +183,7 @@ class Haystacks(keras.utils.PyDataset):
         anchors = self.anchors[which]
         pairs = pairs + (pairs >= anchors[:, None, None])
         row = np.arange(len(which))
-        pairs[row, needles] = np.stack([anchors, self._beside[which]], axis=1)
+        pairs[row, needles] = np.stack([anchors, self.beside[which]], axis=1)
         images = self.source.render(pairs.reshape(-1, 2), rng)
         images = images.reshape(len(which), size, *images.shape[1:])
         return (images * self._scale + self._offset).astype("float32")

@@ -36,6 +36,8 @@ class Digits:
             (10%) or `"test"` (25%).
         image_size: Integer, height and width in pixels, a multiple of 16.
             Drawings are enlarged by repeating pixels. Defaults to `16`.
+        augment: Boolean, whether each drawing is moved by up to one pixel and
+            drawn brighter or darker, for training. Defaults to `False`.
 
     Attributes:
         names: Tuple of the ten words a question uses, `names[d]` for digit `d`.
@@ -45,7 +47,7 @@ class Digits:
             multiple of 16.
     """
 
-    def __init__(self, split, image_size=2 * PATCH):
+    def __init__(self, split, image_size=2 * PATCH, augment=False):
         if split not in SPLITS:
             raise ValueError(
                 f"`split` must be one of {sorted(SPLITS)}. "
@@ -59,6 +61,7 @@ class Digits:
             )
         self.split = split
         self.image_size = image_size
+        self.augment = augment
         self.names = NAMES
         # Here, since scikit-learn takes a second to import.
         from sklearn.datasets import load_digits
@@ -89,9 +92,23 @@ class Digits:
             image, which = np.nonzero(pairs == digit)
             chosen = (draws[image, which] * len(drawings)).astype(int)
             cells[image, places[image, which]] = drawings[chosen]
+        if self.augment:
+            cells = augmented(cells, rng)
         grid = cells.reshape(count, 2, 2, PATCH, PATCH)
         images = grid.transpose(0, 1, 3, 2, 4)  # (image, row, y, column, x)
         images = images.reshape(count, 2 * PATCH, 2 * PATCH)
         zoom = self.image_size // (2 * PATCH)
         images = images.repeat(zoom, axis=1).repeat(zoom, axis=2)
         return np.repeat(images[..., None], 3, axis=-1)
+
+
+def augmented(cells, rng):
+    """Moves and dims drawings of shape `(images, cells, height, width)`."""
+    padded = np.pad(cells, ((0, 0), (0, 0), (1, 1), (1, 1)))
+    image, cell = np.ogrid[: cells.shape[0], : cells.shape[1]]
+    down, right = rng.integers(3, size=(2, *cells.shape[:2], 1, 1))
+    row = down + np.arange(PATCH)[:, None]
+    column = right + np.arange(PATCH)
+    moved = padded[image[..., None, None], cell[..., None, None], row, column]
+    light = rng.uniform(0.7, 1.0, size=(*cells.shape[:2], 1, 1))
+    return np.round(moved * light).astype("uint8")

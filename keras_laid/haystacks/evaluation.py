@@ -1,9 +1,14 @@
 """Accuracy over haystack size, and the effective window."""
 
+import itertools
+
 import numpy as np
 from keras import ops
 from tqdm import tqdm
 
+from keras_laid.backbones.multi_image_pali_gemma import (
+    MultiImagePaliGemmaCausalLM,
+)
 from keras_laid.haystacks.dataset import Haystacks
 
 
@@ -23,7 +28,8 @@ def haystack_accuracy(
     the response must be that of the right answer.
 
     Args:
-        model: A `keras_laid.MultiImagePaliGemmaCausalLM`.
+        model: A `keras_hub.models.PaliGemmaCausalLM` or
+            `keras_laid.MultiImagePaliGemmaCausalLM`.
         source: Source of images, such as `keras_laid.Digits("test")`.
         preprocessor: The preprocessor of the model's preset.
         sizes: Sequence of integers, numbers of images.
@@ -36,6 +42,8 @@ def haystack_accuracy(
     Returns:
         A dictionary from size to accuracy, 0 to 1, chance being 0.5.
     """
+    # Without a preprocessor: these batches are preprocessed.
+    model = MultiImagePaliGemmaCausalLM(model.backbone)
     accuracy = {}
     for size in tqdm(sizes, desc="haystacks", disable=not verbose):
         length = size * model.backbone.image_sequence_length
@@ -99,7 +107,7 @@ def effective_window(accuracy, share=0.85, chance=0.5):
             f"accuracy[{sizes[0]}]={accuracy[sizes[0]]}, chance={chance}"
         )
     threshold = chance + share * base
-    for near, far in zip(sizes, sizes[1:]):
+    for near, far in itertools.pairwise(sizes):
         if accuracy[far] < threshold:
             fall = accuracy[near] - accuracy[far]
             part = (accuracy[near] - threshold) / fall

@@ -1,5 +1,7 @@
 """How far attention reaches: its mass by distance."""
 
+import itertools
+
 import numpy as np
 from keras import ops
 
@@ -46,7 +48,7 @@ def attention_mass(model, inputs, edges, layers=(-1,)):
         by_row = np.stack(
             [
                 (maps * ((distance >= near) & (distance < far))).sum(axis=-1)
-                for near, far in zip(edges, edges[1:], strict=False)
+                for near, far in itertools.pairwise(edges)
             ],
             axis=-1,
         )  # [batch, rows, ranges]

@@ -5,7 +5,6 @@ from keras_laid.ops.attention_divergence import definition
 from keras_laid.ops.dispatch import Implementation
 from keras_laid.ops.dispatch import select
 
-
 # In order of preference.
 IMPLEMENTATIONS = (
     Implementation("chunked", chunked.attention_divergence),

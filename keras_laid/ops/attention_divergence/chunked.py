@@ -14,6 +14,9 @@ def attention_divergence(student, teacher, mask, distance, mixture):
         return definition.attention_divergence(
             student, teacher, mask, distance, mixture
         )
+    # Every block adds to the gradient of the keys: in float32.
+    student_key = ops.cast(student.key, "float32")
+    teacher_key = ops.cast(teacher.key, "float32")
     # Rows are independent, so each block is exact on its own.
     # `remat`: else the backward pass keeps every block's maps.
     # `map`, not a Python loop: else XLA may hold all blocks at once.
@@ -40,9 +43,9 @@ def attention_divergence(student, teacher, mask, distance, mixture):
 
         return keras.remat(divergence)(
             ops.take(student.query, index, axis=1),
-            student.key,
+            student_key,
             ops.take(teacher.query, index, axis=1),
-            teacher.key,
+            teacher_key,
             *([] if mixture is None else [mixture]),
         )
 

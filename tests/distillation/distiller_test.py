@@ -1,0 +1,568 @@
+"""The distiller: its terms, its steps, and what it leaves alone."""
+
+import json
+import pathlib
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_laid
+from keras_laid import DistanceWeightedAttentionDistillation
+from keras_laid import DistanceWeighting
+from keras_laid import PositionStretching
+from keras_laid import attach_gain_modulation
+from keras_laid.backbones.multi_image_pali_gemma import multi_image_preprocessor
+from keras_laid.distillation.distiller import weighted_mean
+from tests.support import PALI_GEMMA_2
+from tests.support import make_haystacks
+from tests.support import make_multi_image
+from tests.support import make_pali_gemma
+from tests.support import make_preprocessor
+from tests.support import to_numpy
+
+CURVE = pathlib.Path(__file__).parent / "loss_curve.json"
+BACKEND = keras.backend.backend()
+
+
+@pytest.fixture(scope="module")
+def preprocessor():
+    return make_preprocessor()
+
+
+def make_pair(preprocessor, gains=True):
+    """A teacher with more heads and width, and a student."""
+    size = preprocessor.tokenizer.vocabulary_size()
+    teacher = make_multi_image(
+        seed=1, vocabulary_size=size, hidden_dim=24, num_query_heads=4
+    )
+    student = make_multi_image(seed=2, vocabulary_size=size)
+    if gains:
+        attach_gain_modulation(student)
+    return teacher, student
+
+
+def make_distiller(preprocessor, optimizer=None, gains=True, **kwargs):
+    compile_kwargs = kwargs.pop("compile_kwargs", {})
+    teacher, student = make_pair(preprocessor, gains)
+    distiller = DistanceWeightedAttentionDistillation(
+        teacher, student, **kwargs
+    )
+    distiller.compile(optimizer or keras.optimizers.SGD(0.1), **compile_kwargs)
+    return distiller
+
+
+def values(model):
+    return [np.array(to_numpy(variable)) for variable in model.variables]
+
+
+def assert_same(one, other):
+    for a, b in zip(one, other, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+class Calls(list):
+    """A list that grows with each call of a model."""
+
+    def __init__(self, model, monkeypatch):
+        super().__init__()
+        run = type(model).call
+
+        def call(this, *args, **kwargs):
+            if this is model:
+                self.append(1)
+            return run(this, *args, **kwargs)
+
+        monkeypatch.setattr(type(model), "call", call)
+
+
+def test_one_pass_of_each_model_a_step(preprocessor, monkeypatch):
+    distiller = make_distiller(
+        preprocessor, query_key_weight=0.1, temperature=2.0
+    )
+    batch = make_haystacks(preprocessor, sizes=(2,))[0]
+    student_calls = Calls(distiller.student, monkeypatch)
+    teacher_calls = Calls(distiller.teacher, monkeypatch)
+    # JAX and TensorFlow call the models while they trace the one step.
+    distiller.optimizer.build(distiller.trainable_variables)
+    distiller.train_on_batch(*batch)
+    assert (len(student_calls), len(teacher_calls)) == (1, 1)
+    distiller.test_on_batch(*batch)
+    assert (len(student_calls), len(teacher_calls)) == (2, 2)
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="PyTorch runs uncompiled.")
+def test_a_step_is_compiled_once(preprocessor, monkeypatch):
+    distiller = make_distiller(preprocessor)
+    calls = Calls(distiller.student, monkeypatch)
+    haystacks = make_haystacks(
+        preprocessor,
+        num_questions=120,
+        sizes=(2,),
+        stretching=PositionStretching(9, 4),
+    )
+    distiller.fit(haystacks, epochs=1, verbose=0)
+    traced = len(calls)
+    assert traced == 1
+    distiller.fit(haystacks, epochs=2, initial_epoch=1, verbose=0)
+    assert len(calls) == traced
+    assert int(distiller.step) == 60
+
+
+def test_teacher_is_left_alone(preprocessor):
+    distiller = make_distiller(preprocessor)
+    teacher = distiller.teacher
+    before, trainable = values(teacher), teacher.trainable
+    student_before = values(distiller.student)
+    distiller.fit(make_haystacks(preprocessor), verbose=0)
+    assert_same(before, values(teacher))
+    assert teacher.trainable is trainable
+    assert all(v.trainable for v in teacher.backbone.trainable_variables)
+    for one, other in zip(
+        student_before, values(distiller.student), strict=True
+    ):
+        assert (one != other).any()
+    trained = {id(v) for v in distiller.trainable_variables}
+    assert not trained & {id(v) for v in teacher.variables}
+
+
+def test_loss_curve_is_the_same_on_every_backend(preprocessor):
+    # The curve was written by this test on JAX: delete the file to do it again.
+    distiller = make_distiller(
+        preprocessor,
+        keras.optimizers.SGD(0.05, momentum=0.9),
+        query_key_weight=0.1,
+        temperature=2.0,
+        layer_map="uniform",
+        rows="all",
+    )
+    haystacks = make_haystacks(
+        preprocessor,
+        num_questions=80,
+        sizes=(2, 3),
+        stretching=PositionStretching(9, 4),
+    )
+    losses = []
+    for index in range(20):
+        distiller.total_steps.assign(20)
+        logs = distiller.train_on_batch(*haystacks[index], return_dict=True)
+        distiller.reset_metrics()
+        losses.append({name: float(value) for name, value in logs.items()})
+    if not CURVE.exists():
+        CURVE.write_text(json.dumps(losses, indent=1))
+    expected = json.loads(CURVE.read_text())
+    assert losses[0]["loss"] > losses[-1]["loss"]
+    for step, (found, right) in enumerate(zip(losses, expected, strict=True)):
+        assert found.keys() == right.keys()
+        for name, value in right.items():
+            np.testing.assert_allclose(
+                found[name],
+                value,
+                rtol=1e-3,
+                atol=1e-6,
+                err_msg=f"step {step}, {name}",
+            )
+
+
+def test_loss_is_the_weighted_sum_of_its_terms(preprocessor):
+    weights = dict(
+        attention_weight=0.5,
+        query_key_weight=0.25,
+        logits_weight=2.0,
+        supervised_weight=3.0,
+    )
+    distiller = make_distiller(preprocessor, **weights)
+    logs = distiller.evaluate(
+        make_haystacks(preprocessor), verbose=0, return_dict=True
+    )
+    total = sum(
+        weight * logs[name.removesuffix("_weight")]
+        for name, weight in weights.items()
+    )
+    np.testing.assert_allclose(logs["loss"], total, rtol=1e-5)
+    np.testing.assert_allclose(logs["kl"], logs["logits"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("term", "needs_teacher"),
+    [
+        ("attention", True),
+        ("query_key", True),
+        ("logits", True),
+        ("supervised", False),
+    ],
+)
+def test_each_term_trains_alone(preprocessor, monkeypatch, term, needs_teacher):
+    terms = ("attention", "query_key", "logits", "supervised")
+    distiller = make_distiller(
+        preprocessor,
+        keras.optimizers.Adam(3e-3),
+        **{f"{name}_weight": float(name == term) for name in terms},
+    )
+    calls = Calls(distiller.teacher, monkeypatch)
+    haystacks = make_haystacks(preprocessor, sizes=(2,), batch_size=8)
+    history = distiller.fit(haystacks, epochs=6, verbose=0).history
+    assert set(history) & set(terms) == {term}
+    assert history[term][-1] < history[term][0]
+    assert bool(calls) is needs_teacher
+
+
+def test_student_equal_to_teacher_has_nothing_to_learn(preprocessor):
+    models = [make_multi_image(None, preprocessor, seed=1) for _ in range(2)]
+    distiller = DistanceWeightedAttentionDistillation(
+        *models, query_key_weight=1.0, mixer_sharpness=30.0, rows="all"
+    )
+    distiller.compile("sgd")
+    logs = distiller.evaluate(
+        make_haystacks(preprocessor), verbose=0, return_dict=True
+    )
+    for name in ("attention", "query_key", "logits"):
+        assert abs(logs[name]) < 1e-5, name
+
+
+def test_sample_weight_takes_examples_out(preprocessor):
+    distiller = make_distiller(preprocessor, query_key_weight=0.1)
+    x, y, sample_weight = make_haystacks(preprocessor, sizes=(2,))[0]
+    sample_weight[2:] = 0
+    some = distiller.test_on_batch(x, y, sample_weight, return_dict=True)
+    distiller.reset_metrics()
+    first = [{k: v[:2] for k, v in x.items()}, y[:2], sample_weight[:2]]
+    alone = distiller.test_on_batch(*first, return_dict=True)
+    for name in alone:
+        np.testing.assert_allclose(
+            some[name], alone[name], rtol=1e-4, err_msg=name
+        )
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(preprocessor):
+    x, y, sample_weight = make_haystacks(
+        preprocessor, sizes=(2,), batch_size=4
+    )[0]
+    whole = make_distiller(preprocessor)
+    whole.train_on_batch(x, y, sample_weight)
+    parts = make_distiller(
+        preprocessor,
+        keras.optimizers.SGD(0.1, gradient_accumulation_steps=4),
+    )
+    for row in range(4):
+        one = slice(row, row + 1)
+        parts.train_on_batch(
+            {k: v[one] for k, v in x.items()}, y[one], sample_weight[one]
+        )
+    for one, other in zip(
+        values(whole.student), values(parts.student), strict=True
+    ):
+        # Averages over examples of one length are averages over the batch, but
+        # for attention rows, which padding makes unequal.
+        np.testing.assert_allclose(one, other, atol=3e-3)
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_mixed_precision(preprocessor, policy):
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        distiller = make_distiller(
+            preprocessor, keras.optimizers.Adam(1e-3), query_key_weight=0.1
+        )
+        history = distiller.fit(
+            make_haystacks(preprocessor, sizes=(2,)), epochs=3, verbose=0
+        ).history
+    finally:
+        keras.config.set_dtype_policy(before)
+    assert np.isfinite(history["loss"]).all()
+    assert history["loss"][-1] < history["loss"][0]
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras refuses it with PyTorch.")
+def test_steps_per_execution(preprocessor):
+    distiller = make_distiller(
+        preprocessor, compile_kwargs=dict(steps_per_execution=2)
+    )
+    distiller.fit(
+        make_haystacks(preprocessor, 16, sizes=(2,)), epochs=2, verbose=0
+    )
+    assert int(distiller.step) == 8
+
+
+def test_every_variable_has_a_gradient(preprocessor):
+    distiller = make_distiller(preprocessor, keras.optimizers.SGD(1.0))
+    before = values(distiller.student), values(distiller.mixers[0])
+    distiller.fit(make_haystacks(preprocessor), verbose=0)
+    after = values(distiller.student), values(distiller.mixers[0])
+    for one, other in zip(before, after, strict=True):
+        for a, b in zip(one, other, strict=True):
+            assert np.isfinite(b).all()
+            assert (a != b).any()
+
+
+def test_learning_rates_of_groups(preprocessor):
+    optimizer = keras_laid.group_optimizer(
+        student=keras.optimizers.SGD(0.0),
+        mixer=keras.optimizers.SGD(1.0),
+        gains=keras.optimizers.SGD(1.0),
+    )
+    distiller = make_distiller(preprocessor, optimizer)
+    before = {
+        v.path: np.array(to_numpy(v)) for v in distiller.trainable_variables
+    }
+    distiller.fit(make_haystacks(preprocessor), verbose=0)
+    for variable in distiller.trainable_variables:
+        moved = (to_numpy(variable) != before[variable.path]).any()
+        fast = variable.path.endswith(("mixing_logits", "log_gain"))
+        assert moved == fast, variable.path
+
+
+def test_progress_reaches_one_at_the_end(preprocessor):
+    distiller = make_distiller(preprocessor)
+    haystacks = make_haystacks(preprocessor, sizes=(2,))
+    distiller.fit(haystacks, epochs=2, verbose=0)
+    assert (int(distiller.step), int(distiller.total_steps)) == (4, 4)
+    distiller.fit(haystacks, epochs=3, verbose=0)  # Goes on from there.
+    assert (int(distiller.step), int(distiller.total_steps)) == (10, 10)
+
+
+def test_schedule_needs_a_length(preprocessor):
+    class Endless(keras.utils.PyDataset):
+        haystacks = make_haystacks(preprocessor, sizes=(2,))
+
+        def __len__(self):
+            raise TypeError  # What a `PyDataset` without a length does.
+
+        @property
+        def num_batches(self):
+            return None
+
+        def __getitem__(self, index):
+            return self.haystacks[index % 2]
+
+    distiller = make_distiller(preprocessor)
+    with pytest.raises(ValueError, match="Pass `steps_per_epoch`"):
+        distiller.fit(Endless(), verbose=0)
+    distiller.fit(Endless(), steps_per_epoch=2, verbose=0)
+
+
+def test_interrupted_training_goes_on_as_if_it_had_not_been(
+    preprocessor, tmp_path
+):
+    haystacks = make_haystacks(preprocessor, sizes=(2,))
+
+    def run(distiller, callbacks=()):
+        return distiller.fit(
+            haystacks,
+            epochs=3,
+            shuffle=False,
+            verbose=0,
+            callbacks=[
+                keras.callbacks.BackupAndRestore(str(tmp_path / "backup")),
+                *callbacks,
+            ],
+        )
+
+    class Interrupt(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 2:
+                raise KeyboardInterrupt
+
+    adam = keras.optimizers.Adam
+    whole = make_distiller(preprocessor, adam(1e-2))
+    whole.fit(haystacks, epochs=3, shuffle=False, verbose=0)
+    with pytest.raises(KeyboardInterrupt):
+        run(make_distiller(preprocessor, adam(1e-2)), [Interrupt()])
+    resumed = make_distiller(preprocessor, adam(1e-2))
+    history = run(resumed)
+    assert history.epoch == [2]
+    assert int(resumed.total_steps) == 6
+    for one, other in zip(
+        values(whole.student), values(resumed.student), strict=True
+    ):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+def test_weight_files_hold_no_teacher(preprocessor, tmp_path):
+    import h5py
+
+    distiller = make_distiller(preprocessor, keras.optimizers.Adam(1e-3))
+    distiller.fit(make_haystacks(preprocessor), verbose=0)
+    distiller.save_weights(str(tmp_path / "state.weights.h5"))
+    with h5py.File(tmp_path / "state.weights.h5") as file:
+        names = []
+        file.visit(names.append)
+    assert any(name.startswith("student") for name in names)
+    assert not any("teacher" in name for name in names)
+    other = make_distiller(preprocessor, keras.optimizers.Adam(1e-3))
+    other.optimizer.build(other.trainable_variables)
+    other.load_weights(str(tmp_path / "state.weights.h5"))
+    assert_same(values(distiller.student), values(other.student))
+    assert int(other.step) == 2
+
+
+def test_the_whole_is_not_saved(preprocessor, tmp_path):
+    with pytest.raises(NotImplementedError, match="save_to_preset"):
+        make_distiller(preprocessor).save(str(tmp_path / "all.keras"))
+
+
+def test_predict_and_generate_are_the_students(preprocessor):
+    distiller = make_distiller(preprocessor)
+    x, _, _ = make_haystacks(preprocessor, sizes=(2,))[0]
+    np.testing.assert_allclose(
+        distiller.predict_on_batch(x),
+        distiller.student.predict_on_batch(x),
+        atol=1e-5,
+    )
+    distiller.student.preprocessor = multi_image_preprocessor(preprocessor)
+    inputs = {
+        "images": np.zeros((1, 2, 16, 16, 3), "uint8"),
+        "prompts": ["For the image with a seven, is there a one?"],
+    }
+    assert distiller.generate(dict(inputs)) == distiller.student.generate(
+        dict(inputs)
+    )
+
+
+def test_plain_kerashub_models_with_one_image(preprocessor):
+    teacher = make_pali_gemma(PALI_GEMMA_2, preprocessor, seed=1)
+    student = make_pali_gemma(None, preprocessor, seed=2)
+    attach_gain_modulation(student)
+    distiller = DistanceWeightedAttentionDistillation(
+        teacher, student, layer_map=[(-1, 1)]
+    )
+    distiller.compile(keras.optimizers.Adam(1e-2))
+    x, y, sample_weight = make_haystacks(
+        preprocessor, sizes=(1,), stretching=PositionStretching(9, 4)
+    )[0]
+    x["images"] = x["images"][:, 0]
+    history = distiller.fit(
+        x, y, sample_weight=sample_weight, epochs=3, verbose=0
+    )
+    assert history.history["loss"][-1] < history.history["loss"][0]
+
+
+def test_shared_vocabulary(preprocessor):
+    teacher = make_multi_image(None, seed=1, vocabulary_size=60)
+    student = make_multi_image(None, seed=2, vocabulary_size=50)
+    with pytest.raises(ValueError, match='`vocabulary="shared"`.*first 50'):
+        DistanceWeightedAttentionDistillation(teacher, student)
+    distiller = DistanceWeightedAttentionDistillation(
+        teacher, student, vocabulary="shared"
+    )
+    distiller.compile("sgd")
+    logs = distiller.evaluate(
+        make_haystacks(preprocessor), verbose=0, return_dict=True
+    )
+    assert np.isfinite(logs["logits"])
+
+
+def other_resolution(preprocessor):
+    return make_multi_image(None, preprocessor, image_size=32)
+
+
+def other_head_dim(preprocessor):
+    return make_multi_image(None, preprocessor, head_dim=4)
+
+
+def one_image(preprocessor):
+    return make_pali_gemma(None, preprocessor)
+
+
+def only_a_backbone(preprocessor):
+    return make_pali_gemma(None, preprocessor).backbone
+
+
+def no_pali_gemma(preprocessor):
+    return keras.Sequential([keras.layers.Dense(1)])
+
+
+@pytest.mark.parametrize(
+    ("teacher", "kwargs", "words"),
+    [
+        (other_resolution, {}, "same tokens.*teacher image_size=32"),
+        (one_image, {}, "several images a prompt, or both one"),
+        (only_a_backbone, {}, "`teacher` must be a task with logits"),
+        (no_pali_gemma, {}, "Received: Sequential"),
+        (other_head_dim, dict(query_key_weight=1.0), "teacher head_dim=4"),
+        (None, dict(attention_weight=-1.0), "`attention_weight` must be"),
+        (None, dict(logits_weight=float("nan")), "logits_weight=nan"),
+        (None, dict(temperature=0.0), "`temperature` must be"),
+        (None, dict(rows="question"), "`rows` must be one of"),
+        (None, dict(vocabulary="any"), "`vocabulary` must be one of"),
+        (None, dict(layer_map="first"), '"last", "uniform", or pairs'),
+        (None, dict(layer_map=[(0, 2)]), "teacher layer 2"),
+        (None, dict(layer_map=[(0, 0), (-2, 1)]), "each student layer once"),
+        (
+            None,
+            dict(attention_weight=0, logits_weight=0, supervised_weight=0),
+            "At least one term",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(preprocessor, teacher, kwargs, words):
+    student = make_multi_image(None, preprocessor)
+    teacher = (teacher or make_multi_image_like)(preprocessor)
+    with pytest.raises(ValueError, match=words):
+        DistanceWeightedAttentionDistillation(teacher, student, **kwargs)
+
+
+def make_multi_image_like(preprocessor):
+    return make_multi_image(None, preprocessor, seed=1)
+
+
+def test_one_model_twice_is_refused(preprocessor):
+    pali_gemma = make_pali_gemma(None, preprocessor)
+    one, other = (
+        keras_laid.MultiImagePaliGemmaCausalLM.from_causal_lm(pali_gemma)
+        for _ in range(2)
+    )
+    with pytest.raises(ValueError, match="must be two models"):
+        DistanceWeightedAttentionDistillation(one, one)
+    with pytest.raises(ValueError, match="must not share weights"):
+        DistanceWeightedAttentionDistillation(one, other)
+
+
+def test_sliding_layers_are_no_targets(preprocessor):
+    teacher = make_multi_image(PALI_GEMMA_2, preprocessor, seed=1)
+    student = make_multi_image(PALI_GEMMA_2, preprocessor, seed=2)
+    make = DistanceWeightedAttentionDistillation
+    assert make(teacher, student).layer_pairs == ((3, 3),)
+    uniform = make(teacher, student, layer_map="uniform")
+    assert uniform.layer_pairs == ((1, 1), (3, 3))
+    with pytest.raises(ValueError, match=r"full attention, of \[1, 3\]"):
+        make(teacher, student, layer_map=[(0, 1)])
+
+
+def test_weighted_mean():
+    found = weighted_mean(ops.ones((2, 3)) * 4.0, ops.ones((2, 1)))
+    assert float(found) == 4.0
+    assert float(weighted_mean(ops.ones((2, 3)), ops.zeros((2, 3)))) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("linear", [0.0, 0.25, 0.5, 1.0, 1.0]),
+        ("cosine", [0.0, 0.14645, 0.5, 1.0, 1.0]),
+        ("constant", [1.0, 1.0, 1.0, 1.0, 1.0]),
+    ],
+)
+def test_schedules(schedule, expected):
+    weighting = DistanceWeighting(schedule=schedule)
+    found = [
+        float(weighting.progress(ops.array(step), ops.array(8)))
+        for step in (0, 2, 4, 8, 9)
+    ]
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        (dict(strength=-1.0), "`strength` must be.*strength=-1.0"),
+        (dict(exponent=0.0), "`exponent` must be"),
+        (dict(schedule="step"), "`schedule` must be one of.*'step'"),
+        (dict(steps=0), "`steps` must be at least 1"),
+    ],
+)
+def test_bad_weightings_are_refused(kwargs, words):
+    with pytest.raises(ValueError, match=words):
+        DistanceWeighting(**kwargs)

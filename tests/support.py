@@ -1,0 +1,143 @@
+"""What tests share: small models, gradients, and closeness across dtypes."""
+
+import io
+
+import keras
+import keras_hub
+import numpy as np
+import sentencepiece
+from keras import ops
+
+from keras_laid import Digits
+from keras_laid import Haystacks
+from keras_laid import MultiImagePaliGemmaCausalLM
+from keras_laid.haystacks.dataset import question
+from keras_laid.haystacks.digits import NAMES
+
+PALI_GEMMA = dict(
+    image_size=16,
+    num_layers=2,
+    num_query_heads=2,
+    num_key_value_heads=1,
+    hidden_dim=16,
+    intermediate_dim=24,
+    head_dim=8,
+    vit_patch_size=8,
+    vit_num_heads=2,
+    vit_hidden_dim=8,
+    vit_num_layers=1,
+    vit_intermediate_dim=8,
+)
+# Every feature of PaliGemma 2: soft caps, sliding windows, more norms.
+PALI_GEMMA_2 = dict(
+    PALI_GEMMA,
+    num_layers=4,
+    num_query_heads=4,
+    num_key_value_heads=2,
+    use_post_ffw_norm=True,
+    use_post_attention_norm=True,
+    attention_logit_soft_cap=50,
+    final_logit_soft_cap=30,
+    use_sliding_window_attention=True,
+    sliding_window_size=6,
+)
+
+
+def make_preprocessor():
+    sentences = [question(a, b) for a in NAMES for b in NAMES] + ["yes", "no"]
+    proto = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences),
+        model_writer=proto,
+        model_type="word",
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        pad_piece="<pad>",
+        eos_piece="<eos>",
+        bos_piece="<bos>",
+        unk_piece="<unk>",
+        minloglevel=2,
+    )
+    return keras_hub.models.PaliGemmaCausalLMPreprocessor(
+        keras_hub.models.PaliGemmaTokenizer(proto=proto.getvalue()),
+        keras_hub.layers.PaliGemmaImageConverter(scale=1 / 127.5, offset=-1.0),
+        sequence_length=14,
+    )
+
+
+def make_pali_gemma(config=None, preprocessor=None, seed=0, **kwargs):
+    """A `PaliGemmaCausalLM` with the same weights on every backend."""
+    config = dict(config or PALI_GEMMA, **kwargs)
+    if preprocessor is not None:
+        config["vocabulary_size"] = preprocessor.tokenizer.vocabulary_size()
+    config.setdefault("vocabulary_size", 40)
+    backbone = keras_hub.models.PaliGemmaBackbone(**config)
+    rng = np.random.default_rng(seed)
+    for variable in backbone.trainable_variables:
+        if len(variable.shape) > 1:
+            fan_in = np.prod(variable.shape[:-1])
+            scale = 1.5 / np.sqrt(min(fan_in, 64))
+            variable.assign(scale * rng.standard_normal(variable.shape))
+    return keras_hub.models.PaliGemmaCausalLM(
+        backbone=backbone, preprocessor=preprocessor
+    )
+
+
+def make_multi_image(config=None, preprocessor=None, seed=0, **kwargs):
+    return MultiImagePaliGemmaCausalLM.from_causal_lm(
+        make_pali_gemma(config, preprocessor, seed, **kwargs)
+    )
+
+
+def make_haystacks(preprocessor, num_questions=8, sizes=(2, 3), **kwargs):
+    kwargs.setdefault("batch_size", 4)
+    return Haystacks(
+        Digits("train"), preprocessor, num_questions, sizes, **kwargs
+    )
+
+
+def to_numpy(x):
+    """Any tensor as NumPy; bfloat16, which NumPy lacks, as float32."""
+    if not isinstance(x, np.ndarray):
+        x = ops.convert_to_numpy(ops.cast(x, "float32"))
+    return x
+
+
+def value_and_grads(function, *arrays):
+    """`function(*arrays)`, a scalar, and its gradient for each array."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        argnums = tuple(range(len(arrays)))
+        return jax.value_and_grad(function, argnums)(*arrays)
+    if keras.backend.backend() == "torch":
+        arrays = [a.detach().clone().requires_grad_() for a in arrays]
+        value = function(*arrays)
+        value.backward()
+        return value.detach(), tuple(a.grad for a in arrays)
+    import tensorflow as tf
+
+    with tf.GradientTape() as tape:
+        tape.watch(arrays)
+        value = function(*arrays)
+    return value, tuple(tape.gradient(value, arrays))
+
+
+def assert_as_good_as(fast, plain, exact, name, factor=2.0):
+    """`fast` may err at most `factor` times as much as `plain` does.
+
+    `fast` and `plain` have one dtype, `exact` is the same in a wider one: the
+    bound follows the dtype. Where `plain` is as wide, only the floor is left.
+    """
+    fast, plain, exact = (
+        to_numpy(x).astype("float64") for x in (fast, plain, exact)
+    )
+    assert np.isfinite(fast).all(), f"{name}: not finite"
+    # Sums over hundreds of float32 terms in another order.
+    floor = 2e-6 * np.abs(exact).max()
+    allowed = factor * np.abs(plain - exact).max() + floor
+    found = np.abs(fast - exact).max()
+    assert found <= allowed, f"{name}: {found:.3g} > {allowed:.3g}"
