@@ -62,7 +62,6 @@ class Stage:
     batch_size: int
     learning_rate: float  # Falls to a tenth along a cosine.
     window: int | None = None  # Positions are stretched over so many images.
-    augment: bool = False  # Whether digits are moved and dimmed.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,10 +80,9 @@ RECIPES = {
         num_query_heads=2,
         intermediate_dim=256,
         stages=(
-            Stage(Captions, (1,), 600, 64, 1e-3),
+            Stage(Captions, (1,), 800, 64, 1e-3),
             Stage(Retrieval, (1, 2, 3, 5), 1500, 64, 1e-3),
-            Stage(Haystacks, (1, 2, 3, 5), 2000, 64, 1e-3),
-            Stage(Haystacks, (1, 2, 3, 5), 2000, 64, 7e-4, augment=True),
+            Stage(Haystacks, (1, 2, 3, 5), 2500, 64, 1e-3),
         ),
     ),
     "digits_teacher": Recipe(
@@ -92,11 +90,10 @@ RECIPES = {
         num_query_heads=4,
         intermediate_dim=256,
         stages=(
-            Stage(Captions, (1,), 500, 64, 1e-3),
-            Stage(Retrieval, (1, 2, 5, 10), 1500, 48, 1e-3, window=150),
-            Stage(Haystacks, (1, 5, 10, 20), 1000, 32, 1e-3, window=150),
-            Stage(Haystacks, (1, 20, 50, 100), 500, 16, 5e-4, window=150),
-            Stage(Haystacks, (1, 20, 50, 100), 1000, 16, 7e-4, 150, True),
+            Stage(Captions, (1,), 800, 64, 1e-3),
+            Stage(Retrieval, (1, 2, 5, 10), 1200, 48, 1e-3, window=150),
+            Stage(Haystacks, (1, 5, 10, 20), 800, 32, 1e-3, window=150),
+            Stage(Haystacks, (1, 20, 50, 100), 1500, 16, 7e-4, window=150),
         ),
     ),
 }
@@ -154,7 +151,7 @@ def make_model(recipe, preprocessor):
 
 def make_data(stage, image_length, preprocessor, seed):
     return stage.task(
-        Digits("train", augment=stage.augment),
+        Digits("train", augment=True),
         preprocessor,
         num_questions=stage.steps * stage.batch_size,
         sizes=stage.sizes,

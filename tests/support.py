@@ -51,6 +51,7 @@ def make_preprocessor():
         model_writer=proto,
         model_type="word",
         hard_vocab_limit=False,
+        character_coverage=1.0,
         pad_id=0,
         eos_id=1,
         bos_id=2,

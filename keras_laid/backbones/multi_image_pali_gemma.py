@@ -3,7 +3,6 @@
 import keras
 from keras import ops
 from keras_hub.layers import PaliGemmaImageConverter
-from keras_hub.models import CausalLM
 from keras_hub.models import PaliGemmaCausalLM
 from keras_hub.models import PaliGemmaCausalLMPreprocessor
 from keras_hub.src.utils.pipeline_model import PipelineModel
@@ -68,22 +67,20 @@ class MultiImagePaliGemmaCausalLM(PaliGemmaCausalLM):
     """
 
     def __init__(self, backbone, preprocessor=None, **kwargs):
-        # A subclassed model, not a functional one: how many image tokens there
-        # are is known when it is called.
-        CausalLM.__init__(self, **kwargs)
-        self.backbone = backbone_of(backbone)
-        self.dtype_policy = self.backbone.dtype_policy
         if preprocessor is not None:
             preprocessor = multi_image_preprocessor(preprocessor)
-        self.preprocessor = preprocessor
-        self.built = True
+        super().__init__(
+            preprocessor=preprocessor, backbone=backbone_of(backbone), **kwargs
+        )
+        # KerasHub's graph, which is not run, has one image a prompt.
+        self.input_spec = None
 
     @classmethod
     def from_causal_lm(cls, causal_lm):
         """Makes one from a `keras_hub.models.PaliGemmaCausalLM`."""
         return cls(causal_lm.backbone, causal_lm.preprocessor)
 
-    def call(self, inputs):
+    def call(self, inputs, training=None, mask=None):
         backbone = self.backbone
         image_embeddings = self.encode_images(inputs["images"])
         text_embeddings = self.embed_text(inputs["token_ids"])
@@ -116,6 +113,11 @@ class MultiImagePaliGemmaCausalLM(PaliGemmaCausalLM):
 
     def encode_images(self, images):
         """`(batch, images, height, width, 3)` to `(batch, tokens, hidden)`."""
+        if len(images.shape) != 5:
+            raise ValueError(
+                "Images must have shape (batch, images, height, width, 3). "
+                f"Received: images.shape={tuple(images.shape)}"
+            )
         batch = ops.shape(images)[0]
         flat = ops.reshape(images, (-1, *images.shape[2:]))
         encoded = self.backbone.vit_encoder(flat)

@@ -239,11 +239,13 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(preprocessor):
     x, y, sample_weight = make_haystacks(
         preprocessor, sizes=(2,), batch_size=4
     )[0]
-    whole = make_distiller(preprocessor)
+    constant = DistanceWeighting(schedule="constant")
+    whole = make_distiller(preprocessor, distance_weighting=constant)
     whole.train_on_batch(x, y, sample_weight)
     parts = make_distiller(
         preprocessor,
         keras.optimizers.SGD(0.1, gradient_accumulation_steps=4),
+        distance_weighting=constant,
     )
     for row in range(4):
         one = slice(row, row + 1)
@@ -253,9 +255,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(preprocessor):
     for one, other in zip(
         values(whole.student), values(parts.student), strict=True
     ):
-        # Averages over examples of one length are averages over the batch, but
-        # for attention rows, which padding makes unequal.
-        np.testing.assert_allclose(one, other, atol=3e-3)
+        np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
@@ -264,10 +264,10 @@ def test_mixed_precision(preprocessor, policy):
     keras.config.set_dtype_policy(policy)
     try:
         distiller = make_distiller(
-            preprocessor, keras.optimizers.Adam(1e-3), query_key_weight=0.1
+            preprocessor, keras.optimizers.Adam(3e-3), query_key_weight=0.1
         )
         history = distiller.fit(
-            make_haystacks(preprocessor, sizes=(2,)), epochs=3, verbose=0
+            make_haystacks(preprocessor, sizes=(2,)), epochs=8, verbose=0
         ).history
     finally:
         keras.config.set_dtype_policy(before)
@@ -389,8 +389,8 @@ def test_weight_files_hold_no_teacher(preprocessor, tmp_path):
     with h5py.File(tmp_path / "state.weights.h5") as file:
         names = []
         file.visit(names.append)
-    assert any(name.startswith("student") for name in names)
-    assert not any("teacher" in name for name in names)
+    layers = {name.split("/")[1] for name in names if "layers/" in name[:7]}
+    assert layers == {"multi_image_pali_gemma_causal_lm", "head_mixer"}
     other = make_distiller(preprocessor, keras.optimizers.Adam(1e-3))
     other.optimizer.build(other.trainable_variables)
     other.load_weights(str(tmp_path / "state.weights.h5"))
