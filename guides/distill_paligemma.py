@@ -49,6 +49,12 @@ parser.add_argument("--window", type=int, default=150, help="in images")
 parser.add_argument("--questions", type=int, default=5000)
 parser.add_argument("--epochs", type=int, default=10)
 parser.add_argument("--learning-rate", type=float, default=7e-4)
+parser.add_argument("--attention-weight", type=float, default=0.3)
+parser.add_argument("--logits-weight", type=float, default=1.0)
+for part in ("stretching", "gains"):
+    parser.add_argument(
+        f"--{part}", action=argparse.BooleanOptionalAction, default=True
+    )
 parser.add_argument("--output", default="runs/distill_paligemma")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument(
@@ -101,22 +107,23 @@ the positions of a long window, so that the student sees far positions without
 paying for them.
 """
 
-digits = keras_laid.Digits("train", image_size)
+digits = keras_laid.Digits("train", image_size, augment=True)
 test_digits = keras_laid.Digits("test", image_size)
-train_sizes = sorted({2, args.images // 4, args.images // 2, args.images})
+train_sizes = {2, args.images // 4, args.images // 2, args.images}
+stretching = keras_laid.PositionStretching(args.window, image_length)
 haystacks = keras_laid.Haystacks(
     digits,
     preprocessor,
     num_questions=args.questions,
-    sizes=[size for size in train_sizes if size >= 2],
+    sizes=sorted(size for size in train_sizes if size >= 2),
     batch_size=32,
-    stretching=keras_laid.PositionStretching(args.window, image_length),
+    stretching=stretching if args.stretching else None,
     seed=args.seed,
 )
 
 
 def measure(name, model):
-    print(f"Measuring the {name}:", flush=True)
+    print(f"Accuracy of the {name}:", flush=True)
     return keras_laid.haystack_accuracy(
         model,
         test_digits,
@@ -156,12 +163,14 @@ tokens count more and more as training goes on. Mixing weights and gains have
 learning rates of their own. An interrupted run goes on from its last epoch.
 """
 
-keras_laid.attach_gain_modulation(student)
+if args.gains:
+    keras_laid.attach_gain_modulation(student)
 distiller = keras_laid.DistanceWeightedAttentionDistillation(
     teacher=several_images(teacher),
     student=several_images(student),
     distance_weighting=keras_laid.DistanceWeighting(strength=4.0),
-    attention_weight=0.3,
+    attention_weight=args.attention_weight,
+    logits_weight=args.logits_weight,
 )
 steps = args.epochs * len(haystacks)
 
@@ -199,7 +208,8 @@ KerasHub preset, which knows nothing of keras_laid; the numbers below are those
 of the preset, read back from disk.
 """
 
-keras_laid.fold_gain_modulation(student)
+if args.gains:
+    keras_laid.fold_gain_modulation(student)
 preset = str(output / "student")
 student.save_to_preset(preset)
 reloaded = keras_hub.models.PaliGemmaCausalLM.from_preset(preset)
