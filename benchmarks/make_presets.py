@@ -241,13 +241,13 @@ keras_laid in minutes; it knows nothing else.
 `keras_hub.models.PaliGemmaCausalLM.from_preset(keras_laid.presets.\
 {name.removeprefix("digits_").upper()})`
 
-{backbone.count_params():,} parameters; {backbone.num_layers} decoder layers of
+{backbone.count_params():,} parameters: {backbone.num_layers} decoder layers of
 width {backbone.hidden_dim}, {backbone.num_query_heads} query heads and one key
 head of 32; one vision layer of width 64; images of 16 x 16 pixels in 4 tokens.
 
 ## How it was made
-`KERAS_BACKEND=jax python -m benchmarks.make_presets --names {name}`, from random
-weights, seed {seed}, AdamW with cosine decay to a tenth:
+`KERAS_BACKEND=jax python -m benchmarks.make_presets --names {name}`, from
+random weights, seed {seed}, AdamW with cosine decay to a tenth:
 
 | task | images | steps x batch | rate | positions over | augmented |
 | --- | --- | --- | --- | --- | --- |

@@ -46,7 +46,7 @@ parser.add_argument("--teacher", default=keras_laid.presets.TEACHER)
 parser.add_argument("--student", default=keras_laid.presets.STUDENT)
 parser.add_argument("--images", type=int, default=20, help="to train on")
 parser.add_argument("--window", type=int, default=150, help="in images")
-parser.add_argument("--questions", type=int, default=5000)
+parser.add_argument("--questions", type=int, default=5000, help="an epoch")
 parser.add_argument("--epochs", type=int, default=10)
 parser.add_argument("--learning-rate", type=float, default=7e-4)
 parser.add_argument("--attention-weight", type=float, default=0.3)
@@ -102,7 +102,8 @@ A haystack is a row of images, each with two handwritten digits. One of them,
 the needle, shows the digit that the question names first: "For the image with
 a seven, is there a three?" Digits of training and test are different drawings.
 
-Training haystacks are short. `PositionStretching` spreads their images over
+Each epoch has questions of its own. Training haystacks are short:
+`PositionStretching` spreads their images over
 the positions of a long window, so that the student sees far positions without
 paying for them.
 """
@@ -114,7 +115,7 @@ stretching = keras_laid.PositionStretching(args.window, image_length)
 haystacks = keras_laid.Haystacks(
     digits,
     preprocessor,
-    num_questions=args.questions,
+    num_questions=args.questions * args.epochs,
     sizes=sorted(size for size in train_sizes if size >= 2),
     batch_size=32,
     stretching=stretching if args.stretching else None,
@@ -172,7 +173,8 @@ distiller = keras_laid.DistanceWeightedAttentionDistillation(
     attention_weight=args.attention_weight,
     logits_weight=args.logits_weight,
 )
-steps = args.epochs * len(haystacks)
+steps_per_epoch = len(haystacks) // args.epochs
+steps = args.epochs * steps_per_epoch
 
 
 def adamw(learning_rate):
@@ -196,6 +198,7 @@ training_started = time.time()
 history = distiller.fit(
     haystacks,
     epochs=args.epochs,
+    steps_per_epoch=steps_per_epoch,
     callbacks=[keras.callbacks.BackupAndRestore(str(output / "backup"))],
 )
 training_seconds = time.time() - training_started
@@ -228,7 +231,7 @@ spectral.plot_accuracy(
     {name: window for name, (window, _) in windows.items()},
     trained_on=args.images,
 )
-spectral.plot_terms(output / "terms.png", history.history, len(haystacks))
+spectral.plot_terms(output / "terms.png", history.history, steps_per_epoch)
 spectral.plot_attention_mass(
     output / "attention_mass.png", masses, edges, image_length
 )
