@@ -47,8 +47,8 @@ parser.add_argument("--student", default=keras_laid.presets.STUDENT)
 parser.add_argument("--images", type=int, default=20, help="to train on")
 parser.add_argument("--window", type=int, default=150, help="in images")
 parser.add_argument("--questions", type=int, default=5000, help="an epoch")
-parser.add_argument("--epochs", type=int, default=10)
-parser.add_argument("--learning-rate", type=float, default=7e-4)
+parser.add_argument("--epochs", type=int, default=12)
+parser.add_argument("--learning-rate", type=float, default=1.5e-3)
 parser.add_argument("--attention-weight", type=float, default=0.3)
 parser.add_argument("--logits-weight", type=float, default=1.0)
 for part in ("stretching", "gains"):
@@ -110,7 +110,7 @@ paying for them.
 
 digits = keras_laid.Digits("train", image_size, augment=True)
 test_digits = keras_laid.Digits("test", image_size)
-train_sizes = {2, args.images // 4, args.images // 2, args.images}
+train_sizes = {2, args.images // 2, args.images}
 stretching = keras_laid.PositionStretching(args.window, image_length)
 haystacks = keras_laid.Haystacks(
     digits,
