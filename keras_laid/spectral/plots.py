@@ -40,21 +40,32 @@ def plot_accuracy(path, accuracy, windows=None, trained_on=None):
         axes.axvline(
             window, ymax=0.06, color=STYLES[name]["color"], linewidth=5
         )
+    if windows:
+        axes.text(
+            1,
+            0.035,
+            "bars: effective window",
+            color="0.45",
+            fontsize=9,
+            transform=axes.get_xaxis_transform(),
+            va="center",
+        )
     if trained_on is not None:
         axes.axvspan(0.9, trained_on, color="0.95", zorder=0)
         axes.text(1, 1.012, "sizes trained on", color="0.45", fontsize=9)
     axes.axhline(0.5, color="0.8", linewidth=1)
     sizes = sorted(set().union(*accuracy.values()))
+    lowest = min(min(by_size.values()) for by_size in accuracy.values())
     axes.set_xscale("log")
     axes.set_xticks(sizes, sizes, minor=False)
     axes.minorticks_off()
     axes.set(
         xlim=(0.9, max(sizes) * 1.15),
-        ylim=(0.42, 1.04),
+        ylim=(min(lowest, 0.5) - 0.08, 1.04),
         xlabel="images in the haystack",
         ylabel="accuracy (chance 0.5)",
     )
-    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0.02, 0.12))
+    axes.legend(frameon=False, loc="center left")
     finish(figure, path)
 
 
