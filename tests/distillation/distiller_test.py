@@ -45,6 +45,8 @@ def make_pair(preprocessor, gains=True):
 
 def make_distiller(preprocessor, optimizer=None, gains=True, **kwargs):
     compile_kwargs = kwargs.pop("compile_kwargs", {})
+    # XLA compiles TensorFlow's steps too, but takes its time.
+    compile_kwargs.setdefault("jit_compile", BACKEND == "jax")
     teacher, student = make_pair(preprocessor, gains)
     distiller = DistanceWeightedAttentionDistillation(
         teacher, student, **kwargs
@@ -94,7 +96,9 @@ def test_one_pass_of_each_model_a_step(preprocessor, monkeypatch):
 
 @pytest.mark.skipif(BACKEND == "torch", reason="PyTorch runs uncompiled.")
 def test_a_step_is_compiled_once(preprocessor, monkeypatch):
-    distiller = make_distiller(preprocessor)
+    distiller = make_distiller(
+        preprocessor, compile_kwargs=dict(jit_compile=True)
+    )
     calls = Calls(distiller.student, monkeypatch)
     haystacks = make_haystacks(
         preprocessor,
