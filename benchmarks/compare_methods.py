@@ -28,15 +28,31 @@ METHODS = {
 }
 
 
+def arguments(method, seed):
+    return [*METHODS[method], "--seed", str(seed)]
+
+
 def run(method, seed, output):
     """Runs the guide once; returns its row."""
-    arguments = [*METHODS[method], "--seed", str(seed), "--output", output]
-    subprocess.run([sys.executable, str(GUIDE), *arguments], check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            str(GUIDE),
+            *arguments(method, seed),
+            "--output",
+            output,
+        ],
+        check=True,
+    )
+    return make_row(method, seed, output)
+
+
+def make_row(method, seed, output):
     results = json.loads((pathlib.Path(output) / "results.json").read_text())
     row = {
         "method": method,
         "seed": seed,
-        "arguments": " ".join(arguments[:-2]),
+        "arguments": " ".join(arguments(method, seed)),
     }
     for name, by_size in results["accuracy"].items():
         row |= {f"{name}_{size}": value for size, value in by_size.items()}

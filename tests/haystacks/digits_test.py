@@ -35,6 +35,21 @@ def test_images_show_two_digits_of_the_right_kind():
         assert found == set(pair)
 
 
+def test_augmented_drawings_are_near_the_plain_ones():
+    pairs = np.array([[1, 2]] * 50)
+    plain, augmented = (
+        Digits("train", augment=augment).render(pairs, np.random.default_rng(0))
+        for augment in (False, True)
+    )
+    assert augmented.dtype == np.uint8
+    brightness = augmented.mean(axis=(1, 2, 3)) / plain.mean(axis=(1, 2, 3))
+    assert (brightness < 1.0).all()
+    assert (brightness > 0.55).all()
+    for one, other in zip(plain, augmented, strict=True):
+        correlation = np.corrcoef(one.ravel(), other.ravel())[0, 1]
+        assert 0.85 < correlation < 1.0
+
+
 def test_same_seed_same_images():
     source, pairs = Digits("train"), np.array([[1, 2]] * 9)
     one, two, other = (
