@@ -63,6 +63,7 @@ class Stage:
     learning_rate: float  # Falls to a tenth along a cosine.
     window: int | None = None  # Positions are stretched over so many images.
     augment: bool = True  # Whether digits are moved and dimmed.
+    average: bool = False  # Whether the weights are a moving average's.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +97,7 @@ RECIPES = {
             Stage(Haystacks, (1, 5, 10, 20), 800, 32, 1e-3, window=150),
             Stage(Haystacks, (1, 20, 50, 100), 1500, 16, 7e-4, window=150),
             Stage(Haystacks, (1, 20, 50, 100), 1000, 16, 7e-4, 150, False),
+            Stage(Haystacks, (20, 50, 100), 2000, 16, 7e-4, 150, average=True),
         ),
     ),
 }
@@ -174,7 +176,13 @@ def train(model, stage, data, backup):
         warmup_steps=steps,
     )
     model.compile(
-        keras.optimizers.AdamW(schedule, weight_decay=0.01, clipnorm=1.0),
+        keras.optimizers.AdamW(
+            schedule,
+            weight_decay=0.01,
+            clipnorm=1.0,
+            use_ema=stage.average,
+            ema_momentum=0.995,
+        ),
         keras.losses.SparseCategoricalCrossentropy(
             from_logits=True, reduction="mean_with_sample_weight"
         ),
@@ -227,7 +235,8 @@ def write_card(name, backbone, recipe, accuracy, seed):
     stages = "\n".join(
         f"| {stage.task.__name__} | {', '.join(map(str, stage.sizes))} "
         f"| {stage.steps:,} x {stage.batch_size} | {stage.learning_rate:g} "
-        f"| {stage.window or 'own'} | {'yes' if stage.augment else 'no'} |"
+        f"| {stage.window or 'own'} | {'yes' if stage.augment else 'no'} "
+        f"| {'averaged' if stage.average else 'last'} |"
         for stage in recipe.stages
     )
     sizes = " | ".join(map(str, accuracy))
@@ -249,8 +258,8 @@ head of 32; one vision layer of width 64; images of 16 x 16 pixels in 4 tokens.
 `KERAS_BACKEND=jax python -m benchmarks.make_presets --names {name}`, from
 random weights, seed {seed}, AdamW with cosine decay to a tenth:
 
-| task | images | steps x batch | rate | positions over | augmented |
-| --- | --- | --- | --- | --- | --- |
+| task | images | steps x batch | rate | positions over | augmented | weights |
+| --- | --- | --- | --- | --- | --- | --- |
 {stages}
 
 `Captions` names both digits of an image, `Retrieval` the digit beside the one
