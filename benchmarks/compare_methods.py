@@ -35,6 +35,7 @@ def arguments(method, seed):
 
 def run(method, seed, output):
     """Runs the guide once; returns its row."""
+    ran_at = commit()
     subprocess.run(
         [
             sys.executable,
@@ -45,7 +46,7 @@ def run(method, seed, output):
         ],
         check=True,
     )
-    return make_row(method, seed, output)
+    return make_row(method, seed, output) | {"commit": ran_at}
 
 
 def make_row(method, seed, output):
@@ -60,9 +61,7 @@ def make_row(method, seed, output):
     for name, value in results["effective_window"].items():
         row[f"window_{name}"] = value
     row |= {f"seconds_{k}": round(v) for k, v in results["seconds"].items()}
-    return (
-        row | results["versions"] | {"commit": commit(), "machine": machine()}
-    )
+    return row | results["versions"] | {"machine": machine()}
 
 
 def commit():

@@ -1,35 +1,69 @@
-"""Times making a batch of haystacks against training on it, side by side.
+"""Times training fed by a `PyDataset`, by tf.data and by grain, side by side.
 
     KERAS_BACKEND=jax python -m benchmarks.input_pipeline
 
-Appends a row for each size to `benchmarks/results/input_pipeline.csv`. The
-batches are those of the guide: 32 questions, stretched positions, augmented
-digits; the step is one of the guide's distiller.
+Writes the backend's rows in `benchmarks/results/input_pipeline.csv`. The
+batches are those of the guide: 32 questions about 2, 10 or 20 images, stretched
+positions, augmented digits; the step is one of the guide's distiller. Feeders
+take turns, an epoch each, and are compared with batches made beforehand.
 """
 
 import argparse
 import csv
-import platform
 import time
 
+import grain
 import keras
 import keras_hub
 import numpy as np
+import tensorflow as tf
+from tqdm import tqdm
 
 import keras_laid
 from benchmarks.compare_methods import RESULTS
 from benchmarks.compare_methods import commit
 from benchmarks.compare_methods import machine
 
+PATH = RESULTS.parent / "input_pipeline.csv"
 
-def milliseconds(function, repeats):
-    """The median time of a call."""
-    times = []
-    for index in range(repeats):
-        start = time.perf_counter()
-        function(index)
-        times.append(1e3 * (time.perf_counter() - start))
-    return float(np.median(times))
+
+class Prepared(keras.utils.PyDataset):
+    """Batches made beforehand: what no feeder can beat."""
+
+    def __init__(self, haystacks):
+        super().__init__()
+        self.batches = [haystacks[i] for i in range(len(haystacks))]
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, index):
+        return self.batches[index]
+
+
+def tf_data(haystacks):
+    def spec(array):
+        return tf.TensorSpec([None] * array.ndim, array.dtype)
+
+    signature = keras.tree.map_structure(spec, haystacks[0])
+    dataset = tf.data.Dataset.from_generator(
+        lambda: (haystacks[i] for i in range(len(haystacks))),
+        output_signature=signature,
+    )
+    return dataset.prefetch(tf.data.AUTOTUNE)
+
+
+def grain_dataset(haystacks):
+    dataset = grain.MapDataset.range(len(haystacks))
+    return dataset.map(lambda index: haystacks[index]).to_iter_dataset()
+
+
+FEEDERS = {
+    "prepared": Prepared,
+    "py_dataset": lambda haystacks: haystacks,
+    "tf_data": tf_data,
+    "grain": grain_dataset,
+}
 
 
 def make_distiller():
@@ -45,48 +79,79 @@ def make_distiller():
     return distiller, models[1].preprocessor
 
 
+def seconds(function):
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sizes", nargs="+", type=int, default=[2, 10, 20])
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=30, help="an epoch")
+    parser.add_argument("--epochs", type=int, default=7, help="a feeder")
+    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    keras.utils.set_random_seed(args.seed)
     distiller, preprocessor = make_distiller()
-    path = RESULTS.parent / "input_pipeline.csv"
-    for size in args.sizes:
-        haystacks = keras_laid.Haystacks(
-            keras_laid.Digits("train", augment=True),
-            preprocessor,
-            num_questions=32 * args.repeats,
-            sizes=(size,),
-            stretching=keras_laid.PositionStretching(150, 4),
-        )
-        batches = []
-        batch_ms = milliseconds(
-            lambda index, h=haystacks, b=batches: b.append(h[index]),
-            args.repeats,
-        )
-        distiller.train_on_batch(*batches[0])  # Compiles.
-        step_ms = milliseconds(
-            lambda index, b=batches: distiller.train_on_batch(*b[index]),
-            args.repeats,
-        )
-        row = {
+    haystacks = keras_laid.Haystacks(
+        keras_laid.Digits("train", augment=True),
+        preprocessor,
+        num_questions=32 * args.steps,
+        sizes=(2, 10, 20),
+        stretching=keras_laid.PositionStretching(150, 4),
+        seed=args.seed,
+    )
+    making = seconds(lambda: Prepared(haystacks))
+    feeders = {name: make(haystacks) for name, make in FEEDERS.items()}
+    times = {name: [] for name in feeders}
+    for epoch in tqdm(range(args.epochs + 1), desc="epochs a feeder"):
+        for name, feeder in feeders.items():
+            took = seconds(
+                lambda f=feeder: distiller.fit(
+                    f, steps_per_epoch=args.steps, verbose=0
+                )
+            )
+            if epoch:  # The first compiles.
+                times[name].append(took)
+    per_step = {name: np.median(t) / args.steps for name, t in times.items()}
+    rows = [
+        {
             "backend": keras.backend.backend(),
-            "images": size,
-            "batch_ms": round(batch_ms, 2),
-            "step_ms": round(step_ms, 2),
-            "batch_share": round(batch_ms / step_ms, 4),
+            "feeder": name,
+            "ms_per_step": round(1e3 * per_step[name], 2),
+            "ratio_to_prepared": round(
+                per_step[name] / per_step["prepared"], 3
+            ),
+            "ms_making_a_batch": round(1e3 * making / args.steps, 2),
+            "steps": args.steps,
+            "epochs": args.epochs,
+            "seed": args.seed,
             "keras": keras.__version__,
-            "python": platform.python_version(),
+            "tensorflow": tf.__version__,
+            "grain": grain.__version__,
             "commit": commit(),
             "machine": machine(),
         }
-        new = not path.exists()
-        with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, list(row))
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        for name in feeders
+    ]
+    write_rows(rows)
+
+
+def write_rows(rows):
+    """Replaces the rows of this backend."""
+    kept = []
+    if PATH.exists():
+        with PATH.open() as file:
+            kept = [
+                row
+                for row in csv.DictReader(file)
+                if row["backend"] != keras.backend.backend()
+            ]
+    with PATH.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(kept + rows)
+    for row in rows:
         print(row)
 
 

@@ -98,6 +98,7 @@ RECIPES = {
             Stage(Haystacks, (1, 20, 50, 100), 1500, 16, 7e-4, window=150),
             Stage(Haystacks, (1, 20, 50, 100), 1000, 16, 7e-4, 150, False),
             Stage(Haystacks, (20, 50, 100), 2000, 16, 7e-4, 150, average=True),
+            Stage(Haystacks, (20, 50, 100), 2500, 16, 5e-4, 150, average=True),
         ),
     ),
 }
