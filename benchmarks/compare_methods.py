@@ -21,7 +21,6 @@ GUIDE = pathlib.Path(__file__).parent.parent / "guides" / "distill_paligemma.py"
 LABELS_ALONE = ["--attention-weight", "0", "--logits-weight", "0", "--no-gains"]
 METHODS = {
     "guide": [],
-    "guide_12_epochs": ["--epochs", "12"],
     "sft": [*LABELS_ALONE, "--no-stretching"],
     "sft_stretched": LABELS_ALONE,
     "kd_stretched": ["--attention-weight", "0", "--no-gains"],
