@@ -30,7 +30,7 @@ SHAPES = {
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     # So that small tests have several blocks, the last one not full.
-    monkeypatch.setattr(chunked, "BLOCK", 5)
+    monkeypatch.setattr(chunked, "ROWS", 5)
 
 
 class Case:
@@ -245,7 +245,7 @@ def test_memory_of_chunked_is_linear_in_rows():
         compiled = jax.jit(jax.grad(loss)).lower(query).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    chunked.BLOCK = 32
+    chunked.ROWS = 32
     growth = temporary_bytes("chunked", 2048) / temporary_bytes("chunked", 512)
     assert growth < 4.5
     whole = temporary_bytes("definition", 2048)

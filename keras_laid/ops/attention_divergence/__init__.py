@@ -1,5 +1,8 @@
 """Distance-weighted divergence between two attention maps."""
 
+import keras
+from keras import ops
+
 from keras_laid.ops.attention_divergence import chunked
 from keras_laid.ops.attention_divergence import definition
 from keras_laid.ops.dispatch import Implementation
@@ -31,8 +34,7 @@ def attention_divergence(
     Args:
         student: `keras_laid.ops.Attention` of the student.
         teacher: `keras_laid.ops.Attention` of the teacher, with the same batch,
-            rows and keys. Head dims may differ. Gradients reach it: stop them
-            before the call where they are not wanted.
+            rows and keys. Head dims may differ. No gradient reaches it.
         mask: `keras_laid.ops.AttentionMask` of both.
         distance: `keras_laid.ops.Distance`, positions and weights.
         mixture: Optional float32 tensor of shape
@@ -53,6 +55,10 @@ def attention_divergence(
        distance-weighted attention matching"; the formula is ours.
     """
     check_shapes(student, teacher, mixture)
+    teacher = teacher._replace(
+        query=ops.stop_gradient(teacher.query),
+        key=ops.stop_gradient(teacher.key),
+    )
     arguments = (student, teacher, mask, distance, mixture)
     chosen = select(
         "attention_divergence", IMPLEMENTATIONS, implementation, *arguments
