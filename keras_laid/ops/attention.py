@@ -124,7 +124,11 @@ class Distance(NamedTuple):
         rows = ops.cast(self.row_positions, "float32")
         keys = ops.cast(self.key_positions, "float32")
         distance = ops.abs(rows[:, :, None] - keys[:, None])
-        span = ops.max(keys, axis=1) - ops.min(keys, axis=1)
-        share = distance / ops.maximum(span, 1.0)[:, None, None]
+        share = distance / ops.maximum(self.span(), 1.0)[:, None, None]
         weights = 1.0 + self.strength * ops.power(share, self.exponent)
         return weights[:, None]
+
+    def span(self):
+        """Float32 tensor of shape `(batch or 1,)`, in tokens."""
+        keys = ops.cast(self.key_positions, "float32")
+        return ops.max(keys, axis=1) - ops.min(keys, axis=1)

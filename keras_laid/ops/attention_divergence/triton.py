@@ -12,19 +12,12 @@ import torch
 import triton
 import triton.language as tl
 
+from keras_laid.ops.attention_divergence import tiles
+
 # In a tile: minus infinity, whose differences would be NaN; and what counts as
 # probability 0 in `p * log(p)`. As in definition.py.
 MASKED = tl.constexpr(-1e30)
 TINY = tl.constexpr(1e-30)
-
-
-class Spec(NamedTuple):
-    """What is known of one model's attention when kernels are compiled."""
-
-    heads: int
-    key_heads: int
-    width: int
-    soft_cap: float | None
 
 
 class Side(NamedTuple):
@@ -36,34 +29,6 @@ class Side(NamedTuple):
     scale: Any
     rows: Any
     keys: Any
-
-
-class Places(NamedTuple):
-    """Which keys a row attends, and how much their distance weighs."""
-
-    kinds: Any  # (batch, keys): 0 for padding, 1 bidirectional, 2 causal.
-    row_index: Any  # (rows,)
-    row_share: Any  # (batch, rows): positions over spans.
-    key_share: Any  # (batch, keys)
-    strength: Any  # One number.
-
-
-class Tiles(NamedTuple):
-    """Sizes of a tile, and how a program runs its loop of tiles."""
-
-    rows: int
-    keys: int
-    warps: int
-    stages: int
-
-
-def choose_tiles(width):
-    """Wider heads leave less of the chip's memory for a tile."""
-    if width <= 64:
-        return Tiles(rows=128, keys=64, warps=8, stages=3)
-    if width <= 128:
-        return Tiles(rows=64, keys=64, warps=4, stages=3)
-    return Tiles(rows=64, keys=32, warps=4, stages=2)
 
 
 @triton.jit
@@ -492,41 +457,6 @@ def key_gradient_kernel(
     tl.store(where, of_key.to(gradient.dtype.element_ty), mask=inside)
 
 
-def row_bounds(mask, keys, block):
-    """For each tile of rows the keys it may attend: `(batch, tiles, 2)`."""
-    index = mask.row_index.to(torch.int64)
-    lowest = index[::block]
-    highest = torch.cat([index[block - 1 :: block], index[-1:]])
-    highest = highest[: len(lowest)]
-    places = torch.arange(1, keys + 1, device=index.device)
-    bidirectional = (mask.bidirectional * places).amax(1)[:, None]
-    causal = (mask.causal * places).amax(1)[:, None]
-    end = torch.maximum(bidirectional, torch.minimum(causal, highest + 1))
-    start = torch.zeros_like(end)
-    if mask.window is not None:
-        start = start + (lowest - mask.window + 1).clamp(min=0)
-        end = torch.minimum(end, highest + mask.window)
-    return torch.stack([start, end], -1).to(torch.int32)
-
-
-def key_bounds(mask, keys, block):
-    """For each tile of keys the rows that may attend it, likewise."""
-    index = mask.row_index.to(torch.int64).contiguous()
-    lowest = torch.arange(0, keys, block, device=index.device)
-    highest = (lowest + block).clamp(max=keys) - 1
-    for_all = torch.nn.functional.pad(
-        mask.bidirectional, (0, -keys % block)
-    ).unflatten(1, (-1, block))
-    start = torch.searchsorted(index, lowest)
-    start = torch.where(for_all.any(-1), 0, start)
-    end = torch.full_like(start, len(index))
-    if mask.window is not None:
-        first = torch.searchsorted(index, lowest - mask.window + 1)
-        start = torch.maximum(start, first)
-        end = torch.searchsorted(index, highest + mask.window).expand_as(end)
-    return torch.stack([start, end], -1).to(torch.int32).contiguous()
-
-
 class Divergence(torch.autograd.Function):
     """The kernels, with a gradient for student and mixture."""
 
@@ -557,7 +487,7 @@ class Divergence(torch.autograd.Function):
                 (teacher_query, teacher_key, call.teacher_scale),
             )
         )
-        bounds = row_bounds(call.mask, student.keys, call.tiles.rows)
+        bounds = tiles.row_bounds(call.places, call.tiles, call.window)
         if mixture is not None:
             launch(
                 normalizer_kernel,
@@ -617,7 +547,7 @@ class Divergence(torch.autograd.Function):
             (*models, bounds, center, upstream, of_query, of_mixture, *specs),
             exponent=call.exponent,
         )
-        bounds = key_bounds(call.mask, student.keys, call.tiles.keys)
+        bounds = tiles.key_bounds(call.places, call.tiles, call.window)
         launch(
             key_gradient_kernel,
             call,
@@ -632,23 +562,23 @@ class Divergence(torch.autograd.Function):
 
 
 class Call(NamedTuple):
-    """All that is no tensor with a gradient."""
+    """All that has no gradient, but the teacher."""
 
-    mask: Any
-    places: Places
-    spec: Spec
-    teacher_spec: Spec
+    places: tiles.Places
+    spec: tiles.Spec
+    teacher_spec: tiles.Spec
     scale: float
     teacher_scale: float
+    window: int | None
     exponent: float
-    tiles: Tiles
+    tiles: tiles.Tiles
 
 
 def launch(kernel, call, bounds, heads, arguments, **constants):
     batch, count = bounds.shape[:2]
     kernel[(count, batch * heads)](
         *arguments,
-        window=call.mask.window,
+        window=call.window,
         **constants,
         BLOCK_ROWS=call.tiles.rows,
         BLOCK_KEYS=call.tiles.keys,
@@ -658,38 +588,16 @@ def launch(kernel, call, bounds, heads, arguments, **constants):
 
 
 def attention_divergence(student, teacher, mask, distance, mixture):
-    batch = student.query.shape[0]
-    rows, keys = (
-        positions.to(torch.float32).expand(batch, -1)
-        for positions in (distance.row_positions, distance.key_positions)
-    )
-    span = (keys.amax(1) - keys.amin(1)).clamp(min=1.0)[:, None]
-    kinds = torch.where(mask.bidirectional, 1, torch.where(mask.causal, 2, 0))
-    specs = [
-        Spec(
-            side.query.shape[2],
-            side.key.shape[2],
-            side.query.shape[3],
-            side.soft_cap,
-        )
-        for side in (student, teacher)
-    ]
+    specs = tiles.Spec.of(student), tiles.Spec.of(teacher)
+    places = tiles.Places.of(mask, distance, student.query.shape[0])
     call = Call(
-        mask,
-        Places(
-            kinds.to(torch.int8).expand(batch, -1).contiguous(),
-            mask.row_index.to(torch.int32).contiguous(),
-            (rows / span).contiguous(),
-            (keys / span).contiguous(),
-            torch.as_tensor(
-                distance.strength, dtype=torch.float32, device=span.device
-            ),
-        ),
+        tiles.Places(*(tensor.contiguous() for tensor in places)),
         *specs,
         float(student.scale),
         float(teacher.scale),
+        mask.window,
         float(distance.exponent),
-        choose_tiles(max(spec.width for spec in specs)),
+        tiles.choose_tiles(max(spec.width for spec in specs)),
     )
     return Divergence.apply(
         student.query.contiguous(),
