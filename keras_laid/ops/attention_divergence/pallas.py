@@ -56,6 +56,18 @@ def dot(a, b):
     )
 
 
+def dot_in_two(a, b):
+    """`a @ b` for float32 `a`, rounded to `b`'s dtype in two parts.
+
+    In one part, sums that cancel would lose more than the definition's.
+    """
+    high = a.astype(b.dtype)
+    total = dot(high, b)
+    if b.dtype != jnp.float32:
+        total += dot((a - high.astype(jnp.float32)).astype(b.dtype), b)
+    return total
+
+
 def load_query(side, head, row, call):
     return side.query[pl.ds(row, call.tiles.rows), head, :]
 
@@ -289,7 +301,7 @@ def query_gradient_kernel(
             keys,
             call,
         )
-        of_query += dot((of_row * slope).astype(keys.dtype), keys)
+        of_query += dot_in_two(of_row * slope, keys)
         if mixture is not None:
 
             def add(other, of_mixture):
@@ -351,7 +363,7 @@ def key_gradient_kernel(
                 call,
             )
             slope *= load_rows(upstream, head, row, call)[:, None]
-            return of_key + dot(slope.T.astype(query.dtype), query)
+            return of_key + dot_in_two(slope.T, query)
 
         return for_each_tile(bounds, tile, call.tiles.rows, body, of_key)
 
@@ -536,12 +548,3 @@ def pad(array, axis, amount):
     widths = [(0, 0)] * array.ndim
     widths[axis] = (0, amount)
     return jnp.pad(array, widths)
-
-
-def why_not(student, teacher, mask, distance, mixture):
-    if jax.default_backend() != "gpu" and not INTERPRET:
-        return f"it runs on GPUs, and JAX runs on {jax.default_backend()}."
-    widths = student.query.shape[3], teacher.query.shape[3]
-    if max(widths) > 256:
-        return f"head dims must be at most 256, and are {widths}."
-    return None

@@ -83,6 +83,20 @@ def logits_tile(query, key, scale, spec: tl.constexpr):
 
 
 @triton.jit
+def dot_in_two(a, b):
+    """`a @ b` for float32 `a`, rounded to `b`'s dtype in two parts.
+
+    In one part, sums that cancel would lose more than the definition's.
+    """
+    high = a.to(b.dtype)
+    total = tl.dot(high, b, input_precision="ieee")
+    if b.dtype != tl.float32:
+        low = (a - high.to(tl.float32)).to(b.dtype)
+        total = tl.dot(low, b, total)
+    return total
+
+
+@triton.jit
 def allowed_tile(places, batch, row, rows, key, keys, window: tl.constexpr):
     kind = tl.load(places.kinds + batch * keys + key, mask=key < keys, other=0)
     index = tl.load(places.row_index + row, mask=row < rows, other=-1)
@@ -374,9 +388,7 @@ def query_gradient_kernel(
             exponent,
         )
         slope *= upstream[:, None]
-        of_query += tl.dot(
-            slope.to(key_values.dtype), key_values, input_precision="ieee"
-        )
+        of_query += dot_in_two(slope, key_values)
         if mixture is not None:
             of_p *= upstream[:, None]
             for other in range(teacher_spec.heads):
@@ -448,9 +460,7 @@ def key_gradient_kernel(
             slope *= load_rows(upstream, batch, head, row, rows, spec.heads)[
                 :, None
             ]
-            of_key += tl.dot(
-                tl.trans(slope).to(query.dtype), query, input_precision="ieee"
-            )
+            of_key += dot_in_two(tl.trans(slope), query)
     where, inside = pointers(
         gradient, batch, key_head, key, student.keys, spec.key_heads, spec.width
     )
@@ -607,12 +617,3 @@ def attention_divergence(student, teacher, mask, distance, mixture):
         teacher.key.contiguous(),
         call,
     )
-
-
-def why_not(student, teacher, mask, distance, mixture):
-    if not student.query.is_cuda:
-        return "it runs on CUDA, and the tensors are on another device."
-    widths = student.query.shape[3], teacher.query.shape[3]
-    if max(widths) > 256:
-        return f"head dims must be at most 256, and are {widths}."
-    return None
