@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import os
 from typing import NamedTuple
 
 import hypothesis
@@ -119,10 +120,10 @@ class Case:
         self.soft_caps = soft_caps
         self.window = window
 
-    def tensors(self, dtype=None):
+    def tensors(self):
         """Student queries and keys, and the mixture if there is one."""
         tensors = [
-            ops.convert_to_tensor(array, dtype or self.dtype)
+            ops.convert_to_tensor(array, self.dtype)
             for array in self.arrays[:2]
         ]
         if self.mixture is not None:
@@ -153,17 +154,16 @@ class Case:
             mixture,
         )
 
-    def value_and_grads(self, implementation, dtype=None):
+    def value_and_grads(self, implementation):
         """Divergences, and gradients of their weighted sum."""
-        tensors = self.tensors(dtype)
-        divergence = self.run(implementation, *tensors)
 
-        def scalar(*tensors):
+        def scalar(row_weight, *tensors):
             divergence = self.run(implementation, *tensors)
-            return ops.sum(ops.multiply(divergence, self.row_weight))
+            return ops.sum(ops.multiply(divergence, row_weight))
 
-        _, gradients = value_and_grads(scalar, *tensors)
-        return divergence, *gradients
+        row_weight = ops.convert_to_tensor(self.row_weight)
+        # The weights' gradient is the divergence itself.
+        return value_and_grads(scalar, row_weight, *self.tensors())[1]
 
 
 def oracle(case, arrays=None):
@@ -244,6 +244,14 @@ def test_oracles_gradients_are_slopes_of_its_values():
         np.testing.assert_allclose(found, slope, rtol=1e-7, err_msg=name)
 
 
+def is_interpretable(implementation, dtype):
+    """Triton's interpreter multiplies bfloat16 as if it were integers."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return not (
+        implementation == "triton" and dtype == "bfloat16" and interpreted
+    )
+
+
 def assert_is_the_oracles(implementation, case):
     """At most twice the error of the plain form in the same dtype."""
     exact = oracle(case)
@@ -252,13 +260,16 @@ def assert_is_the_oracles(implementation, case):
     for name, *arrays in zip(
         ("value", *NAMES[: len(exact) - 1]), found, plain, exact, strict=True
     ):
-        assert_as_good_as(*arrays, name=name)
+        # A row may be 0, the sum of terms of size 1.
+        assert_as_good_as(*arrays, name=name, terms=1.0)
 
 
 @IMPLEMENTATION
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_value_and_gradients_are_the_oracles(implementation, shape, dtype):
+    if not is_interpretable(implementation, dtype):
+        pytest.skip("Triton's interpreter lacks bfloat16: run it on a GPU.")
     assert_is_the_oracles(implementation, Case(shape, dtype=dtype))
 
 
@@ -274,7 +285,7 @@ def cases(draw):
     return Case(
         Shape(rows, rows + draw(strategies.integers(0, 40)), student, teacher),
         seed=draw(strategies.integers(0, 99)),
-        dtype=draw(strategies.sampled_from(["float32", "bfloat16"])),
+        dtype=draw(strategies.sampled_from(["float32", "float16", "bfloat16"])),
         mixed=student[0] != teacher[0] or draw(strategies.booleans()),
         window=draw(strategies.sampled_from([None, 1, 7, 30])),
         exponent=draw(strategies.sampled_from([1.0, 0.5, 2.0])),
@@ -287,6 +298,7 @@ def cases(draw):
 @IMPLEMENTATION
 @hypothesis.given(case=cases())
 def test_any_case_is_the_oracles(implementation, case):
+    hypothesis.assume(is_interpretable(implementation, case.dtype))
     assert_is_the_oracles(implementation, case)
 
 
