@@ -65,7 +65,7 @@ def choose_tiles(width):
         return Tiles(rows=128, keys=64, warps=8, stages=3)
     if width <= 128:
         return Tiles(rows=64, keys=64, warps=4, stages=3)
-    return Tiles(rows=64, keys=32, warps=4, stages=2)
+    return Tiles(rows=64, keys=32, warps=8, stages=2)
 
 
 def row_bounds(places, tiles, window):
