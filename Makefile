@@ -11,14 +11,15 @@ guide: $(GUIDE_ENV)/ready
 	$(QUIET) KERAS_BACKEND=jax $(GUIDE_ENV)/bin/python guides/distill_paligemma.py $(ARGS)
 
 test: $(TEST_ENV)/ready
-	$(QUIET) KERAS_BACKEND=jax $(TEST_ENV)/bin/python -m pytest \
+	$(QUIET) KERAS_BACKEND=jax $(TEST_ENV)/bin/python -m pytest -n 2 \
 		--cov=keras_laid --cov-report=term-missing:skip-covered --cov-fail-under=90
-	$(QUIET) KERAS_BACKEND=tensorflow $(TEST_ENV)/bin/python -m pytest
-	$(QUIET) KERAS_BACKEND=torch $(TEST_ENV)/bin/python -m pytest
+	$(QUIET) KERAS_BACKEND=tensorflow $(TEST_ENV)/bin/python -m pytest -n 2
+	$(QUIET) KERAS_BACKEND=torch $(TEST_ENV)/bin/python -m pytest -n 2
 
 test-all: $(TEST_ENV)/ready
 	for backend in jax tensorflow torch; do \
-		$(QUIET) KERAS_BACKEND=$$backend $(TEST_ENV)/bin/python -m pytest \
+		$(QUIET) HYPOTHESIS_PROFILE=thorough \
+		KERAS_BACKEND=$$backend $(TEST_ENV)/bin/python -m pytest -n 2 \
 			-m "extra_large or not extra_large" || exit 1; \
 	done
 

@@ -1,7 +1,13 @@
 """Sets up what every test depends on."""
 
+import os
 import pathlib
 
+if not pathlib.Path("/dev/nvidia0").exists():
+    # Triton reads this when it is imported, which torch may do.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import hypothesis
 import keras
 import pytest
 
@@ -13,6 +19,18 @@ if keras.backend.backend() == "jax":
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+# The same examples each time; more of them by HYPOTHESIS_PROFILE=thorough.
+for name, count in (("quick", 4), ("thorough", 60)):
+    hypothesis.settings.register_profile(
+        name,
+        max_examples=count,
+        deadline=None,
+        derandomize=True,
+        database=None,
+    )
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 
 def pytest_configure(config):

@@ -48,21 +48,59 @@ class AttentionMask(NamedTuple):
             row attends (images and prompt).
         causal: Boolean tensor of shape `(batch, keys)`: keys that only their
             own and later rows attend (the response). Padding is in neither.
-        row_index: Integer tensor of shape `(rows,)`: where in the sequence of
-            keys each row stands.
+        row_index: Integer tensor of shape `(rows,)`, ascending: where in the
+            sequence of keys each row stands.
+        window: Integer or `None`. Rows attend only keys less than `window`
+            places away, on either side.
     """
 
     bidirectional: Any
     causal: Any
     row_index: Any
+    window: int | None = None
+
+    @classmethod
+    def from_lengths(
+        cls, key_length, lengths, prefix_lengths=0, row_index=None, window=None
+    ):
+        """Describes a mask by lengths: causal after an optional prefix.
+
+        Args:
+            key_length: Integer, keys with padding.
+            lengths: Integer tensor of shape `(batch,)`: the first so many keys
+                of an example are no padding.
+            prefix_lengths: Integer, or integer tensor of shape `(batch,)`: of
+                these, the first so many are attended by every row. Defaults
+                to `0`, a causal mask.
+            row_index: Integer tensor of shape `(rows,)`, ascending. Defaults to
+                one row for each key.
+            window: Integer or `None`, see above.
+
+        Returns:
+            An `AttentionMask`.
+        """
+        index = ops.arange(key_length)
+        lengths = ops.reshape(ops.convert_to_tensor(lengths), (-1, 1))
+        prefix = ops.reshape(ops.convert_to_tensor(prefix_lengths), (-1, 1))
+        some = ops.less(index, ops.cast(lengths, index.dtype))
+        first = ops.less(index, ops.cast(prefix, index.dtype))
+        return cls(
+            bidirectional=ops.logical_and(some, first),
+            causal=ops.logical_and(some, ops.logical_not(first)),
+            row_index=index if row_index is None else row_index,
+            window=window,
+        )
 
     def allowed(self):
         """Boolean tensor of shape `(batch, 1, rows, keys)`."""
         key_index = ops.arange(ops.shape(self.causal)[1])
-        row_index = ops.cast(self.row_index, key_index.dtype)
-        seen = row_index[:, None] >= key_index  # [rows, keys]
-        later = ops.logical_and(self.causal[:, None], seen)
-        return ops.logical_or(self.bidirectional[:, None], later)[:, None]
+        row_index = ops.cast(self.row_index, key_index.dtype)[:, None]
+        later = ops.logical_and(self.causal[:, None], row_index >= key_index)
+        allowed = ops.logical_or(self.bidirectional[:, None], later)
+        if self.window is not None:
+            near = ops.abs(row_index - key_index) < self.window
+            allowed = ops.logical_and(allowed, near)
+        return allowed[:, None]
 
 
 class Distance(NamedTuple):
@@ -86,7 +124,11 @@ class Distance(NamedTuple):
         rows = ops.cast(self.row_positions, "float32")
         keys = ops.cast(self.key_positions, "float32")
         distance = ops.abs(rows[:, :, None] - keys[:, None])
-        span = ops.max(keys, axis=1) - ops.min(keys, axis=1)
-        share = distance / ops.maximum(span, 1.0)[:, None, None]
+        share = distance / ops.maximum(self.span(), 1.0)[:, None, None]
         weights = 1.0 + self.strength * ops.power(share, self.exponent)
         return weights[:, None]
+
+    def span(self):
+        """Float32 tensor of shape `(batch or 1,)`, in tokens."""
+        keys = ops.cast(self.key_positions, "float32")
+        return ops.max(keys, axis=1) - ops.min(keys, axis=1)

@@ -1,12 +1,60 @@
 """Distance-weighted divergence between two attention maps."""
 
+import importlib
+import importlib.util
+
+import keras
+from keras import ops
+
 from keras_laid.ops.attention_divergence import chunked
 from keras_laid.ops.attention_divergence import definition
 from keras_laid.ops.dispatch import Implementation
 from keras_laid.ops.dispatch import select
 
+WIDEST = 256  # Head dim that a fused kernel holds on the chip.
+
+
+def kernel(name):
+    """The op of one of the kernels' modules, imported on its first call."""
+
+    def run(*arguments):
+        module = importlib.import_module(f"{__name__}.{name}")
+        return module.attention_divergence(*arguments)
+
+    return run
+
+
+def why_not_pallas(student, teacher, mask, distance, mixture):
+    if keras.backend.backend() != "jax":
+        return f"it needs JAX, not {keras.backend.backend()}."
+    import jax
+
+    if jax.default_backend() != "gpu":
+        return f"it runs on GPUs, and JAX runs on {jax.default_backend()}."
+    return why_not_shapes(student, teacher)
+
+
+def why_not_triton(student, teacher, mask, distance, mixture):
+    if keras.backend.backend() != "torch":
+        return f"it needs torch, not {keras.backend.backend()}."
+    if student.query.device.type != "cuda":
+        return f"it runs on CUDA, not on {student.query.device.type}."
+    if importlib.util.find_spec("triton") is None:
+        return "the package `triton` is not installed."
+    return why_not_shapes(student, teacher)
+
+
+def why_not_shapes(student, teacher):
+    width = max(student.query.shape[3], teacher.query.shape[3])
+    if width > WIDEST:
+        return f"head dims must be at most {WIDEST}, and one is {width}."
+    return None
+
+
 # In order of preference.
 IMPLEMENTATIONS = (
+    Implementation("pallas", kernel("pallas"), why_not_pallas),
+    Implementation("triton", kernel("triton"), why_not_triton),
     Implementation("chunked", chunked.attention_divergence),
     Implementation("definition", definition.attention_divergence),
 )
@@ -31,28 +79,33 @@ def attention_divergence(
     Args:
         student: `keras_laid.ops.Attention` of the student.
         teacher: `keras_laid.ops.Attention` of the teacher, with the same batch,
-            rows and keys. Head dims may differ. Gradients reach it: stop them
-            before the call where they are not wanted.
+            rows and keys. Head dims may differ. No gradient reaches it.
         mask: `keras_laid.ops.AttentionMask` of both.
         distance: `keras_laid.ops.Distance`, positions and weights.
         mixture: Optional float32 tensor of shape
             `(student_heads, teacher_heads)` whose rows sum to 1: `p` of student
             head `s` is `sum_t mixture[s, t] * p_t`. `None` pairs equal heads.
-        implementation: `None` for the first that can, or one of `"chunked"`
-            (memory linear in the number of keys) and `"definition"` (holds
-            whole maps).
+        implementation: `None` for the first that can, or one of `"pallas"`
+            (fused, JAX on GPUs), `"triton"` (fused, torch on CUDA), `"chunked"`
+            (anywhere, holds some rows of the maps at a time) and
+            `"definition"` (holds whole maps).
 
     Returns:
         A float32 tensor of shape `(batch, student_heads, rows)`, in nats.
 
     Raises:
         ValueError: If shapes do not fit, or `implementation` is unknown.
+        NotImplementedError: If the named `implementation` cannot run here.
 
     Reference:
      - [Zhou et al., 2026](https://arxiv.org/abs/2512.21576), "progressive
        distance-weighted attention matching"; the formula is ours.
     """
     check_shapes(student, teacher, mixture)
+    teacher = teacher._replace(
+        query=ops.stop_gradient(teacher.query),
+        key=ops.stop_gradient(teacher.key),
+    )
     arguments = (student, teacher, mask, distance, mixture)
     chosen = select(
         "attention_divergence", IMPLEMENTATIONS, implementation, *arguments
@@ -63,6 +116,15 @@ def attention_divergence(
 def check_shapes(student, teacher, mixture):
     student_heads = student.query.shape[2]
     teacher_heads = teacher.query.shape[2]
+    for name, side in (("student", student), ("teacher", teacher)):
+        heads, key_heads = side.query.shape[2], side.key.shape[2]
+        if heads % key_heads or side.query.shape[3] != side.key.shape[3]:
+            raise ValueError(
+                "Query heads must be a multiple of key heads, and head dims "
+                f"must be equal. Received: {name}.query.shape="
+                f"{tuple(side.query.shape)}, {name}.key.shape="
+                f"{tuple(side.key.shape)}"
+            )
     if mixture is None and student_heads != teacher_heads:
         raise ValueError(
             "Without `mixture` the student and the teacher must have the same "
@@ -76,20 +138,13 @@ def check_shapes(student, teacher, mixture):
             "`mixture` must have shape (student_heads, teacher_heads) = "
             f"{expected}. Received: mixture.shape={tuple(mixture.shape)}"
         )
-    for name, side in (("student", student), ("teacher", teacher)):
-        heads, key_heads = side.query.shape[2], side.key.shape[2]
-        if heads % key_heads or side.query.shape[3] != side.key.shape[3]:
+    for name, one, other in (
+        ("batch", student.query.shape[0], teacher.query.shape[0]),
+        ("rows", student.query.shape[1], teacher.query.shape[1]),
+        ("keys", student.key.shape[1], teacher.key.shape[1]),
+    ):
+        if None not in (one, other) and one != other:
             raise ValueError(
-                "Query heads must be a multiple of key heads, and head dims "
-                f"must be equal. Received: {name}.query.shape="
-                f"{tuple(side.query.shape)}, {name}.key.shape="
-                f"{tuple(side.key.shape)}"
-            )
-    for axis, name in ((0, "batch"), (1, "rows")):
-        sizes = student.query.shape[axis], teacher.query.shape[axis]
-        if None not in sizes and sizes[0] != sizes[1]:
-            raise ValueError(
-                f"Student and teacher must have the same {name}. Received: "
-                f"student.query.shape={tuple(student.query.shape)}, "
-                f"teacher.query.shape={tuple(teacher.query.shape)}"
+                f"Student and teacher must have the same {name}. "
+                f"Received: student {name}={one}, teacher {name}={other}"
             )

@@ -6,11 +6,14 @@ from keras import ops
 from keras_laid.ops.attention import Attention
 from keras_laid.ops.attention_divergence import definition
 
-BLOCK = 128  # Rows. Each block's maps are (batch, heads, BLOCK, keys).
+# Each block's maps have shape (batch, heads, block, keys).
+ROWS = 128  # The most a block has.
+ELEMENTS = 2**19  # About how many rows times keys it has, over long prompts.
 
 
 def attention_divergence(student, teacher, mask, distance, mixture):
-    if student.query.shape[1] is not None and student.query.shape[1] <= BLOCK:
+    block = rows_of_block(student.key.shape[1])
+    if student.query.shape[1] is not None and student.query.shape[1] <= block:
         return definition.attention_divergence(
             student, teacher, mask, distance, mixture
         )
@@ -21,11 +24,11 @@ def attention_divergence(student, teacher, mask, distance, mixture):
     # `remat`: else the backward pass keeps every block's maps.
     # `map`, not a Python loop: else XLA may hold all blocks at once.
     rows = ops.shape(student.query)[1]
-    blocks = (rows + BLOCK - 1) // BLOCK
+    blocks = (rows + block - 1) // block
 
-    def of_block(block):
+    def of_block(number):
         # The last block repeats the last row, and is cut below.
-        index = ops.minimum(block * BLOCK + ops.arange(BLOCK), rows - 1)
+        index = ops.minimum(number * block + ops.arange(block), rows - 1)
 
         # What carries a gradient is an argument: TensorFlow's rematerialisation
         # finds no gradient for what a function closes over.
@@ -49,7 +52,12 @@ def attention_divergence(student, teacher, mask, distance, mixture):
             *([] if mixture is None else [mixture]),
         )
 
-    divided = ops.map(of_block, ops.arange(blocks))  # [blocks, b, s, BLOCK]
+    divided = ops.map(of_block, ops.arange(blocks))  # [blocks, b, s, block]
     batch, heads = ops.shape(divided)[1:3]
     divided = ops.transpose(divided, (1, 2, 0, 3))
     return ops.reshape(divided, (batch, heads, -1))[:, :, :rows]
+
+
+def rows_of_block(keys):
+    """Fewer rows for more keys; the most where keys are known only later."""
+    return ROWS if keys is None else max(1, min(ROWS, ELEMENTS // keys))

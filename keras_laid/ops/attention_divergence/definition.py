@@ -18,7 +18,8 @@ def attention_divergence(student, teacher, mask, distance, mixture):
     log_p = ops.log(ops.maximum(p, TINY))
     terms = p * (log_p - log_q) - p + ops.exp(log_q)
     terms = ops.where(allowed, distance.weights() * terms, 0.0)
-    return ops.sum(terms, axis=-1)
+    # What rounding takes below 0 is 0.
+    return ops.maximum(ops.sum(terms, axis=-1), 0.0)
 
 
 def log_attention(attention, allowed):
