@@ -42,10 +42,13 @@ class Prepared(keras.utils.PyDataset):
 
 
 def tf_data(haystacks):
-    def spec(array):
-        return tf.TensorSpec([None] * array.ndim, array.dtype)
+    def spec(one, other):
+        # Two batches of different sizes show which axes vary.
+        pairs = zip(one.shape, other.shape, strict=True)
+        shape = [a if a == b else None for a, b in pairs]
+        return tf.TensorSpec(shape, one.dtype)
 
-    signature = keras.tree.map_structure(spec, haystacks[0])
+    signature = keras.tree.map_structure(spec, haystacks[0], haystacks[1])
     dataset = tf.data.Dataset.from_generator(
         lambda: (haystacks[i] for i in range(len(haystacks))),
         output_signature=signature,
@@ -113,7 +116,7 @@ def main():
             )
             if epoch:  # The first compiles.
                 times[name].append(took)
-    per_step = {name: np.median(t) / args.steps for name, t in times.items()}
+    per_step = {n: float(np.median(t)) / args.steps for n, t in times.items()}
     rows = [
         {
             "backend": keras.backend.backend(),

@@ -108,9 +108,9 @@ def test_import_brings_no_second_framework_and_is_quick():
     modules = run_python(
         "import keras_hub, sys, time\n"
         "before = set(sys.modules)\n"
-        "start = time.perf_counter()\n"
+        "start = time.process_time()\n"  # Other tests run beside it.
         "import keras_laid\n"
-        "print(time.perf_counter() - start)\n"
+        "print(time.process_time() - start)\n"
         "print(*(set(sys.modules) - before))\n"
     )
     seconds, names = modules.strip().split("\n")[-2:]

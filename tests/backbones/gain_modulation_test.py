@@ -20,32 +20,13 @@ from keras_laid.backbones.multi_image_pali_gemma import (
     MultiImagePaliGemmaCausalLM,
 )
 from keras_laid.layers import GainModulatedRotaryEmbedding
+from tests import support
 
-PALI_GEMMA = dict(
-    vocabulary_size=32,
-    image_size=16,
-    num_layers=2,
-    num_query_heads=4,
-    num_key_value_heads=1,
-    hidden_dim=16,
-    intermediate_dim=24,
-    head_dim=8,
-    vit_patch_size=8,
-    vit_num_heads=2,
-    vit_hidden_dim=8,
-    vit_num_layers=1,
-    vit_intermediate_dim=8,
-)
+PALI_GEMMA = dict(support.PALI_GEMMA, vocabulary_size=32, num_query_heads=4)
 PALI_GEMMA_2 = dict(
-    PALI_GEMMA,
-    num_layers=4,
-    num_key_value_heads=2,
+    support.PALI_GEMMA_2,
+    vocabulary_size=32,
     query_head_dim_normalize=False,
-    use_post_ffw_norm=True,
-    use_post_attention_norm=True,
-    attention_logit_soft_cap=50,
-    final_logit_soft_cap=30,
-    use_sliding_window_attention=True,
     sliding_window_size=3,
 )
 # As many key heads as query heads: nothing tells them apart by their shape.
