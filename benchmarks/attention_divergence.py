@@ -107,6 +107,7 @@ def make_step(implementation, inputs):
 def measure(implementation, length, heads, head_dim, dtype, repeats):
     """Median milliseconds of a step, and its peak temporary mebibytes."""
     inputs = make_inputs(length, heads, head_dim, dtype)
+    peak_bytes()  # What making them took is past.
     before = peak_bytes()
     step, temporary = make_step(implementation, inputs)
     step()
@@ -124,12 +125,14 @@ def measure(implementation, length, heads, head_dim, dtype, repeats):
 
 
 def peak_bytes():
-    """The most memory in use so far, on the GPU where there is one."""
+    """The most memory in use, on a GPU since the last call."""
     if BACKEND == "torch":
         import torch
 
         if torch.cuda.is_available():
-            return torch.cuda.max_memory_allocated()
+            peak = torch.cuda.max_memory_allocated()
+            torch.cuda.reset_peak_memory_stats()  # To what is held now.
+            return peak
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
