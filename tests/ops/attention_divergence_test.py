@@ -60,7 +60,7 @@ def small_tiles():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunked, "ROWS", 5)
         patch.setattr(
-            tiles, "choose_tiles", lambda width: tiles.Tiles(16, 16, 4, 1)
+            tiles, "choose_tiles", lambda *_: tiles.Tiles(16, 16, 4, 1)
         )
         if BACKEND == "jax":
             from keras_laid.ops.attention_divergence import pallas

@@ -26,27 +26,30 @@ class Spec(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Which keys a row attends, and how much their distance weighs."""
+    """Which keys a row attends, and how much their distance weighs.
+
+    Weights are `1 + |row_share - key_share| ** exponent`.
+    """
 
     kinds: Any  # (batch, keys): 0 for padding, 1 bidirectional, 2 causal.
     row_index: Any  # (rows,)
-    row_share: Any  # (batch, rows): positions over the example's span.
+    row_share: Any  # (batch, rows)
     key_share: Any  # (batch, keys)
-    strength: Any  # A scalar.
 
     @classmethod
     def of(cls, mask, distance, batch):
         kinds = ops.where(mask.bidirectional, 1, ops.where(mask.causal, 2, 0))
         rows = ops.cast(distance.row_positions, "float32")
         keys = ops.cast(distance.key_positions, "float32")
-        span = ops.maximum(distance.span(), 1.0)[:, None]
+        strength = ops.convert_to_tensor(distance.strength, "float32")
+        unit = ops.power(strength, 1.0 / distance.exponent)
+        unit = (unit / ops.maximum(distance.span(), 1.0))[:, None]
         row_count, key_count = rows.shape[1], keys.shape[1]
         return cls(
             ops.broadcast_to(ops.cast(kinds, "int8"), (batch, key_count)),
             ops.cast(mask.row_index, "int32"),
-            ops.broadcast_to(rows / span, (batch, row_count)),
-            ops.broadcast_to(keys / span, (batch, key_count)),
-            ops.convert_to_tensor(distance.strength, "float32"),
+            ops.broadcast_to(rows * unit, (batch, row_count)),
+            ops.broadcast_to(keys * unit, (batch, key_count)),
         )
 
 
@@ -59,66 +62,94 @@ class Tiles(NamedTuple):
     stages: int
 
 
-def choose_tiles(width):
-    """Wider heads leave less of the chip's memory for a tile."""
+def choose_tiles(kernel, width):
+    """Wider heads leave less of the chip's memory for a tile.
+
+    Args:
+        kernel: `"forward"`, `"query"` or `"key"` (their gradients).
+        width: The wider head dim.
+    """
     if width <= 64:
         return Tiles(rows=128, keys=64, warps=8, stages=3)
     if width <= 128:
-        return Tiles(rows=64, keys=64, warps=4, stages=3)
-    return Tiles(rows=64, keys=32, warps=8, stages=2)
+        return Tiles(rows=64, keys=64, warps=4, stages=2)
+    return Tiles(rows=64, keys=64, warps=4, stages=2)
 
 
 def row_bounds(places, tiles, window):
-    """The keys that each tile of rows may attend: from, and up to.
+    """The keys that each tile of rows visits, in three ranges.
 
     Returns:
-        An int32 tensor of shape `(batch, row tiles, 2)`; each range starts at
-        a multiple of `tiles.keys`.
+        An int32 tensor of shape `(batch, row tiles, 4)`, ascending. Every row
+        attends every key between the two numbers in the middle; between the
+        first two and the last two some do. The first three are multiples of
+        `tiles.keys`, or no key comes after them.
     """
     index = places.row_index
-    rows = index.shape[0]
+    rows, keys = index.shape[0], places.kinds.shape[1]
     lowest = index[:: tiles.rows]
     ends = np.arange(tiles.rows - 1, rows + tiles.rows - 1, tiles.rows)
     highest = ops.take(index, np.minimum(ends, rows - 1))
-    places_after = ops.arange(1, places.kinds.shape[1] + 1, dtype="int32")
-    last = [
-        ops.max(ops.where(places.kinds == kind, places_after, 0), axis=1)
-        for kind in (1, 2)
-    ]
-    end = ops.maximum(
-        last[0][:, None], ops.minimum(last[1][:, None], highest + 1)
-    )
-    start = ops.zeros_like(end)
+    number = ops.arange(keys, dtype="int32")
+
+    def first(kind):
+        at = ops.where(places.kinds == kind, number, keys)
+        return ops.min(at, axis=1)[:, None]
+
+    def after_last(kind):
+        at = ops.where(places.kinds == kind, number + 1, 0)
+        return ops.max(at, axis=1)[:, None]
+
+    end = ops.maximum(after_last(1), ops.minimum(after_last(2), highest + 1))
+    full_end = ops.minimum(first(0), ops.maximum(first(2), lowest + 1))
+    start = full_start = ops.zeros_like(end)
     if window is not None:
-        first = ops.maximum(lowest - window + 1, 0)
-        start = start + first // tiles.keys * tiles.keys
         end = ops.minimum(end, highest + window)
-    return ops.cast(ops.stack([start, end], axis=-1), "int32")
+        full_end = ops.minimum(full_end, lowest + window)
+        start = ops.maximum(start, lowest - window + 1)
+        start = start // tiles.keys * tiles.keys
+        full_start = ops.maximum(full_start, highest - window + tiles.keys)
+        full_start = full_start // tiles.keys * tiles.keys
+        full_start = ops.maximum(ops.minimum(full_start, end), start)
+    full_end = ops.maximum(full_end // tiles.keys * tiles.keys, full_start)
+    return stack(start, full_start, full_end, end)
 
 
 def key_bounds(places, tiles, window):
-    """The rows that may attend each tile of keys: from, and up to.
+    """The rows that visit each tile of keys, in three ranges.
 
     Returns:
-        An int32 tensor of shape `(batch, key tiles, 2)`; each range starts at
-        a multiple of `tiles.rows`.
+        An int32 tensor of shape `(batch, key tiles, 4)`, as from `row_bounds`
+        with rows and keys exchanged.
     """
     index = places.row_index
-    batch, keys = places.kinds.shape
+    rows, keys = index.shape[0], places.kinds.shape[1]
     lowest = np.arange(0, keys, tiles.keys)
-    highest = np.minimum(lowest + tiles.keys, keys) - 1
+    highest = lowest + tiles.keys - 1
     kinds = ops.pad(places.kinds, [(0, 0), (0, -keys % tiles.keys)])
-    kinds = ops.reshape(kinds, (batch, -1, tiles.keys))
-    for_all_rows = ops.any(kinds == 1, axis=-1)
+    kinds = ops.reshape(kinds, (-1, len(lowest), tiles.keys))
+    least, most = ops.min(kinds, axis=-1), ops.max(kinds, axis=-1)
 
     def first_row(at_least):
         at_least = ops.convert_to_tensor(at_least, "int32")
         return ops.cast(ops.searchsorted(index, at_least), "int32")
 
-    start = ops.where(for_all_rows, 0, first_row(lowest))
-    end = ops.full_like(start, index.shape[0])
+    start = ops.where(ops.any(kinds == 1, axis=-1), 0, first_row(lowest))
+    full_start = ops.where(most == 1, 0, first_row(highest))
+    end = full_end = ops.full_like(start, rows)
     if window is not None:
         start = ops.maximum(start, first_row(lowest - window + 1))
+        full_start = ops.maximum(full_start, first_row(highest - window + 1))
         end = ops.minimum(end, first_row(highest + window))
+        full_end = ops.minimum(full_end, first_row(lowest + window))
     start = start // tiles.rows * tiles.rows
-    return ops.cast(ops.stack([start, end], axis=-1), "int32")
+    # Keys that pad a tile are attended by none.
+    full_start = ops.where(least == 0, rows, full_start)
+    full_start = (full_start + tiles.rows - 1) // tiles.rows * tiles.rows
+    full_start = ops.maximum(ops.minimum(full_start, end), start)
+    full_end = ops.maximum(full_end // tiles.rows * tiles.rows, full_start)
+    return stack(start, full_start, full_end, end)
+
+
+def stack(*bounds):
+    return ops.stack([ops.cast(bound, "int32") for bound in bounds], axis=-1)

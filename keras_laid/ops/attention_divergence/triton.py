@@ -1,8 +1,8 @@
 """The divergence in fused kernels for torch on CUDA.
 
 Maps exist only as tiles on the chip; README.md derives the sums. Tensors are
-laid out (batch, length, heads, width). In names, `rows` and `keys` are lengths,
-`row` and `key` the indices of a tile.
+laid out (batch, length, heads, width). Logarithms are of base 2, whose power
+the chip computes. In names, `row` and `key` are where a tile starts.
 """
 
 from typing import Any
@@ -14,10 +14,16 @@ import triton.language as tl
 
 from keras_laid.ops.attention_divergence import tiles
 
-# In a tile: minus infinity, whose differences would be NaN; and what counts as
-# probability 0 in `p * log(p)`. As in definition.py.
-MASKED = tl.constexpr(-1e30)
+# In a tile: minus infinity, whose differences would be NaN; the least that a
+# running maximum is, so that `exp2(MASKED - LEAST)` is 0; and what counts as
+# probability 0 in `p * log(p)`, as in definition.py.
+MASKED = tl.constexpr(-2e30)
+LEAST = tl.constexpr(-1e30)
 TINY = tl.constexpr(1e-30)
+LOG2_E = tl.constexpr(1.4426950408889634)
+# Slopes are computed this many times too large (in base 2): else those of a
+# long row would be too small for float16.
+LIFT = tl.constexpr(10.0)
 
 
 class Side(NamedTuple):
@@ -31,65 +37,161 @@ class Side(NamedTuple):
     keys: Any
 
 
+class Form(NamedTuple):
+    """What a kernel is compiled for."""
+
+    student: tiles.Spec
+    teacher: tiles.Spec
+    window: int | None
+    exponent: float
+    rows: int  # Of a tile.
+    keys: int
+    by_key: bool  # Tiles are (keys, rows), not (rows, keys).
+
+
 @triton.jit
-def pointers(
-    tensor, batch, head, index, length, heads: tl.constexpr, width: tl.constexpr
+def where_tile(
+    tensor,
+    batch,
+    head,
+    start,
+    length,
+    SIZE: tl.constexpr,
+    heads: tl.constexpr,
+    width: tl.constexpr,
 ):
-    """Where rows `index` of one head's matrix are, and which are inside."""
+    """Where a tile of one head's matrix is, and what of it is inside."""
+    index = tl.arange(0, SIZE)
     column = tl.arange(0, triton.next_power_of_2(width))
-    row = batch.to(tl.int64) * length + index
-    where = tensor + (row * heads + head)[:, None] * width + column[None]
-    return where, (index < length)[:, None] & (column < width)[None]
+    first = (batch.to(tl.int64) * length + start) * heads + head
+    offset = index[:, None] * (heads * width) + column[None]
+    inside = (start + index < length)[:, None] & (column < width)[None]
+    return tensor + first * width + offset, inside
 
 
 @triton.jit
-def load_query(side, batch, head, row, spec: tl.constexpr):
-    where, inside = pointers(
-        side.query, batch, head, row, side.rows, spec.heads, spec.width
+def load_tile(
+    tensor,
+    batch,
+    head,
+    start,
+    length,
+    SIZE: tl.constexpr,
+    heads: tl.constexpr,
+    width: tl.constexpr,
+    CHECK: tl.constexpr,
+):
+    where, inside = where_tile(
+        tensor, batch, head, start, length, SIZE, heads, width
     )
-    return tl.load(where, mask=inside, other=0.0)
+    if CHECK or width != triton.next_power_of_2(width):
+        return tl.load(where, mask=inside, other=0.0)
+    else:
+        return tl.load(where)
 
 
 @triton.jit
-def load_key(side, batch, head, key, spec: tl.constexpr):
+def load_query(
+    side, batch, head, row, SIZE: tl.constexpr, spec: tl.constexpr, CHECK
+):
+    return load_tile(
+        side.query,
+        batch,
+        head,
+        row,
+        side.rows,
+        SIZE,
+        spec.heads,
+        spec.width,
+        CHECK,
+    )
+
+
+@triton.jit
+def load_key(
+    side, batch, head, key, SIZE: tl.constexpr, spec: tl.constexpr, CHECK
+):
     """The keys that query head `head` reads."""
-    key_head = head // (spec.heads // spec.key_heads)
-    where, inside = pointers(
-        side.key, batch, key_head, key, side.keys, spec.key_heads, spec.width
+    return load_tile(
+        side.key,
+        batch,
+        head // (spec.heads // spec.key_heads),
+        key,
+        side.keys,
+        SIZE,
+        spec.key_heads,
+        spec.width,
+        CHECK,
     )
+
+
+@triton.jit
+def where_rows(
+    tensor, batch, head, row, rows, SIZE: tl.constexpr, heads: tl.constexpr
+):
+    """Where a tile's rows have their numbers in a (batch, heads, rows)."""
+    row += tl.arange(0, SIZE)
+    first = (batch.to(tl.int64) * heads + head) * rows
+    return tensor + first + row, row < rows
+
+
+@triton.jit
+def load_rows(
+    tensor, batch, head, row, rows, SIZE: tl.constexpr, heads: tl.constexpr
+):
+    where, inside = where_rows(tensor, batch, head, row, rows, SIZE, heads)
     return tl.load(where, mask=inside, other=0.0)
 
 
 @triton.jit
-def of_rows(tensor, batch, head, row, rows, heads: tl.constexpr):
-    """Where the rows' numbers are in a tensor (batch, heads, rows)."""
-    return tensor + (batch.to(tl.int64) * heads + head) * rows + row
+def store_rows(
+    tensor,
+    values,
+    batch,
+    head,
+    row,
+    rows,
+    SIZE: tl.constexpr,
+    heads: tl.constexpr,
+):
+    where, inside = where_rows(tensor, batch, head, row, rows, SIZE, heads)
+    tl.store(where, values, mask=inside)
 
 
 @triton.jit
-def load_rows(tensor, batch, head, row, rows, heads: tl.constexpr):
-    where = of_rows(tensor, batch, head, row, rows, heads)
-    return tl.load(where, mask=row < rows, other=0.0)
+def of_rows(values, form: tl.constexpr):
+    """Numbers of rows, as a tile has them."""
+    return values[None] if form.by_key else values[:, None]
 
 
 @triton.jit
-def logits_tile(query, key, scale, spec: tl.constexpr):
-    logits = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
-    if spec.soft_cap is not None:
+def of_keys(values, form: tl.constexpr):
+    return values[:, None] if form.by_key else values[None]
+
+
+@triton.jit
+def logits_tile(query, keys, scale, cap: tl.constexpr, form: tl.constexpr):
+    """Logits, in base 2."""
+    if form.by_key:
+        logits = tl.dot(keys, tl.trans(query), input_precision="ieee")
+    else:
+        logits = tl.dot(query, tl.trans(keys), input_precision="ieee")
+    if cap is None:
+        return logits * (scale * LOG2_E)
+    else:
         # soft_cap * tanh(logits / soft_cap)
-        half = tl.sigmoid(logits * (2.0 / spec.soft_cap)) - 0.5
-        logits = half * (2.0 * spec.soft_cap)
-    return logits
+        half = tl.sigmoid(logits * (2.0 * scale / cap)) - 0.5
+        return half * (2.0 * cap * LOG2_E)
 
 
 @triton.jit
-def dot_in_two(a, b):
-    """`a @ b` for float32 `a`, rounded to `b`'s dtype in two parts.
+def dot_in_two(a, b, total):
+    """`total + a @ b` for float32 `a`, rounded to `b`'s dtype in two parts.
 
     In one part, sums that cancel would lose more than the definition's.
     """
     high = a.to(b.dtype)
-    total = tl.dot(high, b, input_precision="ieee")
+    total = tl.dot(high, b, total, input_precision="ieee")
     if b.dtype != tl.float32:
         low = (a - high.to(tl.float32)).to(b.dtype)
         total = tl.dot(low, b, total)
@@ -97,92 +199,138 @@ def dot_in_two(a, b):
 
 
 @triton.jit
-def allowed_tile(places, batch, row, rows, key, keys, window: tl.constexpr):
+def allowed_tile(places, batch, row, rows, key, keys, form: tl.constexpr):
+    row += tl.arange(0, form.rows)
+    key += tl.arange(0, form.keys)
     kind = tl.load(places.kinds + batch * keys + key, mask=key < keys, other=0)
     index = tl.load(places.row_index + row, mask=row < rows, other=-1)
-    ahead = index[:, None] - key[None]
-    allowed = (kind == 1)[None] | ((kind == 2)[None] & (ahead >= 0))
-    if window is not None:
-        allowed = allowed & (tl.abs(ahead) < window)
+    kind = of_keys(kind, form)
+    ahead = of_rows(index, form) - of_keys(key, form)
+    allowed = (kind == 1) | ((kind == 2) & (ahead >= 0))
+    if form.window is not None:
+        allowed = allowed & (tl.abs(ahead) < form.window)
     return allowed
 
 
 @triton.jit
-def weights_tile(places, batch, row, rows, key, keys, exponent: tl.constexpr):
-    of_row = places.row_share + batch * rows + row
-    of_row = tl.load(of_row, mask=row < rows, other=0.0)
-    of_key = places.key_share + batch * keys + key
-    of_key = tl.load(of_key, mask=key < keys, other=0.0)
-    share = tl.abs(of_row[:, None] - of_key[None])
-    if exponent != 1.0:
-        share = tl.exp(exponent * tl.log(share))
-    return 1.0 + tl.load(places.strength) * share
-
-
-@triton.jit
-def head_tile(teacher, batch, head, row, key, allowed, spec: tl.constexpr):
-    """The attention map of one head of the teacher."""
-    logits = logits_tile(
-        load_query(teacher, batch, head, row, spec),
-        load_key(teacher, batch, head, key, spec),
-        teacher.scale,
-        spec,
-    )
-    normalizer = load_rows(
-        teacher.normalizer, batch, head, row, teacher.rows, spec.heads
-    )
-    return tl.where(allowed, tl.exp(logits - normalizer[:, None]), 0.0)
+def weights_tile(places, batch, row, rows, key, keys, form: tl.constexpr):
+    row += tl.arange(0, form.rows)
+    row_share = places.row_share + batch * rows + row
+    row_share = tl.load(row_share, mask=row < rows, other=0.0)
+    key += tl.arange(0, form.keys)
+    key_share = places.key_share + batch * keys + key
+    key_share = tl.load(key_share, mask=key < keys, other=0.0)
+    share = tl.abs(of_rows(row_share, form) - of_keys(key_share, form))
+    if form.exponent != 1.0:
+        share = tl.exp2(form.exponent * tl.log2(share))
+    return 1.0 + share
 
 
 @triton.jit
 def mixed_tile(
-    teacher, mixture, batch, head, row, key, allowed, spec: tl.constexpr
+    teacher,
+    mixture,
+    batch,
+    head,
+    row,
+    key,
+    allowed,
+    lift,
+    form: tl.constexpr,
+    CHECK: tl.constexpr,
 ):
     """The mixture of the teacher's maps that student head `head` learns."""
-    p = tl.zeros(allowed.shape, tl.float32)
-    for other in range(spec.heads):
-        share = tl.load(mixture + head * spec.heads + other)
-        p += share * head_tile(teacher, batch, other, row, key, allowed, spec)
+    if form.by_key:
+        p = tl.zeros([form.keys, form.rows], tl.float32)
+    else:
+        p = tl.zeros([form.rows, form.keys], tl.float32)
+    for other in range(form.teacher.heads):
+        share = tl.load(mixture + head * form.teacher.heads + other)
+        p += share * head_tile(
+            teacher, batch, other, row, key, allowed, lift, form, CHECK
+        )
     return p
 
 
 @triton.jit
-def normalizer_kernel(
-    side,
-    places,
-    bounds,  # (batch, row tiles, 2): the keys that a tile's rows may attend.
-    spec: tl.constexpr,
-    window: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
+def head_tile(
+    teacher,
+    batch,
+    head,
+    row,
+    key,
+    allowed,
+    lift,
+    form: tl.constexpr,
+    CHECK: tl.constexpr,
 ):
-    """Log-sum-exp of each row of one model."""
-    tile = tl.program_id(0)
+    """The attention map of one head of the teacher, times `2 ** lift`."""
+    spec: tl.constexpr = form.teacher
+    logits = logits_tile(
+        load_query(teacher, batch, head, row, form.rows, spec, True),
+        load_key(teacher, batch, head, key, form.keys, spec, True),
+        teacher.scale,
+        spec.soft_cap,
+        form,
+    )
+    if CHECK:
+        logits = tl.where(allowed, logits, MASKED)
+    normalizer = load_rows(
+        teacher.normalizer,
+        batch,
+        head,
+        row,
+        teacher.rows,
+        form.rows,
+        spec.heads,
+    )
+    return tl.exp2(logits - of_rows(normalizer - lift, form))
+
+
+@triton.jit
+def normalizer_kernel(side, places, bounds, form: tl.constexpr):
+    """Log-sum-exp of each row of the teacher."""
+    spec: tl.constexpr = form.teacher
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
     batch = tl.program_id(1) // spec.heads
     head = tl.program_id(1) % spec.heads
-    row = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    query = load_query(side, batch, head, row, spec)
-    highest = tl.full([BLOCK_ROWS], MASKED, tl.float32)
-    total = tl.zeros([BLOCK_ROWS], tl.float32)
-    of_tile = bounds + 2 * (batch * tl.num_programs(0) + tile)
-    for start in range(tl.load(of_tile), tl.load(of_tile + 1), BLOCK_KEYS):
-        key = start + tl.arange(0, BLOCK_KEYS)
-        allowed = allowed_tile(
-            places, batch, row, side.rows, key, side.keys, window
-        )
-        logits = logits_tile(
-            query, load_key(side, batch, head, key, spec), side.scale, spec
-        )
-        logits = tl.where(allowed, logits, MASKED)
-        higher = tl.maximum(highest, tl.max(logits, 1))
-        terms = tl.where(allowed, tl.exp(logits - higher[:, None]), 0.0)
-        total = total * tl.exp(highest - higher) + tl.sum(terms, 1)
-        highest = higher
-    tl.store(
-        of_rows(side.normalizer, batch, head, row, side.rows, spec.heads),
-        # Rows without keys: any number will do.
-        tl.where(total > 0.0, highest + tl.log(total), 0.0),
-        mask=row < side.rows,
+    row = tile * form.rows
+    query = load_query(side, batch, head, row, form.rows, spec, True)
+    highest = tl.full([form.rows], LEAST, tl.float32)
+    total = tl.zeros([form.rows], tl.float32)
+    bounds += 4 * (batch * tl.num_programs(0) + tile)
+    for part in tl.static_range(3):
+        CHECK: tl.constexpr = part != 1
+        if part != 0 or form.window is not None:
+            for key in range(
+                tl.load(bounds + part), tl.load(bounds + part + 1), form.keys
+            ):
+                keys = load_key(
+                    side, batch, head, key, form.keys, spec, CHECK
+                )
+                logits = logits_tile(
+                    query, keys, side.scale, spec.soft_cap, form
+                )
+                if CHECK:
+                    allowed = allowed_tile(
+                        places, batch, row, side.rows, key, side.keys, form
+                    )
+                    logits = tl.where(allowed, logits, MASKED)
+                higher = tl.maximum(highest, tl.max(logits, 1))
+                terms = tl.exp2(logits - higher[:, None])
+                total = total * tl.exp2(highest - higher) + tl.sum(terms, 1)
+                highest = higher
+    # Rows without keys: any number will do.
+    total = tl.where(total > 0.0, highest + tl.log2(total), 0.0)
+    store_rows(
+        side.normalizer,
+        total,
+        batch,
+        head,
+        row,
+        side.rows,
+        form.rows,
+        spec.heads,
     )
 
 
@@ -192,105 +340,147 @@ def forward_kernel(
     teacher,
     mixture,
     places,
-    bounds,
+    bounds,  # (batch, row tiles, 4), as from `tiles.row_bounds`.
     divergence,  # (batch, student heads, rows)
     center,  # Likewise: sum_j w_ij (q_ij - p_ij).
-    spec: tl.constexpr,
-    teacher_spec: tl.constexpr,
-    window: tl.constexpr,
-    exponent: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
+    form: tl.constexpr,
 ):
     """Divergences and normalizers, from running maxima and sums."""
-    tile = tl.program_id(0)
+    spec: tl.constexpr = form.student
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
     batch = tl.program_id(1) // spec.heads
     head = tl.program_id(1) % spec.heads
-    rows, keys = student.rows, student.keys
-    row = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    query = load_query(student, batch, head, row, spec)
+    rows, key_count = student.rows, student.keys
+    row = tile * form.rows
+    query = load_query(student, batch, head, row, form.rows, spec, True)
     if mixture is None:
-        teacher_query = load_query(teacher, batch, head, row, teacher_spec)
-    highest_s = tl.full([BLOCK_ROWS], MASKED, tl.float32)
-    highest_t = tl.full([BLOCK_ROWS], MASKED, tl.float32)
-    sum_s = tl.zeros([BLOCK_ROWS], tl.float32)  # e^s
-    sum_t = tl.zeros([BLOCK_ROWS], tl.float32)  # e^t
-    sum_ws = tl.zeros([BLOCK_ROWS], tl.float32)  # w e^s
-    sum_wt = tl.zeros([BLOCK_ROWS], tl.float32)  # w e^t
-    sum_wtd = tl.zeros([BLOCK_ROWS], tl.float32)  # w e^t (t - s)
-    of_tile = bounds + 2 * (batch * tl.num_programs(0) + tile)
-    for start in range(tl.load(of_tile), tl.load(of_tile + 1), BLOCK_KEYS):
-        key = start + tl.arange(0, BLOCK_KEYS)
-        allowed = allowed_tile(places, batch, row, rows, key, keys, window)
-        weights = weights_tile(places, batch, row, rows, key, keys, exponent)
-        s = logits_tile(
-            query,
-            load_key(student, batch, head, key, spec),
-            student.scale,
-            spec,
+        teacher_query = load_query(
+            teacher, batch, head, row, form.rows, form.teacher, True
         )
-        s = tl.where(allowed, s, MASKED)
-        higher_s = tl.maximum(highest_s, tl.max(s, 1))
-        exp_s = tl.where(allowed, tl.exp(s - higher_s[:, None]), 0.0)
-        keep_s = tl.exp(highest_s - higher_s)
-        highest_s = higher_s
-        if mixture is None:
-            t = logits_tile(
-                teacher_query,
-                load_key(teacher, batch, head, key, teacher_spec),
-                teacher.scale,
-                teacher_spec,
-            )
-            t = tl.where(allowed, t, MASKED)
-            higher_t = tl.maximum(highest_t, tl.max(t, 1))
-            exp_t = tl.where(allowed, tl.exp(t - higher_t[:, None]), 0.0)
-            keep_t = tl.exp(highest_t - higher_t)
-            highest_t = higher_t
-            sum_t = sum_t * keep_t + tl.sum(exp_t, 1)
-            sum_wt *= keep_t
-            sum_wtd *= keep_t
-        else:
-            # Normalised already: e^t is p itself.
-            exp_t = mixed_tile(
-                teacher, mixture, batch, head, row, key, allowed, teacher_spec
-            )
-            t = tl.log(tl.maximum(exp_t, TINY))
-        sum_s = sum_s * keep_s + tl.sum(exp_s, 1)
-        sum_ws = sum_ws * keep_s + tl.sum(weights * exp_s, 1)
-        sum_wt += tl.sum(weights * exp_t, 1)
-        difference = tl.where(allowed, t - s, 0.0)
-        sum_wtd += tl.sum(weights * exp_t * difference, 1)
+    highest_s = tl.full([form.rows], LEAST, tl.float32)
+    highest_t = tl.full([form.rows], LEAST, tl.float32)
+    sum_s = tl.zeros([form.rows], tl.float32)  # e^s
+    sum_t = tl.zeros([form.rows], tl.float32)  # e^t
+    sum_ws = tl.zeros([form.rows], tl.float32)  # w e^s
+    sum_wt = tl.zeros([form.rows], tl.float32)  # w e^t
+    sum_wtd = tl.zeros([form.rows], tl.float32)  # w e^t (t - s)
+    bounds += 4 * (batch * tl.num_programs(0) + tile)
+    for part in tl.static_range(3):
+        CHECK: tl.constexpr = part != 1
+        if part != 0 or form.window is not None:
+            for key in range(
+                tl.load(bounds + part), tl.load(bounds + part + 1), form.keys
+            ):
+                allowed = None
+                if CHECK:
+                    allowed = allowed_tile(
+                        places, batch, row, rows, key, key_count, form
+                    )
+                weights = weights_tile(
+                    places, batch, row, rows, key, key_count, form
+                )
+                keys = load_key(
+                    student, batch, head, key, form.keys, spec, CHECK
+                )
+                s = logits_tile(
+                    query, keys, student.scale, spec.soft_cap, form
+                )
+                if CHECK:
+                    s = tl.where(allowed, s, MASKED)
+                higher_s = tl.maximum(highest_s, tl.max(s, 1))
+                exp_s = tl.exp2(s - higher_s[:, None])
+                keep_s = tl.exp2(highest_s - higher_s)
+                highest_s = higher_s
+                if mixture is None:
+                    teacher_keys = load_key(
+                        teacher,
+                        batch,
+                        head,
+                        key,
+                        form.keys,
+                        form.teacher,
+                        CHECK,
+                    )
+                    t = logits_tile(
+                        teacher_query,
+                        teacher_keys,
+                        teacher.scale,
+                        form.teacher.soft_cap,
+                        form,
+                    )
+                    if CHECK:
+                        t = tl.where(allowed, t, MASKED)
+                    higher_t = tl.maximum(highest_t, tl.max(t, 1))
+                    exp_t = tl.exp2(t - higher_t[:, None])
+                    keep_t = tl.exp2(highest_t - higher_t)
+                    highest_t = higher_t
+                    sum_t = sum_t * keep_t + tl.sum(exp_t, 1)
+                    sum_wt *= keep_t
+                    sum_wtd *= keep_t
+                else:
+                    # Normalised already: e^t is p itself.
+                    exp_t = mixed_tile(
+                        teacher,
+                        mixture,
+                        batch,
+                        head,
+                        row,
+                        key,
+                        allowed,
+                        0.0,
+                        form,
+                        CHECK,
+                    )
+                    t = tl.log2(tl.maximum(exp_t, TINY))
+                sum_s = sum_s * keep_s + tl.sum(exp_s, 1)
+                sum_ws = sum_ws * keep_s + tl.sum(weights * exp_s, 1)
+                weighted = weights * exp_t
+                sum_wt += tl.sum(weighted, 1)
+                sum_wtd += tl.sum(weighted * (t - s), 1)
     # Rows without keys: sums are 0, and so is the divergence.
     sum_s = tl.where(sum_s > 0.0, sum_s, 1.0)
-    normalizer_s = highest_s + tl.log(sum_s)
-    normalizer_t = tl.zeros([BLOCK_ROWS], tl.float32)
+    normalizer_s = highest_s + tl.log2(sum_s)
+    normalizer_t = tl.zeros([form.rows], tl.float32)
     if mixture is None:
         sum_t = tl.where(sum_t > 0.0, sum_t, 1.0)
-        normalizer_t = highest_t + tl.log(sum_t)
+        normalizer_t = highest_t + tl.log2(sum_t)
         sum_wt /= sum_t
         sum_wtd /= sum_t
-        tl.store(
-            of_rows(teacher.normalizer, batch, head, row, rows, spec.heads),
+        store_rows(
+            teacher.normalizer,
             normalizer_t,
-            mask=row < rows,
+            batch,
+            head,
+            row,
+            rows,
+            form.rows,
+            spec.heads,
         )
-    of_row = sum_wtd + (normalizer_s - normalizer_t) * sum_wt
-    center_of_row = sum_ws / sum_s - sum_wt
-    tl.store(
-        of_rows(student.normalizer, batch, head, row, rows, spec.heads),
+    of_row = (sum_wtd + (normalizer_s - normalizer_t) * sum_wt) / LOG2_E
+    of_center = sum_ws / sum_s - sum_wt
+    store_rows(
+        student.normalizer,
         normalizer_s,
-        mask=row < rows,
+        batch,
+        head,
+        row,
+        rows,
+        form.rows,
+        spec.heads,
     )
-    tl.store(
-        of_rows(center, batch, head, row, rows, spec.heads),
-        center_of_row,
-        mask=row < rows,
+    store_rows(
+        center, of_center, batch, head, row, rows, form.rows, spec.heads
     )
-    tl.store(
-        of_rows(divergence, batch, head, row, rows, spec.heads),
+    store_rows(
+        divergence,
         # What rounding takes below 0 is 0.
-        tl.maximum(of_row + center_of_row, 0.0),
-        mask=row < rows,
+        tl.maximum(of_row + of_center, 0.0),
+        batch,
+        head,
+        row,
+        rows,
+        form.rows,
+        spec.heads,
     )
 
 
@@ -300,42 +490,64 @@ def slope_tile(
     teacher,
     mixture,
     places,
-    center,
     batch,
     head,
     row,
     key,
-    query_values,
-    key_values,
-    spec: tl.constexpr,
-    teacher_spec: tl.constexpr,
-    window: tl.constexpr,
-    exponent: tl.constexpr,
+    query,
+    keys,
+    teacher_query,
+    teacher_keys,
+    normalizer,
+    teacher_normalizer,
+    center,
+    form: tl.constexpr,
+    CHECK: tl.constexpr,
 ):
-    """Slope of divergences in `query @ key`, and what the mixture's needs."""
-    rows, keys = student.rows, student.keys
-    allowed = allowed_tile(places, batch, row, rows, key, keys, window)
-    weights = weights_tile(places, batch, row, rows, key, keys, exponent)
-    s = logits_tile(query_values, key_values, student.scale, spec)
-    normalizer = load_rows(
-        student.normalizer, batch, head, row, rows, spec.heads
-    )
-    log_q = s - normalizer[:, None]
-    q = tl.where(allowed, tl.exp(log_q), 0.0)
+    """Slope of divergences in `scale * query @ key`, lifted; and in `p`."""
+    rows, key_count = student.rows, student.keys
+    allowed = None
+    if CHECK:
+        allowed = allowed_tile(places, batch, row, rows, key, key_count, form)
+    weights = weights_tile(places, batch, row, rows, key, key_count, form)
+    cap: tl.constexpr = form.student.soft_cap
+    s = logits_tile(query, keys, student.scale, cap, form)
+    log_q = s - of_rows(normalizer - LIFT, form)
+    if CHECK:
+        log_q = tl.where(allowed, log_q, MASKED)
+    q = tl.exp2(log_q)
     if mixture is None:
-        p = head_tile(teacher, batch, head, row, key, allowed, teacher_spec)
+        t = logits_tile(
+            teacher_query,
+            teacher_keys,
+            teacher.scale,
+            form.teacher.soft_cap,
+            form,
+        )
+        if CHECK:
+            t = tl.where(allowed, t, MASKED)
+        p = tl.exp2(t - of_rows(teacher_normalizer - LIFT, form))
     else:
         p = mixed_tile(
-            teacher, mixture, batch, head, row, key, allowed, teacher_spec
+            teacher,
+            mixture,
+            batch,
+            head,
+            row,
+            key,
+            allowed,
+            LIFT,
+            form,
+            CHECK,
         )
-    of_center = load_rows(center, batch, head, row, rows, spec.heads)
-    slope = tl.where(allowed, weights * (q - p) - q * of_center[:, None], 0.0)
-    if spec.soft_cap is not None:
-        share = s / spec.soft_cap
+    slope = weights * (q - p) - q * of_rows(center, form)
+    if cap is not None:
+        share = s / (cap * LOG2_E)
         slope *= 1.0 - share * share
-    log_p = tl.log(tl.maximum(p, TINY))
-    of_p = tl.where(allowed, weights * (log_p - log_q), 0.0)
-    return slope * student.scale, of_p, allowed
+    of_p = weights * (tl.log2(tl.maximum(p, TINY)) - log_q)
+    if CHECK:
+        of_p = tl.where(allowed, of_p, 0.0)
+    return slope, of_p, allowed
 
 
 @triton.jit
@@ -349,64 +561,104 @@ def query_gradient_kernel(
     upstream,  # (batch, student heads, rows)
     gradient,  # As the student's query.
     mixture_gradient,  # (batch, student heads, row tiles, teacher heads)
-    spec: tl.constexpr,
-    teacher_spec: tl.constexpr,
-    window: tl.constexpr,
-    exponent: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
+    form: tl.constexpr,
 ):
-    tile = tl.program_id(0)
+    spec: tl.constexpr = form.student
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
     batch = tl.program_id(1) // spec.heads
     head = tl.program_id(1) % spec.heads
     rows = student.rows
-    row = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    query = load_query(student, batch, head, row, spec)
-    upstream = load_rows(upstream, batch, head, row, rows, spec.heads)
-    of_query = tl.zeros(query.shape, tl.float32)
-    teacher_head = tl.arange(0, triton.next_power_of_2(teacher_spec.heads))
-    of_mixture = tl.zeros(teacher_head.shape, tl.float32)
-    of_tile = bounds + 2 * (batch * tl.num_programs(0) + tile)
-    for start in range(tl.load(of_tile), tl.load(of_tile + 1), BLOCK_KEYS):
-        key = start + tl.arange(0, BLOCK_KEYS)
-        key_values = load_key(student, batch, head, key, spec)
-        slope, of_p, allowed = slope_tile(
-            student,
-            teacher,
-            mixture,
-            places,
-            center,
-            batch,
-            head,
-            row,
-            key,
-            query,
-            key_values,
-            spec,
-            teacher_spec,
-            window,
-            exponent,
+    row = tile * form.rows
+    query = load_query(student, batch, head, row, form.rows, spec, True)
+    normalizer = load_rows(
+        student.normalizer, batch, head, row, rows, form.rows, spec.heads
+    )
+    of_center = load_rows(
+        center, batch, head, row, rows, form.rows, spec.heads
+    )
+    of_row = load_rows(
+        upstream, batch, head, row, rows, form.rows, spec.heads
+    )
+    teacher_query, teacher_keys, teacher_normalizer = None, None, None
+    if mixture is None:
+        teacher_query = load_query(
+            teacher, batch, head, row, form.rows, form.teacher, True
         )
-        slope *= upstream[:, None]
-        of_query += dot_in_two(slope, key_values)
-        if mixture is not None:
-            of_p *= upstream[:, None]
-            for other in range(teacher_spec.heads):
-                p = head_tile(
-                    teacher, batch, other, row, key, allowed, teacher_spec
+        teacher_normalizer = load_rows(
+            teacher.normalizer, batch, head, row, rows, form.rows, spec.heads
+        )
+    of_query = tl.zeros(query.shape, tl.float32)
+    teacher_head = tl.arange(0, triton.next_power_of_2(form.teacher.heads))
+    of_mixture = tl.zeros(teacher_head.shape, tl.float32)
+    of_tile = bounds + 4 * (batch * tl.num_programs(0) + tile)
+    for part in tl.static_range(3):
+        CHECK: tl.constexpr = part != 1
+        if part != 0 or form.window is not None:
+            for key in range(
+                tl.load(of_tile + part), tl.load(of_tile + part + 1), form.keys
+            ):
+                keys = load_key(
+                    student, batch, head, key, form.keys, spec, CHECK
                 )
-                total = tl.sum(tl.sum(of_p * p, 1), 0)
-                of_mixture += tl.where(teacher_head == other, total, 0.0)
-    where, inside = pointers(
-        gradient, batch, head, row, rows, spec.heads, spec.width
+                if mixture is None:
+                    teacher_keys = load_key(
+                        teacher,
+                        batch,
+                        head,
+                        key,
+                        form.keys,
+                        form.teacher,
+                        CHECK,
+                    )
+                slope, of_p, allowed = slope_tile(
+                    student,
+                    teacher,
+                    mixture,
+                    places,
+                    batch,
+                    head,
+                    row,
+                    key,
+                    query,
+                    keys,
+                    teacher_query,
+                    teacher_keys,
+                    normalizer,
+                    teacher_normalizer,
+                    of_center,
+                    form,
+                    CHECK,
+                )
+                of_query = dot_in_two(slope, keys, of_query)
+                if mixture is not None:
+                    of_p *= of_row[:, None]
+                    for other in range(form.teacher.heads):
+                        p = head_tile(
+                            teacher,
+                            batch,
+                            other,
+                            row,
+                            key,
+                            allowed,
+                            0.0,
+                            form,
+                            CHECK,
+                        )
+                        total = tl.sum(tl.sum(of_p * p, 1), 0)
+                        of_mixture += tl.where(
+                            teacher_head == other, total, 0.0
+                        )
+    of_query *= (student.scale * tl.exp2(-LIFT)) * of_row[:, None]
+    where, inside = where_tile(
+        gradient, batch, head, row, rows, form.rows, spec.heads, spec.width
     )
     tl.store(where, of_query.to(gradient.dtype.element_ty), mask=inside)
     if mixture is not None:
         of_head = tl.program_id(1) * tl.num_programs(0) + tile
         tl.store(
-            mixture_gradient + of_head * teacher_spec.heads + teacher_head,
-            of_mixture,
-            mask=teacher_head < teacher_spec.heads,
+            mixture_gradient + of_head * form.teacher.heads + teacher_head,
+            of_mixture / LOG2_E,
+            mask=teacher_head < form.teacher.heads,
         )
 
 
@@ -416,53 +668,102 @@ def key_gradient_kernel(
     teacher,
     mixture,
     places,
-    bounds,  # (batch, key tiles, 2): the rows that may attend a tile's keys.
+    bounds,  # (batch, key tiles, 4), as from `tiles.key_bounds`.
     center,
     upstream,
     gradient,  # As the student's key.
-    spec: tl.constexpr,
-    teacher_spec: tl.constexpr,
-    window: tl.constexpr,
-    exponent: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
+    form: tl.constexpr,
 ):
+    spec: tl.constexpr = form.student
     tile = tl.program_id(0)
     batch = tl.program_id(1) // spec.key_heads
     key_head = tl.program_id(1) % spec.key_heads
     group: tl.constexpr = spec.heads // spec.key_heads
     rows = student.rows
-    key = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
-    key_values = load_key(student, batch, key_head * group, key, spec)
-    of_key = tl.zeros(key_values.shape, tl.float32)
-    of_tile = bounds + 2 * (batch * tl.num_programs(0) + tile)
+    key = tile * form.keys
+    keys = load_key(
+        student, batch, key_head * group, key, form.keys, spec, True
+    )
+    of_key = tl.zeros(keys.shape, tl.float32)
+    of_tile = bounds + 4 * (batch * tl.num_programs(0) + tile)
     for head in range(key_head * group, key_head * group + group):
-        for start in range(tl.load(of_tile), tl.load(of_tile + 1), BLOCK_ROWS):
-            row = start + tl.arange(0, BLOCK_ROWS)
-            query = load_query(student, batch, head, row, spec)
-            slope, _, _ = slope_tile(
-                student,
-                teacher,
-                mixture,
-                places,
-                center,
-                batch,
-                head,
-                row,
-                key,
-                query,
-                key_values,
-                spec,
-                teacher_spec,
-                window,
-                exponent,
+        teacher_query, teacher_keys, teacher_normalizer = None, None, None
+        if mixture is None:
+            teacher_keys = load_key(
+                teacher, batch, head, key, form.keys, form.teacher, True
             )
-            slope *= load_rows(upstream, batch, head, row, rows, spec.heads)[
-                :, None
-            ]
-            of_key += dot_in_two(tl.trans(slope), query)
-    where, inside = pointers(
-        gradient, batch, key_head, key, student.keys, spec.key_heads, spec.width
+        for part in tl.static_range(3):
+            CHECK: tl.constexpr = part != 1
+            for row in range(
+                tl.load(of_tile + part), tl.load(of_tile + part + 1), form.rows
+            ):
+                query = load_query(
+                    student, batch, head, row, form.rows, spec, CHECK
+                )
+                normalizer = load_rows(
+                    student.normalizer,
+                    batch,
+                    head,
+                    row,
+                    rows,
+                    form.rows,
+                    spec.heads,
+                )
+                of_center = load_rows(
+                    center, batch, head, row, rows, form.rows, spec.heads
+                )
+                of_row = load_rows(
+                    upstream, batch, head, row, rows, form.rows, spec.heads
+                )
+                if mixture is None:
+                    teacher_query = load_query(
+                        teacher,
+                        batch,
+                        head,
+                        row,
+                        form.rows,
+                        form.teacher,
+                        CHECK,
+                    )
+                    teacher_normalizer = load_rows(
+                        teacher.normalizer,
+                        batch,
+                        head,
+                        row,
+                        rows,
+                        form.rows,
+                        spec.heads,
+                    )
+                slope, _, _ = slope_tile(
+                    student,
+                    teacher,
+                    mixture,
+                    places,
+                    batch,
+                    head,
+                    row,
+                    key,
+                    query,
+                    keys,
+                    teacher_query,
+                    teacher_keys,
+                    normalizer,
+                    teacher_normalizer,
+                    of_center,
+                    form,
+                    CHECK,
+                )
+                of_key = dot_in_two(slope * of_row[None], query, of_key)
+    of_key *= student.scale * tl.exp2(-LIFT)
+    where, inside = where_tile(
+        gradient,
+        batch,
+        key_head,
+        key,
+        student.keys,
+        form.keys,
+        spec.key_heads,
+        spec.width,
     )
     tl.store(where, of_key.to(gradient.dtype.element_ty), mask=inside)
 
@@ -497,74 +798,63 @@ class Divergence(torch.autograd.Function):
                 (teacher_query, teacher_key, call.teacher_scale),
             )
         )
-        bounds = tiles.row_bounds(call.places, call.tiles, call.window)
+        places, heads = call.places, call.spec.heads
+        chosen = call.tiles("forward")
+        bounds = tiles.row_bounds(places, chosen, call.window)
         if mixture is not None:
-            launch(
-                normalizer_kernel,
-                call,
-                bounds,
-                call.teacher_spec.heads,
-                (teacher, call.places, bounds, call.teacher_spec),
-            )
+            arguments = (teacher, places, bounds)
+            heads = call.teacher_spec.heads
+            launch(normalizer_kernel, call, chosen, heads, bounds, arguments)
         divergence = torch.empty_like(student.normalizer)
         center = torch.empty_like(student.normalizer)
         launch(
             forward_kernel,
             call,
-            bounds,
+            chosen,
             call.spec.heads,
-            (
-                student,
-                teacher,
-                mixture,
-                call.places,
-                bounds,
-                divergence,
-                center,
-                call.spec,
-                call.teacher_spec,
-            ),
-            exponent=call.exponent,
+            bounds,
+            (student, teacher, mixture, places, bounds, divergence, center),
         )
-        ctx.save_for_backward(
-            *student[:3], *teacher[:3], mixture, bounds, center
-        )
+        ctx.save_for_backward(*student[:3], *teacher[:3], mixture, center)
         ctx.call = call
         return divergence
 
     @staticmethod
     def backward(ctx, upstream):
         call = ctx.call
-        *tensors, mixture, bounds, center = ctx.saved_tensors
+        *tensors, mixture, center = ctx.saved_tensors
         lengths = tensors[0].shape[1], tensors[1].shape[1]
         student = Side(*tensors[:3], call.scale, *lengths)
         teacher = Side(*tensors[3:], call.teacher_scale, *lengths)
         upstream = upstream.contiguous()
+        models = (student, teacher, mixture, call.places)
+        chosen = call.tiles("query")
+        bounds = tiles.row_bounds(call.places, chosen, call.window)
         of_query = torch.empty_like(student.query)
-        of_key = torch.empty_like(student.key)
         of_mixture = None
         if mixture is not None:
             of_mixture = mixture.new_empty(
                 (*center.shape[:2], bounds.shape[1], mixture.shape[1])
             )
-        specs = (call.spec, call.teacher_spec)
-        models = (student, teacher, mixture, call.places)
         launch(
             query_gradient_kernel,
             call,
-            bounds,
+            chosen,
             call.spec.heads,
-            (*models, bounds, center, upstream, of_query, of_mixture, *specs),
-            exponent=call.exponent,
+            bounds,
+            (*models, bounds, center, upstream, of_query, of_mixture),
         )
-        bounds = tiles.key_bounds(call.places, call.tiles, call.window)
+        chosen = call.tiles("key")
+        bounds = tiles.key_bounds(call.places, chosen, call.window)
+        of_key = torch.empty_like(student.key)
         launch(
             key_gradient_kernel,
             call,
-            bounds,
+            chosen,
             call.spec.key_heads,
-            (*models, bounds, center, upstream, of_key, *specs),
-            exponent=call.exponent,
+            bounds,
+            (*models, bounds, center, upstream, of_key),
+            by_key=True,
         )
         if mixture is not None:
             of_mixture = of_mixture.sum((0, 2))
@@ -581,33 +871,41 @@ class Call(NamedTuple):
     teacher_scale: float
     window: int | None
     exponent: float
-    tiles: tiles.Tiles
+
+    def tiles(self, kernel):
+        width = max(self.spec.width, self.teacher_spec.width)
+        return tiles.choose_tiles(kernel, width)
 
 
-def launch(kernel, call, bounds, heads, arguments, **constants):
+def launch(kernel, call, chosen, heads, bounds, arguments, by_key=False):
     batch, count = bounds.shape[:2]
+    form = Form(
+        call.spec,
+        call.teacher_spec,
+        call.window,
+        call.exponent,
+        chosen.rows,
+        chosen.keys,
+        by_key,
+    )
     kernel[(count, batch * heads)](
         *arguments,
-        window=call.window,
-        **constants,
-        BLOCK_ROWS=call.tiles.rows,
-        BLOCK_KEYS=call.tiles.keys,
-        num_warps=call.tiles.warps,
-        num_stages=call.tiles.stages,
+        form=form,
+        num_warps=chosen.warps,
+        num_stages=chosen.stages,
     )
 
 
 def attention_divergence(student, teacher, mask, distance, mixture):
-    specs = tiles.Spec.of(student), tiles.Spec.of(teacher)
     places = tiles.Places.of(mask, distance, student.query.shape[0])
     call = Call(
         tiles.Places(*(tensor.contiguous() for tensor in places)),
-        *specs,
+        tiles.Spec.of(student),
+        tiles.Spec.of(teacher),
         float(student.scale),
         float(teacher.scale),
         mask.window,
         float(distance.exponent),
-        tiles.choose_tiles(max(spec.width for spec in specs)),
     )
     return Divergence.apply(
         student.query.contiguous(),
