@@ -24,6 +24,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 # Slopes are computed this many times too large (in base 2): else those of a
 # long row would be too small for float16.
 LIFT = tl.constexpr(10.0)
+UNLIFT = tl.constexpr(2.0**-10)
 
 
 class Side(NamedTuple):
@@ -92,7 +93,13 @@ def load_tile(
 
 @triton.jit
 def load_query(
-    side, batch, head, row, SIZE: tl.constexpr, spec: tl.constexpr, CHECK
+    side,
+    batch,
+    head,
+    row,
+    SIZE: tl.constexpr,
+    spec: tl.constexpr,
+    CHECK: tl.constexpr,
 ):
     return load_tile(
         side.query,
@@ -109,7 +116,13 @@ def load_query(
 
 @triton.jit
 def load_key(
-    side, batch, head, key, SIZE: tl.constexpr, spec: tl.constexpr, CHECK
+    side,
+    batch,
+    head,
+    key,
+    SIZE: tl.constexpr,
+    spec: tl.constexpr,
+    CHECK: tl.constexpr,
 ):
     """The keys that query head `head` reads."""
     return load_tile(
@@ -126,36 +139,20 @@ def load_key(
 
 
 @triton.jit
-def where_rows(
-    tensor, batch, head, row, rows, SIZE: tl.constexpr, heads: tl.constexpr
+def places_of_rows(
+    batch, head, row, rows, SIZE: tl.constexpr, heads: tl.constexpr
 ):
-    """Where a tile's rows have their numbers in a (batch, heads, rows)."""
+    """Where a tile's rows are in a (batch, heads, rows), and which are."""
     row += tl.arange(0, SIZE)
-    first = (batch.to(tl.int64) * heads + head) * rows
-    return tensor + first + row, row < rows
+    return (batch.to(tl.int64) * heads + head) * rows + row, row < rows
 
 
 @triton.jit
 def load_rows(
     tensor, batch, head, row, rows, SIZE: tl.constexpr, heads: tl.constexpr
 ):
-    where, inside = where_rows(tensor, batch, head, row, rows, SIZE, heads)
-    return tl.load(where, mask=inside, other=0.0)
-
-
-@triton.jit
-def store_rows(
-    tensor,
-    values,
-    batch,
-    head,
-    row,
-    rows,
-    SIZE: tl.constexpr,
-    heads: tl.constexpr,
-):
-    where, inside = where_rows(tensor, batch, head, row, rows, SIZE, heads)
-    tl.store(where, values, mask=inside)
+    at, inside = places_of_rows(batch, head, row, rows, SIZE, heads)
+    return tl.load(tensor + at, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -227,38 +224,13 @@ def weights_tile(places, batch, row, rows, key, keys, form: tl.constexpr):
 
 
 @triton.jit
-def mixed_tile(
+def map_tile(
     teacher,
-    mixture,
+    query,
+    keys,
     batch,
     head,
     row,
-    key,
-    allowed,
-    lift,
-    form: tl.constexpr,
-    CHECK: tl.constexpr,
-):
-    """The mixture of the teacher's maps that student head `head` learns."""
-    if form.by_key:
-        p = tl.zeros([form.keys, form.rows], tl.float32)
-    else:
-        p = tl.zeros([form.rows, form.keys], tl.float32)
-    for other in range(form.teacher.heads):
-        share = tl.load(mixture + head * form.teacher.heads + other)
-        p += share * head_tile(
-            teacher, batch, other, row, key, allowed, lift, form, CHECK
-        )
-    return p
-
-
-@triton.jit
-def head_tile(
-    teacher,
-    batch,
-    head,
-    row,
-    key,
     allowed,
     lift,
     form: tl.constexpr,
@@ -266,13 +238,7 @@ def head_tile(
 ):
     """The attention map of one head of the teacher, times `2 ** lift`."""
     spec: tl.constexpr = form.teacher
-    logits = logits_tile(
-        load_query(teacher, batch, head, row, form.rows, spec, True),
-        load_key(teacher, batch, head, key, form.keys, spec, True),
-        teacher.scale,
-        spec.soft_cap,
-        form,
-    )
+    logits = logits_tile(query, keys, teacher.scale, spec.soft_cap, form)
     if CHECK:
         logits = tl.where(allowed, logits, MASKED)
     normalizer = load_rows(
@@ -288,49 +254,190 @@ def head_tile(
 
 
 @triton.jit
+def head_tile(
+    teacher,
+    batch,
+    head,
+    row,
+    key,
+    allowed,
+    lift,
+    form: tl.constexpr,
+    CHECK: tl.constexpr,
+):
+    """The same, of a head whose queries and keys are not at hand."""
+    spec: tl.constexpr = form.teacher
+    query = load_query(teacher, batch, head, row, form.rows, spec, True)
+    keys = load_key(teacher, batch, head, key, form.keys, spec, CHECK)
+    return map_tile(
+        teacher, query, keys, batch, head, row, allowed, lift, form, CHECK
+    )
+
+
+@triton.jit
+def mixed_tile(
+    teacher,
+    mixture,
+    batch,
+    head,
+    row,
+    key,
+    allowed,
+    lift,
+    form: tl.constexpr,
+    CHECK: tl.constexpr,
+):
+    """The mixture of the teacher's maps that student head `head` learns."""
+    spec: tl.constexpr = form.teacher
+    ROWS: tl.constexpr = form.rows
+    KEYS: tl.constexpr = form.keys
+    if form.by_key:
+        p = tl.zeros([KEYS, ROWS], tl.float32)
+    else:
+        p = tl.zeros([ROWS, KEYS], tl.float32)
+    for other in range(spec.heads):
+        share = tl.load(mixture + head * spec.heads + other)
+        p += share * head_tile(
+            teacher, batch, other, row, key, allowed, lift, form, CHECK
+        )
+    return p
+
+
+@triton.jit
+def normalizer_step(
+    state,
+    side,
+    places,
+    query,
+    batch,
+    head,
+    row,
+    key,
+    form: tl.constexpr,
+    CHECK: tl.constexpr,
+):
+    highest, total = state
+    spec: tl.constexpr = form.teacher
+    keys = load_key(side, batch, head, key, form.keys, spec, CHECK)
+    logits = logits_tile(query, keys, side.scale, spec.soft_cap, form)
+    if CHECK:
+        allowed = allowed_tile(
+            places, batch, row, side.rows, key, side.keys, form
+        )
+        logits = tl.where(allowed, logits, MASKED)
+    higher = tl.maximum(highest, tl.max(logits, 1))
+    terms = tl.exp2(logits - higher[:, None])
+    return higher, total * tl.exp2(highest - higher) + tl.sum(terms, 1)
+
+
+@triton.jit
 def normalizer_kernel(side, places, bounds, form: tl.constexpr):
     """Log-sum-exp of each row of the teacher."""
     spec: tl.constexpr = form.teacher
+    ROWS: tl.constexpr = form.rows
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     batch = tl.program_id(1) // spec.heads
     head = tl.program_id(1) % spec.heads
-    row = tile * form.rows
-    query = load_query(side, batch, head, row, form.rows, spec, True)
-    highest = tl.full([form.rows], LEAST, tl.float32)
-    total = tl.zeros([form.rows], tl.float32)
+    row = tile * ROWS
+    query = load_query(side, batch, head, row, ROWS, spec, True)
+    state = (
+        tl.full([ROWS], LEAST, tl.float32),
+        tl.zeros([ROWS], tl.float32),
+    )
     bounds += 4 * (batch * tl.num_programs(0) + tile)
     for part in tl.static_range(3):
-        CHECK: tl.constexpr = part != 1
         if part != 0 or form.window is not None:
             for key in range(
                 tl.load(bounds + part), tl.load(bounds + part + 1), form.keys
             ):
-                keys = load_key(
-                    side, batch, head, key, form.keys, spec, CHECK
+                state = normalizer_step(
+                    state,
+                    side,
+                    places,
+                    query,
+                    batch,
+                    head,
+                    row,
+                    key,
+                    form,
+                    part != 1,
                 )
-                logits = logits_tile(
-                    query, keys, side.scale, spec.soft_cap, form
-                )
-                if CHECK:
-                    allowed = allowed_tile(
-                        places, batch, row, side.rows, key, side.keys, form
-                    )
-                    logits = tl.where(allowed, logits, MASKED)
-                higher = tl.maximum(highest, tl.max(logits, 1))
-                terms = tl.exp2(logits - higher[:, None])
-                total = total * tl.exp2(highest - higher) + tl.sum(terms, 1)
-                highest = higher
+    highest, total = state
     # Rows without keys: any number will do.
-    total = tl.where(total > 0.0, highest + tl.log2(total), 0.0)
-    store_rows(
-        side.normalizer,
-        total,
-        batch,
-        head,
-        row,
-        side.rows,
-        form.rows,
-        spec.heads,
+    normalizer = tl.where(total > 0.0, highest + tl.log2(total), 0.0)
+    at, inside = places_of_rows(
+        batch, head, row, side.rows, ROWS, spec.heads
+    )
+    tl.store(side.normalizer + at, normalizer, mask=inside)
+
+
+@triton.jit
+def forward_step(
+    state,
+    student,
+    teacher,
+    mixture,
+    places,
+    query,
+    teacher_query,
+    batch,
+    head,
+    row,
+    key,
+    form: tl.constexpr,
+    CHECK: tl.constexpr,
+):
+    """Running maxima and sums, after another tile of keys."""
+    highest_s, sum_s, sum_ws, highest_t, sum_t, sum_wt, sum_wtd = state
+    spec: tl.constexpr = form.student
+    rows, key_count = student.rows, student.keys
+    allowed = None
+    if CHECK:
+        allowed = allowed_tile(places, batch, row, rows, key, key_count, form)
+    weights = weights_tile(places, batch, row, rows, key, key_count, form)
+    keys = load_key(student, batch, head, key, form.keys, spec, CHECK)
+    s = logits_tile(query, keys, student.scale, spec.soft_cap, form)
+    if CHECK:
+        s = tl.where(allowed, s, MASKED)
+    higher_s = tl.maximum(highest_s, tl.max(s, 1))
+    exp_s = tl.exp2(s - higher_s[:, None])
+    keep_s = tl.exp2(highest_s - higher_s)
+    if mixture is None:
+        teacher_spec: tl.constexpr = form.teacher
+        teacher_keys = load_key(
+            teacher, batch, head, key, form.keys, teacher_spec, CHECK
+        )
+        t = logits_tile(
+            teacher_query,
+            teacher_keys,
+            teacher.scale,
+            teacher_spec.soft_cap,
+            form,
+        )
+        if CHECK:
+            t = tl.where(allowed, t, MASKED)
+        higher_t = tl.maximum(highest_t, tl.max(t, 1))
+        exp_t = tl.exp2(t - higher_t[:, None])
+        keep_t = tl.exp2(highest_t - higher_t)
+        highest_t = higher_t
+        sum_t = sum_t * keep_t + tl.sum(exp_t, 1)
+        sum_wt *= keep_t
+        sum_wtd *= keep_t
+    else:
+        # Normalised already: e^t is p itself.
+        exp_t = mixed_tile(
+            teacher, mixture, batch, head, row, key, allowed, 0.0, form, CHECK
+        )
+        t = tl.log2(tl.maximum(exp_t, TINY))
+    weighted = weights * exp_t
+    return (
+        higher_s,
+        sum_s * keep_s + tl.sum(exp_s, 1),
+        sum_ws * keep_s + tl.sum(weights * exp_s, 1),
+        highest_t,
+        sum_t,
+        sum_wt + tl.sum(weighted, 1),
+        sum_wtd + tl.sum(weighted * (t - s), 1),
     )
 
 
@@ -345,143 +452,67 @@ def forward_kernel(
     center,  # Likewise: sum_j w_ij (q_ij - p_ij).
     form: tl.constexpr,
 ):
-    """Divergences and normalizers, from running maxima and sums."""
+    """Divergences and normalizers."""
     spec: tl.constexpr = form.student
+    teacher_spec: tl.constexpr = form.teacher
+    ROWS: tl.constexpr = form.rows
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     batch = tl.program_id(1) // spec.heads
     head = tl.program_id(1) % spec.heads
-    rows, key_count = student.rows, student.keys
-    row = tile * form.rows
-    query = load_query(student, batch, head, row, form.rows, spec, True)
+    row = tile * ROWS
+    query = load_query(student, batch, head, row, ROWS, spec, True)
+    teacher_query = None
     if mixture is None:
         teacher_query = load_query(
-            teacher, batch, head, row, form.rows, form.teacher, True
+            teacher, batch, head, row, ROWS, teacher_spec, True
         )
-    highest_s = tl.full([form.rows], LEAST, tl.float32)
-    highest_t = tl.full([form.rows], LEAST, tl.float32)
-    sum_s = tl.zeros([form.rows], tl.float32)  # e^s
-    sum_t = tl.zeros([form.rows], tl.float32)  # e^t
-    sum_ws = tl.zeros([form.rows], tl.float32)  # w e^s
-    sum_wt = tl.zeros([form.rows], tl.float32)  # w e^t
-    sum_wtd = tl.zeros([form.rows], tl.float32)  # w e^t (t - s)
+    least = tl.full([ROWS], LEAST, tl.float32)
+    zeros = tl.zeros([ROWS], tl.float32)
+    # Of the student the highest logit, sum e^s and sum w e^s; of the teacher
+    # the same, and sum w e^t (t - s).
+    state = (least, zeros, zeros, least, zeros, zeros, zeros)
     bounds += 4 * (batch * tl.num_programs(0) + tile)
     for part in tl.static_range(3):
-        CHECK: tl.constexpr = part != 1
         if part != 0 or form.window is not None:
             for key in range(
                 tl.load(bounds + part), tl.load(bounds + part + 1), form.keys
             ):
-                allowed = None
-                if CHECK:
-                    allowed = allowed_tile(
-                        places, batch, row, rows, key, key_count, form
-                    )
-                weights = weights_tile(
-                    places, batch, row, rows, key, key_count, form
+                state = forward_step(
+                    state,
+                    student,
+                    teacher,
+                    mixture,
+                    places,
+                    query,
+                    teacher_query,
+                    batch,
+                    head,
+                    row,
+                    key,
+                    form,
+                    part != 1,
                 )
-                keys = load_key(
-                    student, batch, head, key, form.keys, spec, CHECK
-                )
-                s = logits_tile(
-                    query, keys, student.scale, spec.soft_cap, form
-                )
-                if CHECK:
-                    s = tl.where(allowed, s, MASKED)
-                higher_s = tl.maximum(highest_s, tl.max(s, 1))
-                exp_s = tl.exp2(s - higher_s[:, None])
-                keep_s = tl.exp2(highest_s - higher_s)
-                highest_s = higher_s
-                if mixture is None:
-                    teacher_keys = load_key(
-                        teacher,
-                        batch,
-                        head,
-                        key,
-                        form.keys,
-                        form.teacher,
-                        CHECK,
-                    )
-                    t = logits_tile(
-                        teacher_query,
-                        teacher_keys,
-                        teacher.scale,
-                        form.teacher.soft_cap,
-                        form,
-                    )
-                    if CHECK:
-                        t = tl.where(allowed, t, MASKED)
-                    higher_t = tl.maximum(highest_t, tl.max(t, 1))
-                    exp_t = tl.exp2(t - higher_t[:, None])
-                    keep_t = tl.exp2(highest_t - higher_t)
-                    highest_t = higher_t
-                    sum_t = sum_t * keep_t + tl.sum(exp_t, 1)
-                    sum_wt *= keep_t
-                    sum_wtd *= keep_t
-                else:
-                    # Normalised already: e^t is p itself.
-                    exp_t = mixed_tile(
-                        teacher,
-                        mixture,
-                        batch,
-                        head,
-                        row,
-                        key,
-                        allowed,
-                        0.0,
-                        form,
-                        CHECK,
-                    )
-                    t = tl.log2(tl.maximum(exp_t, TINY))
-                sum_s = sum_s * keep_s + tl.sum(exp_s, 1)
-                sum_ws = sum_ws * keep_s + tl.sum(weights * exp_s, 1)
-                weighted = weights * exp_t
-                sum_wt += tl.sum(weighted, 1)
-                sum_wtd += tl.sum(weighted * (t - s), 1)
+    highest_s, sum_s, sum_ws, highest_t, sum_t, sum_wt, sum_wtd = state
     # Rows without keys: sums are 0, and so is the divergence.
     sum_s = tl.where(sum_s > 0.0, sum_s, 1.0)
-    normalizer_s = highest_s + tl.log2(sum_s)
-    normalizer_t = tl.zeros([form.rows], tl.float32)
+    normalizer = highest_s + tl.log2(sum_s)
+    offset = normalizer
+    at, inside = places_of_rows(
+        batch, head, row, student.rows, ROWS, spec.heads
+    )
     if mixture is None:
         sum_t = tl.where(sum_t > 0.0, sum_t, 1.0)
-        normalizer_t = highest_t + tl.log2(sum_t)
         sum_wt /= sum_t
         sum_wtd /= sum_t
-        store_rows(
-            teacher.normalizer,
-            normalizer_t,
-            batch,
-            head,
-            row,
-            rows,
-            form.rows,
-            spec.heads,
-        )
-    of_row = (sum_wtd + (normalizer_s - normalizer_t) * sum_wt) / LOG2_E
+        teacher_normalizer = highest_t + tl.log2(sum_t)
+        offset -= teacher_normalizer
+        tl.store(teacher.normalizer + at, teacher_normalizer, mask=inside)
+    of_row = (sum_wtd + offset * sum_wt) / LOG2_E
     of_center = sum_ws / sum_s - sum_wt
-    store_rows(
-        student.normalizer,
-        normalizer_s,
-        batch,
-        head,
-        row,
-        rows,
-        form.rows,
-        spec.heads,
-    )
-    store_rows(
-        center, of_center, batch, head, row, rows, form.rows, spec.heads
-    )
-    store_rows(
-        divergence,
-        # What rounding takes below 0 is 0.
-        tl.maximum(of_row + of_center, 0.0),
-        batch,
-        head,
-        row,
-        rows,
-        form.rows,
-        spec.heads,
-    )
+    tl.store(student.normalizer + at, normalizer, mask=inside)
+    tl.store(center + at, of_center, mask=inside)
+    # What rounding takes below 0 is 0.
+    tl.store(divergence + at, tl.maximum(of_row + of_center, 0.0), mask=inside)
 
 
 @triton.jit
@@ -498,56 +529,116 @@ def slope_tile(
     keys,
     teacher_query,
     teacher_keys,
-    normalizer,
-    teacher_normalizer,
     center,
+    allowed,
     form: tl.constexpr,
     CHECK: tl.constexpr,
 ):
-    """Slope of divergences in `scale * query @ key`, lifted; and in `p`."""
+    """Slopes of divergences, lifted: in `scale * query @ key`; and in `p`."""
     rows, key_count = student.rows, student.keys
-    allowed = None
-    if CHECK:
-        allowed = allowed_tile(places, batch, row, rows, key, key_count, form)
+    spec: tl.constexpr = form.student
+    teacher_spec: tl.constexpr = form.teacher
     weights = weights_tile(places, batch, row, rows, key, key_count, form)
-    cap: tl.constexpr = form.student.soft_cap
-    s = logits_tile(query, keys, student.scale, cap, form)
+    s = logits_tile(query, keys, student.scale, spec.soft_cap, form)
+    normalizer = load_rows(
+        student.normalizer, batch, head, row, rows, form.rows, spec.heads
+    )
     log_q = s - of_rows(normalizer - LIFT, form)
     if CHECK:
         log_q = tl.where(allowed, log_q, MASKED)
     q = tl.exp2(log_q)
     if mixture is None:
-        t = logits_tile(
+        p = map_tile(
+            teacher,
             teacher_query,
             teacher_keys,
-            teacher.scale,
-            form.teacher.soft_cap,
-            form,
-        )
-        if CHECK:
-            t = tl.where(allowed, t, MASKED)
-        p = tl.exp2(t - of_rows(teacher_normalizer - LIFT, form))
-    else:
-        p = mixed_tile(
-            teacher,
-            mixture,
             batch,
             head,
             row,
-            key,
             allowed,
             LIFT,
             form,
             CHECK,
         )
-    slope = weights * (q - p) - q * of_rows(center, form)
-    if cap is not None:
-        share = s / (cap * LOG2_E)
+    else:
+        p = mixed_tile(
+            teacher, mixture, batch, head, row, key, allowed, LIFT, form, CHECK
+        )
+    of_center = load_rows(
+        center, batch, head, row, rows, form.rows, spec.heads
+    )
+    slope = weights * (q - p) - q * of_rows(of_center, form)
+    if spec.soft_cap is not None:
+        share = s / (spec.soft_cap * LOG2_E)
         slope *= 1.0 - share * share
     of_p = weights * (tl.log2(tl.maximum(p, TINY)) - log_q)
     if CHECK:
         of_p = tl.where(allowed, of_p, 0.0)
-    return slope, of_p, allowed
+    return slope, of_p
+
+
+@triton.jit
+def query_step(
+    state,
+    student,
+    teacher,
+    mixture,
+    places,
+    center,
+    query,
+    teacher_query,
+    batch,
+    head,
+    row,
+    key,
+    of_row,
+    form: tl.constexpr,
+    CHECK: tl.constexpr,
+):
+    """Gradients of queries and mixture, after another tile of keys."""
+    of_query, of_mixture = state
+    spec: tl.constexpr = form.student
+    teacher_spec: tl.constexpr = form.teacher
+    keys = load_key(student, batch, head, key, form.keys, spec, CHECK)
+    teacher_keys = None
+    if mixture is None:
+        teacher_keys = load_key(
+            teacher, batch, head, key, form.keys, teacher_spec, CHECK
+        )
+    allowed = None
+    if CHECK:
+        allowed = allowed_tile(
+            places, batch, row, student.rows, key, student.keys, form
+        )
+    slope, of_p = slope_tile(
+        student,
+        teacher,
+        mixture,
+        places,
+        batch,
+        head,
+        row,
+        key,
+        query,
+        keys,
+        teacher_query,
+        teacher_keys,
+        center,
+        allowed,
+        form,
+        CHECK,
+    )
+    of_query = dot_in_two(slope, keys, of_query)
+    if mixture is not None:
+        of_p *= of_row[:, None]
+        teacher_head = tl.arange(0, of_mixture.shape[0])
+        for other in range(teacher_spec.heads):
+            p = head_tile(
+                teacher, batch, other, row, key, allowed, 0.0, form, CHECK
+            )
+            total = tl.sum(tl.sum(of_p * p, 1), 0)
+            of_mixture += tl.where(teacher_head == other, total, 0.0)
+    return of_query, of_mixture
 
 
 @triton.jit
@@ -564,102 +655,129 @@ def query_gradient_kernel(
     form: tl.constexpr,
 ):
     spec: tl.constexpr = form.student
+    teacher_spec: tl.constexpr = form.teacher
+    ROWS: tl.constexpr = form.rows
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     batch = tl.program_id(1) // spec.heads
     head = tl.program_id(1) % spec.heads
-    rows = student.rows
-    row = tile * form.rows
-    query = load_query(student, batch, head, row, form.rows, spec, True)
-    normalizer = load_rows(
-        student.normalizer, batch, head, row, rows, form.rows, spec.heads
-    )
-    of_center = load_rows(
-        center, batch, head, row, rows, form.rows, spec.heads
-    )
-    of_row = load_rows(
-        upstream, batch, head, row, rows, form.rows, spec.heads
-    )
-    teacher_query, teacher_keys, teacher_normalizer = None, None, None
+    row = tile * ROWS
+    query = load_query(student, batch, head, row, ROWS, spec, True)
+    teacher_query = None
     if mixture is None:
         teacher_query = load_query(
-            teacher, batch, head, row, form.rows, form.teacher, True
+            teacher, batch, head, row, ROWS, teacher_spec, True
         )
-        teacher_normalizer = load_rows(
-            teacher.normalizer, batch, head, row, rows, form.rows, spec.heads
-        )
-    of_query = tl.zeros(query.shape, tl.float32)
-    teacher_head = tl.arange(0, triton.next_power_of_2(form.teacher.heads))
-    of_mixture = tl.zeros(teacher_head.shape, tl.float32)
-    of_tile = bounds + 4 * (batch * tl.num_programs(0) + tile)
+    of_row = load_rows(
+        upstream, batch, head, row, student.rows, ROWS, spec.heads
+    )
+    TEACHER_HEADS: tl.constexpr = triton.next_power_of_2(teacher_spec.heads)
+    state = (
+        tl.zeros(query.shape, tl.float32),
+        tl.zeros([TEACHER_HEADS], tl.float32),
+    )
+    bounds += 4 * (batch * tl.num_programs(0) + tile)
     for part in tl.static_range(3):
-        CHECK: tl.constexpr = part != 1
         if part != 0 or form.window is not None:
             for key in range(
-                tl.load(of_tile + part), tl.load(of_tile + part + 1), form.keys
+                tl.load(bounds + part), tl.load(bounds + part + 1), form.keys
             ):
-                keys = load_key(
-                    student, batch, head, key, form.keys, spec, CHECK
-                )
-                if mixture is None:
-                    teacher_keys = load_key(
-                        teacher,
-                        batch,
-                        head,
-                        key,
-                        form.keys,
-                        form.teacher,
-                        CHECK,
-                    )
-                slope, of_p, allowed = slope_tile(
+                state = query_step(
+                    state,
                     student,
                     teacher,
                     mixture,
                     places,
+                    center,
+                    query,
+                    teacher_query,
                     batch,
                     head,
                     row,
                     key,
-                    query,
-                    keys,
-                    teacher_query,
-                    teacher_keys,
-                    normalizer,
-                    teacher_normalizer,
-                    of_center,
+                    of_row,
                     form,
-                    CHECK,
+                    part != 1,
                 )
-                of_query = dot_in_two(slope, keys, of_query)
-                if mixture is not None:
-                    of_p *= of_row[:, None]
-                    for other in range(form.teacher.heads):
-                        p = head_tile(
-                            teacher,
-                            batch,
-                            other,
-                            row,
-                            key,
-                            allowed,
-                            0.0,
-                            form,
-                            CHECK,
-                        )
-                        total = tl.sum(tl.sum(of_p * p, 1), 0)
-                        of_mixture += tl.where(
-                            teacher_head == other, total, 0.0
-                        )
-    of_query *= (student.scale * tl.exp2(-LIFT)) * of_row[:, None]
+    of_query, of_mixture = state
+    of_query *= (student.scale * UNLIFT) * of_row[:, None]
     where, inside = where_tile(
-        gradient, batch, head, row, rows, form.rows, spec.heads, spec.width
+        gradient,
+        batch,
+        head,
+        row,
+        student.rows,
+        ROWS,
+        spec.heads,
+        spec.width,
     )
     tl.store(where, of_query.to(gradient.dtype.element_ty), mask=inside)
     if mixture is not None:
         of_head = tl.program_id(1) * tl.num_programs(0) + tile
+        teacher_head = tl.arange(0, TEACHER_HEADS)
         tl.store(
-            mixture_gradient + of_head * form.teacher.heads + teacher_head,
+            mixture_gradient + of_head * teacher_spec.heads + teacher_head,
             of_mixture / LOG2_E,
-            mask=teacher_head < form.teacher.heads,
+            mask=teacher_head < teacher_spec.heads,
         )
+
+
+@triton.jit
+def key_step(
+    of_key,
+    student,
+    teacher,
+    mixture,
+    places,
+    center,
+    upstream,
+    keys,
+    teacher_keys,
+    batch,
+    head,
+    row,
+    key,
+    form: tl.constexpr,
+    CHECK: tl.constexpr,
+):
+    """Gradient of keys, after another tile of rows."""
+    spec: tl.constexpr = form.student
+    teacher_spec: tl.constexpr = form.teacher
+    query = load_query(student, batch, head, row, form.rows, spec, CHECK)
+    teacher_query = None
+    if mixture is None:
+        teacher_query = load_query(
+            teacher, batch, head, row, form.rows, teacher_spec, CHECK
+        )
+    allowed = None
+    if CHECK:
+        allowed = allowed_tile(
+            places, batch, row, student.rows, key, student.keys, form
+        )
+    slope, _ = slope_tile(
+        student,
+        teacher,
+        mixture,
+        places,
+        batch,
+        head,
+        row,
+        key,
+        query,
+        keys,
+        teacher_query,
+        teacher_keys,
+        center,
+        allowed,
+        form,
+        CHECK,
+    )
+    of_row = load_rows(
+        upstream, batch, head, row, student.rows, form.rows, spec.heads
+    )
+    slope *= of_rows(of_row, form)
+    if not form.by_key:
+        slope = tl.trans(slope)
+    return dot_in_two(slope, query, of_key)
 
 
 @triton.jit
@@ -675,93 +793,51 @@ def key_gradient_kernel(
     form: tl.constexpr,
 ):
     spec: tl.constexpr = form.student
+    teacher_spec: tl.constexpr = form.teacher
+    KEYS: tl.constexpr = form.keys
     tile = tl.program_id(0)
     batch = tl.program_id(1) // spec.key_heads
     key_head = tl.program_id(1) % spec.key_heads
     group: tl.constexpr = spec.heads // spec.key_heads
-    rows = student.rows
-    key = tile * form.keys
-    keys = load_key(
-        student, batch, key_head * group, key, form.keys, spec, True
-    )
+    key = tile * KEYS
+    keys = load_key(student, batch, key_head * group, key, KEYS, spec, True)
     of_key = tl.zeros(keys.shape, tl.float32)
-    of_tile = bounds + 4 * (batch * tl.num_programs(0) + tile)
+    bounds += 4 * (batch * tl.num_programs(0) + tile)
     for head in range(key_head * group, key_head * group + group):
-        teacher_query, teacher_keys, teacher_normalizer = None, None, None
+        teacher_keys = None
         if mixture is None:
             teacher_keys = load_key(
-                teacher, batch, head, key, form.keys, form.teacher, True
+                teacher, batch, head, key, KEYS, teacher_spec, True
             )
         for part in tl.static_range(3):
-            CHECK: tl.constexpr = part != 1
             for row in range(
-                tl.load(of_tile + part), tl.load(of_tile + part + 1), form.rows
+                tl.load(bounds + part), tl.load(bounds + part + 1), form.rows
             ):
-                query = load_query(
-                    student, batch, head, row, form.rows, spec, CHECK
-                )
-                normalizer = load_rows(
-                    student.normalizer,
-                    batch,
-                    head,
-                    row,
-                    rows,
-                    form.rows,
-                    spec.heads,
-                )
-                of_center = load_rows(
-                    center, batch, head, row, rows, form.rows, spec.heads
-                )
-                of_row = load_rows(
-                    upstream, batch, head, row, rows, form.rows, spec.heads
-                )
-                if mixture is None:
-                    teacher_query = load_query(
-                        teacher,
-                        batch,
-                        head,
-                        row,
-                        form.rows,
-                        form.teacher,
-                        CHECK,
-                    )
-                    teacher_normalizer = load_rows(
-                        teacher.normalizer,
-                        batch,
-                        head,
-                        row,
-                        rows,
-                        form.rows,
-                        spec.heads,
-                    )
-                slope, _, _ = slope_tile(
+                of_key = key_step(
+                    of_key,
                     student,
                     teacher,
                     mixture,
                     places,
+                    center,
+                    upstream,
+                    keys,
+                    teacher_keys,
                     batch,
                     head,
                     row,
                     key,
-                    query,
-                    keys,
-                    teacher_query,
-                    teacher_keys,
-                    normalizer,
-                    teacher_normalizer,
-                    of_center,
                     form,
-                    CHECK,
+                    part != 1,
                 )
-                of_key = dot_in_two(slope * of_row[None], query, of_key)
-    of_key *= student.scale * tl.exp2(-LIFT)
+    of_key *= student.scale * UNLIFT
     where, inside = where_tile(
         gradient,
         batch,
         key_head,
         key,
         student.keys,
-        form.keys,
+        KEYS,
         spec.key_heads,
         spec.width,
     )
