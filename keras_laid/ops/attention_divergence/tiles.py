@@ -60,6 +60,7 @@ class Tiles(NamedTuple):
     keys: int
     warps: int
     stages: int
+    by_key: bool = False  # Tiles are (keys, rows), not (rows, keys).
 
 
 def choose_tiles(kernel, width):

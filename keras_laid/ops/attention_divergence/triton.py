@@ -1,8 +1,9 @@
 """The divergence in fused kernels for torch on CUDA.
 
-Maps exist only as tiles on the chip; README.md derives the sums. Tensors are
-laid out (batch, length, heads, width). Logarithms are of base 2, whose power
-the chip computes. In names, `row` and `key` are where a tile starts.
+Maps exist only as tiles on the chip; README.md derives the sums. Queries and
+keys are laid out (batch, length, heads, width) and read through descriptors,
+which give 0 outside. Logarithms are of base 2, whose power the chip computes.
+In names, `rows` and `keys` are lengths; `row` and `key` are where a tile starts.
 """
 
 from typing import Any
@@ -11,20 +12,20 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from keras_laid.ops.attention_divergence import tiles
 
-# In a tile: minus infinity, whose differences would be NaN; the least that a
-# running maximum is, so that `exp2(MASKED - LEAST)` is 0; and what counts as
-# probability 0 in `p * log(p)`, as in definition.py.
-MASKED = tl.constexpr(-2e30)
+# The least that a running maximum is; and what counts as probability 0 in
+# `p * log(p)`, as in definition.py.
 LEAST = tl.constexpr(-1e30)
 TINY = tl.constexpr(1e-30)
 LOG2_E = tl.constexpr(1.4426950408889634)
-# Slopes are computed this many times too large (in base 2): else those of a
-# long row would be too small for float16.
+# Maps are made `2 ** LIFT` times too large for slopes: else those of long rows
+# would be too small for float16.
 LIFT = tl.constexpr(10.0)
 UNLIFT = tl.constexpr(2.0**-10)
+BYTES = 16  # Descriptors want rows that are multiples of so many.
 
 
 class Side(NamedTuple):
@@ -34,8 +35,6 @@ class Side(NamedTuple):
     key: Any
     normalizer: Any  # Log-sum-exp of each row: (batch, heads, rows).
     scale: Any
-    rows: Any
-    keys: Any
 
 
 class Form(NamedTuple):
@@ -45,160 +44,96 @@ class Form(NamedTuple):
     teacher: tiles.Spec
     window: int | None
     exponent: float
-    rows: int  # Of a tile.
-    keys: int
-    by_key: bool  # Tiles are (keys, rows), not (rows, keys).
+    tiles: tiles.Tiles
 
 
 @triton.jit
-def where_tile(
-    tensor,
-    batch,
-    head,
-    start,
-    length,
-    SIZE: tl.constexpr,
-    heads: tl.constexpr,
-    width: tl.constexpr,
-):
-    """Where a tile of one head's matrix is, and what of it is inside."""
-    index = tl.arange(0, SIZE)
-    column = tl.arange(0, triton.next_power_of_2(width))
-    first = (batch.to(tl.int64) * length + start) * heads + head
-    offset = index[:, None] * (heads * width) + column[None]
-    inside = (start + index < length)[:, None] & (column < width)[None]
-    return tensor + first * width + offset, inside
+def load_tile(tensor, batch, head, start):
+    """A tile of one head's matrix."""
+    tile = tensor.load([batch, start, head, 0])
+    return tile.reshape(tensor.block_shape[1], tensor.block_shape[3])
 
 
 @triton.jit
-def load_tile(
-    tensor,
-    batch,
-    head,
-    start,
-    length,
-    SIZE: tl.constexpr,
-    heads: tl.constexpr,
-    width: tl.constexpr,
-    CHECK: tl.constexpr,
-):
-    where, inside = where_tile(
-        tensor, batch, head, start, length, SIZE, heads, width
-    )
-    if CHECK or width != triton.next_power_of_2(width):
-        return tl.load(where, mask=inside, other=0.0)
-    else:
-        return tl.load(where)
+def store_tile(tensor, tile, batch, head, start):
+    tile = tile.to(tensor.dtype).reshape(tensor.block_shape)
+    tensor.store([batch, start, head, 0], tile)
 
 
 @triton.jit
-def load_query(
-    side,
-    batch,
-    head,
-    row,
-    SIZE: tl.constexpr,
-    spec: tl.constexpr,
-    CHECK: tl.constexpr,
-):
-    return load_tile(
-        side.query,
-        batch,
-        head,
-        row,
-        side.rows,
-        SIZE,
-        spec.heads,
-        spec.width,
-        CHECK,
-    )
+def load_query(side, batch, head, row):
+    return load_tile(side.query, batch, head, row)
 
 
 @triton.jit
-def load_key(
-    side,
-    batch,
-    head,
-    key,
-    SIZE: tl.constexpr,
-    spec: tl.constexpr,
-    CHECK: tl.constexpr,
-):
+def load_key(side, batch, head, key, spec: tl.constexpr):
     """The keys that query head `head` reads."""
-    return load_tile(
-        side.key,
-        batch,
-        head // (spec.heads // spec.key_heads),
-        key,
-        side.keys,
-        SIZE,
-        spec.key_heads,
-        spec.width,
-        CHECK,
-    )
+    key_head = head // (spec.heads // spec.key_heads)
+    return load_tile(side.key, batch, key_head, key)
 
 
 @triton.jit
-def places_of_rows(
-    batch, head, row, rows, SIZE: tl.constexpr, heads: tl.constexpr
+def row_numbers(
+    batch, head, row, rows, heads: tl.constexpr, form: tl.constexpr
 ):
     """Where a tile's rows are in a (batch, heads, rows), and which are."""
-    row += tl.arange(0, SIZE)
+    row += tl.arange(0, form.tiles.rows)
     return (batch.to(tl.int64) * heads + head) * rows + row, row < rows
 
 
 @triton.jit
 def load_rows(
-    tensor, batch, head, row, rows, SIZE: tl.constexpr, heads: tl.constexpr
+    tensor, batch, head, row, rows, heads: tl.constexpr, form: tl.constexpr
 ):
-    at, inside = places_of_rows(batch, head, row, rows, SIZE, heads)
+    at, inside = row_numbers(batch, head, row, rows, heads, form)
     return tl.load(tensor + at, mask=inside, other=0.0)
 
 
 @triton.jit
 def of_rows(values, form: tl.constexpr):
     """Numbers of rows, as a tile has them."""
-    return values[None] if form.by_key else values[:, None]
+    return values[None] if form.tiles.by_key else values[:, None]
 
 
 @triton.jit
 def of_keys(values, form: tl.constexpr):
-    return values[:, None] if form.by_key else values[None]
+    return values[:, None] if form.tiles.by_key else values[None]
 
 
 @triton.jit
 def logits_tile(query, keys, scale, cap: tl.constexpr, form: tl.constexpr):
-    """Logits, in base 2."""
-    if form.by_key:
+    """Logits over a number, and that number: their product has base 2."""
+    if form.tiles.by_key:
         logits = tl.dot(keys, tl.trans(query), input_precision="ieee")
     else:
         logits = tl.dot(query, tl.trans(keys), input_precision="ieee")
-    if cap is None:
-        return logits * (scale * LOG2_E)
-    else:
-        # soft_cap * tanh(logits / soft_cap)
-        half = tl.sigmoid(logits * (2.0 * scale / cap)) - 0.5
-        return half * (2.0 * cap * LOG2_E)
+    if cap is not None:
+        # tanh(scale * logits / cap)
+        logits = 2.0 * tl.sigmoid(logits * (2.0 * scale / cap)) - 1.0
+        scale = tl.full([], cap, tl.float32)
+    return logits, scale * LOG2_E
 
 
 @triton.jit
 def dot_in_two(a, b, total):
-    """`total + a @ b` for float32 `a`, rounded to `b`'s dtype in two parts.
+    """`total + a @ b` for float32 `a`, in two parts of `b`'s dtype.
 
     In one part, sums that cancel would lose more than the definition's.
     """
-    high = a.to(b.dtype)
-    total = tl.dot(high, b, total, input_precision="ieee")
-    if b.dtype != tl.float32:
-        low = (a - high.to(tl.float32)).to(b.dtype)
-        total = tl.dot(low, b, total)
-    return total
+    if b.dtype == tl.float32:
+        return tl.dot(a, b, total, input_precision="ieee")
+    else:
+        # The first bits, cut and not rounded: converting back costs more.
+        bits = a.to(tl.uint32, bitcast=True) & 0xFFFF0000
+        high = bits.to(tl.float32, bitcast=True)
+        total = tl.dot(high.to(b.dtype), b, total)
+        return tl.dot((a - high).to(b.dtype), b, total)
 
 
 @triton.jit
 def allowed_tile(places, batch, row, rows, key, keys, form: tl.constexpr):
-    row += tl.arange(0, form.rows)
-    key += tl.arange(0, form.keys)
+    row += tl.arange(0, form.tiles.rows)
+    key += tl.arange(0, form.tiles.keys)
     kind = tl.load(places.kinds + batch * keys + key, mask=key < keys, other=0)
     index = tl.load(places.row_index + row, mask=row < rows, other=-1)
     kind = of_keys(kind, form)
@@ -211,10 +146,10 @@ def allowed_tile(places, batch, row, rows, key, keys, form: tl.constexpr):
 
 @triton.jit
 def weights_tile(places, batch, row, rows, key, keys, form: tl.constexpr):
-    row += tl.arange(0, form.rows)
+    row += tl.arange(0, form.tiles.rows)
     row_share = places.row_share + batch * rows + row
     row_share = tl.load(row_share, mask=row < rows, other=0.0)
-    key += tl.arange(0, form.keys)
+    key += tl.arange(0, form.tiles.keys)
     key_share = places.key_share + batch * keys + key
     key_share = tl.load(key_share, mask=key < keys, other=0.0)
     share = tl.abs(of_rows(row_share, form) - of_keys(key_share, form))
@@ -231,6 +166,7 @@ def map_tile(
     batch,
     head,
     row,
+    rows,
     allowed,
     lift,
     form: tl.constexpr,
@@ -238,19 +174,14 @@ def map_tile(
 ):
     """The attention map of one head of the teacher, times `2 ** lift`."""
     spec: tl.constexpr = form.teacher
-    logits = logits_tile(query, keys, teacher.scale, spec.soft_cap, form)
-    if CHECK:
-        logits = tl.where(allowed, logits, MASKED)
+    t, unit = logits_tile(query, keys, teacher.scale, spec.soft_cap, form)
     normalizer = load_rows(
-        teacher.normalizer,
-        batch,
-        head,
-        row,
-        teacher.rows,
-        form.rows,
-        spec.heads,
+        teacher.normalizer, batch, head, row, rows, spec.heads, form
     )
-    return tl.exp2(logits - of_rows(normalizer - lift, form))
+    p = tl.exp2(t * unit - of_rows(normalizer - lift, form))
+    if CHECK:
+        p = tl.where(allowed, p, 0.0)
+    return p
 
 
 @triton.jit
@@ -259,6 +190,7 @@ def head_tile(
     batch,
     head,
     row,
+    rows,
     key,
     allowed,
     lift,
@@ -266,11 +198,20 @@ def head_tile(
     CHECK: tl.constexpr,
 ):
     """The same, of a head whose queries and keys are not at hand."""
-    spec: tl.constexpr = form.teacher
-    query = load_query(teacher, batch, head, row, form.rows, spec, True)
-    keys = load_key(teacher, batch, head, key, form.keys, spec, CHECK)
+    query = load_query(teacher, batch, head, row)
+    keys = load_key(teacher, batch, head, key, form.teacher)
     return map_tile(
-        teacher, query, keys, batch, head, row, allowed, lift, form, CHECK
+        teacher,
+        query,
+        keys,
+        batch,
+        head,
+        row,
+        rows,
+        allowed,
+        lift,
+        form,
+        CHECK,
     )
 
 
@@ -281,6 +222,7 @@ def mixed_tile(
     batch,
     head,
     row,
+    rows,
     key,
     allowed,
     lift,
@@ -289,16 +231,16 @@ def mixed_tile(
 ):
     """The mixture of the teacher's maps that student head `head` learns."""
     spec: tl.constexpr = form.teacher
-    ROWS: tl.constexpr = form.rows
-    KEYS: tl.constexpr = form.keys
-    if form.by_key:
+    ROWS: tl.constexpr = form.tiles.rows
+    KEYS: tl.constexpr = form.tiles.keys
+    if form.tiles.by_key:
         p = tl.zeros([KEYS, ROWS], tl.float32)
     else:
         p = tl.zeros([ROWS, KEYS], tl.float32)
     for other in range(spec.heads):
         share = tl.load(mixture + head * spec.heads + other)
         p += share * head_tile(
-            teacher, batch, other, row, key, allowed, lift, form, CHECK
+            teacher, batch, other, row, rows, key, allowed, lift, form, CHECK
         )
     return p
 
@@ -312,34 +254,46 @@ def normalizer_step(
     batch,
     head,
     row,
+    rows,
     key,
+    keys,
     form: tl.constexpr,
     CHECK: tl.constexpr,
 ):
     highest, total = state
     spec: tl.constexpr = form.teacher
-    keys = load_key(side, batch, head, key, form.keys, spec, CHECK)
-    logits = logits_tile(query, keys, side.scale, spec.soft_cap, form)
+    key_values = load_key(side, batch, head, key, spec)
+    t, unit = logits_tile(query, key_values, side.scale, spec.soft_cap, form)
     if CHECK:
-        allowed = allowed_tile(
-            places, batch, row, side.rows, key, side.keys, form
-        )
-        logits = tl.where(allowed, logits, MASKED)
-    higher = tl.maximum(highest, tl.max(logits, 1))
-    terms = tl.exp2(logits - higher[:, None])
+        allowed = allowed_tile(places, batch, row, rows, key, keys, form)
+        t = tl.where(allowed, t, -float("inf"))
+    higher = tl.maximum(highest, tl.max(t, 1) * unit)
+    terms = tl.exp2(t * unit - higher[:, None])
     return higher, total * tl.exp2(highest - higher) + tl.sum(terms, 1)
 
 
 @triton.jit
-def normalizer_kernel(side, places, bounds, form: tl.constexpr):
+def normalizer_kernel(
+    query,
+    key,
+    normalizer,
+    scale,
+    places,
+    bounds,  # (batch, row tiles, 4), as from `tiles.row_bounds`.
+    rows,
+    keys,
+    form: tl.constexpr,
+):
     """Log-sum-exp of each row of the teacher."""
     spec: tl.constexpr = form.teacher
-    ROWS: tl.constexpr = form.rows
+    ROWS: tl.constexpr = form.tiles.rows
+    KEYS: tl.constexpr = form.tiles.keys
+    side = Side(query, key, normalizer, scale)
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     batch = tl.program_id(1) // spec.heads
     head = tl.program_id(1) % spec.heads
     row = tile * ROWS
-    query = load_query(side, batch, head, row, ROWS, spec, True)
+    query_values = load_query(side, batch, head, row)
     state = (
         tl.full([ROWS], LEAST, tl.float32),
         tl.zeros([ROWS], tl.float32),
@@ -347,28 +301,28 @@ def normalizer_kernel(side, places, bounds, form: tl.constexpr):
     bounds += 4 * (batch * tl.num_programs(0) + tile)
     for part in tl.static_range(3):
         if part != 0 or form.window is not None:
-            for key in range(
-                tl.load(bounds + part), tl.load(bounds + part + 1), form.keys
+            for start in range(
+                tl.load(bounds + part), tl.load(bounds + part + 1), KEYS
             ):
                 state = normalizer_step(
                     state,
                     side,
                     places,
-                    query,
+                    query_values,
                     batch,
                     head,
                     row,
-                    key,
+                    rows,
+                    tl.multiple_of(start, KEYS),
+                    keys,
                     form,
                     part != 1,
                 )
     highest, total = state
     # Rows without keys: any number will do.
-    normalizer = tl.where(total > 0.0, highest + tl.log2(total), 0.0)
-    at, inside = places_of_rows(
-        batch, head, row, side.rows, ROWS, spec.heads
-    )
-    tl.store(side.normalizer + at, normalizer, mask=inside)
+    of_row = tl.where(total > 0.0, highest + tl.log2(total), 0.0)
+    at, inside = row_numbers(batch, head, row, rows, spec.heads, form)
+    tl.store(normalizer + at, of_row, mask=inside)
 
 
 @triton.jit
@@ -383,99 +337,131 @@ def forward_step(
     batch,
     head,
     row,
+    rows,
     key,
+    keys,
     form: tl.constexpr,
     CHECK: tl.constexpr,
 ):
     """Running maxima and sums, after another tile of keys."""
     highest_s, sum_s, sum_ws, highest_t, sum_t, sum_wt, sum_wtd = state
     spec: tl.constexpr = form.student
-    rows, key_count = student.rows, student.keys
     allowed = None
     if CHECK:
-        allowed = allowed_tile(places, batch, row, rows, key, key_count, form)
-    weights = weights_tile(places, batch, row, rows, key, key_count, form)
-    keys = load_key(student, batch, head, key, form.keys, spec, CHECK)
-    s = logits_tile(query, keys, student.scale, spec.soft_cap, form)
+        allowed = allowed_tile(places, batch, row, rows, key, keys, form)
+    key_values = load_key(student, batch, head, key, spec)
+    s, unit = logits_tile(
+        query, key_values, student.scale, spec.soft_cap, form
+    )
     if CHECK:
-        s = tl.where(allowed, s, MASKED)
-    higher_s = tl.maximum(highest_s, tl.max(s, 1))
-    exp_s = tl.exp2(s - higher_s[:, None])
-    keep_s = tl.exp2(highest_s - higher_s)
+        s = tl.where(allowed, s, -float("inf"))
+    higher_s = tl.maximum(highest_s, tl.max(s, 1) * unit)
+    raise_s = higher_s - highest_s
+    s = s * unit - higher_s[:, None]
+    exp_s = tl.exp2(s)
     if mixture is None:
         teacher_spec: tl.constexpr = form.teacher
-        teacher_keys = load_key(
-            teacher, batch, head, key, form.keys, teacher_spec, CHECK
-        )
-        t = logits_tile(
+        key_values = load_key(teacher, batch, head, key, teacher_spec)
+        t, unit = logits_tile(
             teacher_query,
-            teacher_keys,
+            key_values,
             teacher.scale,
             teacher_spec.soft_cap,
             form,
         )
         if CHECK:
-            t = tl.where(allowed, t, MASKED)
-        higher_t = tl.maximum(highest_t, tl.max(t, 1))
-        exp_t = tl.exp2(t - higher_t[:, None])
-        keep_t = tl.exp2(highest_t - higher_t)
-        highest_t = higher_t
+            t = tl.where(allowed, t, -float("inf"))
+        higher_t = tl.maximum(highest_t, tl.max(t, 1) * unit)
+        raise_t = higher_t - highest_t
+        t = t * unit - higher_t[:, None]
+        exp_t = tl.exp2(t)
+        keep_t = tl.exp2(-raise_t)
         sum_t = sum_t * keep_t + tl.sum(exp_t, 1)
+        # Differences are those of logits below their maxima.
+        sum_wtd = (sum_wtd + sum_wt * (raise_s - raise_t)) * keep_t
         sum_wt *= keep_t
-        sum_wtd *= keep_t
     else:
         # Normalised already: e^t is p itself.
+        higher_t = highest_t
         exp_t = mixed_tile(
-            teacher, mixture, batch, head, row, key, allowed, 0.0, form, CHECK
+            teacher,
+            mixture,
+            batch,
+            head,
+            row,
+            rows,
+            key,
+            allowed,
+            0.0,
+            form,
+            CHECK,
         )
         t = tl.log2(tl.maximum(exp_t, TINY))
+        sum_wtd += sum_wt * raise_s
+    difference = t - s
+    if CHECK:
+        difference = tl.where(allowed, difference, 0.0)
+    weights = weights_tile(places, batch, row, rows, key, keys, form)
     weighted = weights * exp_t
+    keep_s = tl.exp2(-raise_s)
     return (
         higher_s,
         sum_s * keep_s + tl.sum(exp_s, 1),
         sum_ws * keep_s + tl.sum(weights * exp_s, 1),
-        highest_t,
+        higher_t,
         sum_t,
         sum_wt + tl.sum(weighted, 1),
-        sum_wtd + tl.sum(weighted * (t - s), 1),
+        sum_wtd + tl.sum(weighted * difference, 1),
     )
 
 
 @triton.jit
 def forward_kernel(
-    student,
-    teacher,
+    student_query,
+    student_key,
+    teacher_query,
+    teacher_key,
+    normalizer,
+    teacher_normalizer,
+    scale,
+    teacher_scale,
     mixture,
     places,
-    bounds,  # (batch, row tiles, 4), as from `tiles.row_bounds`.
+    bounds,
+    rows,
+    keys,
     divergence,  # (batch, student heads, rows)
     center,  # Likewise: sum_j w_ij (q_ij - p_ij).
     form: tl.constexpr,
 ):
     """Divergences and normalizers."""
     spec: tl.constexpr = form.student
-    teacher_spec: tl.constexpr = form.teacher
-    ROWS: tl.constexpr = form.rows
+    ROWS: tl.constexpr = form.tiles.rows
+    KEYS: tl.constexpr = form.tiles.keys
+    student = Side(student_query, student_key, normalizer, scale)
+    teacher = Side(
+        teacher_query, teacher_key, teacher_normalizer, teacher_scale
+    )
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     batch = tl.program_id(1) // spec.heads
     head = tl.program_id(1) % spec.heads
     row = tile * ROWS
-    query = load_query(student, batch, head, row, ROWS, spec, True)
-    teacher_query = None
-    if mixture is None:
-        teacher_query = load_query(
-            teacher, batch, head, row, ROWS, teacher_spec, True
-        )
+    query_values = load_query(student, batch, head, row)
     least = tl.full([ROWS], LEAST, tl.float32)
     zeros = tl.zeros([ROWS], tl.float32)
     # Of the student the highest logit, sum e^s and sum w e^s; of the teacher
     # the same, and sum w e^t (t - s).
-    state = (least, zeros, zeros, least, zeros, zeros, zeros)
+    if mixture is None:
+        teacher_values = load_query(teacher, batch, head, row)
+        state = (least, zeros, zeros, least, zeros, zeros, zeros)
+    else:
+        teacher_values = None
+        state = (least, zeros, zeros, zeros, zeros + 1.0, zeros, zeros)
     bounds += 4 * (batch * tl.num_programs(0) + tile)
     for part in tl.static_range(3):
         if part != 0 or form.window is not None:
-            for key in range(
-                tl.load(bounds + part), tl.load(bounds + part + 1), form.keys
+            for start in range(
+                tl.load(bounds + part), tl.load(bounds + part + 1), KEYS
             ):
                 state = forward_step(
                     state,
@@ -483,33 +469,28 @@ def forward_kernel(
                     teacher,
                     mixture,
                     places,
-                    query,
-                    teacher_query,
+                    query_values,
+                    teacher_values,
                     batch,
                     head,
                     row,
-                    key,
+                    rows,
+                    tl.multiple_of(start, KEYS),
+                    keys,
                     form,
                     part != 1,
                 )
     highest_s, sum_s, sum_ws, highest_t, sum_t, sum_wt, sum_wtd = state
     # Rows without keys: sums are 0, and so is the divergence.
     sum_s = tl.where(sum_s > 0.0, sum_s, 1.0)
-    normalizer = highest_s + tl.log2(sum_s)
-    offset = normalizer
-    at, inside = places_of_rows(
-        batch, head, row, student.rows, ROWS, spec.heads
-    )
+    sum_t = tl.where(sum_t > 0.0, sum_t, 1.0)
+    log_s, log_t = tl.log2(sum_s), tl.log2(sum_t)
+    of_row = (sum_wtd + sum_wt * (log_s - log_t)) / (sum_t * LOG2_E)
+    of_center = sum_ws / sum_s - sum_wt / sum_t
+    at, inside = row_numbers(batch, head, row, rows, spec.heads, form)
+    tl.store(normalizer + at, highest_s + log_s, mask=inside)
     if mixture is None:
-        sum_t = tl.where(sum_t > 0.0, sum_t, 1.0)
-        sum_wt /= sum_t
-        sum_wtd /= sum_t
-        teacher_normalizer = highest_t + tl.log2(sum_t)
-        offset -= teacher_normalizer
-        tl.store(teacher.normalizer + at, teacher_normalizer, mask=inside)
-    of_row = (sum_wtd + offset * sum_wt) / LOG2_E
-    of_center = sum_ws / sum_s - sum_wt
-    tl.store(student.normalizer + at, normalizer, mask=inside)
+        tl.store(teacher_normalizer + at, highest_t + log_t, mask=inside)
     tl.store(center + at, of_center, mask=inside)
     # What rounding takes below 0 is 0.
     tl.store(divergence + at, tl.maximum(of_row + of_center, 0.0), mask=inside)
@@ -521,40 +502,42 @@ def slope_tile(
     teacher,
     mixture,
     places,
+    center,
+    query,
+    key_values,
+    teacher_query,
+    teacher_key,
     batch,
     head,
     row,
+    rows,
     key,
-    query,
     keys,
-    teacher_query,
-    teacher_keys,
-    center,
     allowed,
     form: tl.constexpr,
     CHECK: tl.constexpr,
 ):
     """Slopes of divergences, lifted: in `scale * query @ key`; and in `p`."""
-    rows, key_count = student.rows, student.keys
     spec: tl.constexpr = form.student
-    teacher_spec: tl.constexpr = form.teacher
-    weights = weights_tile(places, batch, row, rows, key, key_count, form)
-    s = logits_tile(query, keys, student.scale, spec.soft_cap, form)
-    normalizer = load_rows(
-        student.normalizer, batch, head, row, rows, form.rows, spec.heads
+    s, unit = logits_tile(
+        query, key_values, student.scale, spec.soft_cap, form
     )
-    log_q = s - of_rows(normalizer - LIFT, form)
-    if CHECK:
-        log_q = tl.where(allowed, log_q, MASKED)
+    normalizer = load_rows(
+        student.normalizer, batch, head, row, rows, spec.heads, form
+    )
+    log_q = s * unit - of_rows(normalizer - LIFT, form)
     q = tl.exp2(log_q)
+    if CHECK:
+        q = tl.where(allowed, q, 0.0)
     if mixture is None:
         p = map_tile(
             teacher,
             teacher_query,
-            teacher_keys,
+            teacher_key,
             batch,
             head,
             row,
+            rows,
             allowed,
             LIFT,
             form,
@@ -562,15 +545,23 @@ def slope_tile(
         )
     else:
         p = mixed_tile(
-            teacher, mixture, batch, head, row, key, allowed, LIFT, form, CHECK
+            teacher,
+            mixture,
+            batch,
+            head,
+            row,
+            rows,
+            key,
+            allowed,
+            LIFT,
+            form,
+            CHECK,
         )
-    of_center = load_rows(
-        center, batch, head, row, rows, form.rows, spec.heads
-    )
+    weights = weights_tile(places, batch, row, rows, key, keys, form)
+    of_center = load_rows(center, batch, head, row, rows, spec.heads, form)
     slope = weights * (q - p) - q * of_rows(of_center, form)
     if spec.soft_cap is not None:
-        share = s / (spec.soft_cap * LOG2_E)
-        slope *= 1.0 - share * share
+        slope *= 1.0 - s * s
     of_p = weights * (tl.log2(tl.maximum(p, TINY)) - log_q)
     if CHECK:
         of_p = tl.where(allowed, of_p, 0.0)
@@ -585,56 +576,64 @@ def query_step(
     mixture,
     places,
     center,
+    of_row,
     query,
     teacher_query,
     batch,
     head,
     row,
+    rows,
     key,
-    of_row,
+    keys,
     form: tl.constexpr,
     CHECK: tl.constexpr,
 ):
     """Gradients of queries and mixture, after another tile of keys."""
     of_query, of_mixture = state
-    spec: tl.constexpr = form.student
-    teacher_spec: tl.constexpr = form.teacher
-    keys = load_key(student, batch, head, key, form.keys, spec, CHECK)
-    teacher_keys = None
-    if mixture is None:
-        teacher_keys = load_key(
-            teacher, batch, head, key, form.keys, teacher_spec, CHECK
-        )
     allowed = None
     if CHECK:
-        allowed = allowed_tile(
-            places, batch, row, student.rows, key, student.keys, form
-        )
+        allowed = allowed_tile(places, batch, row, rows, key, keys, form)
+    key_values = load_key(student, batch, head, key, form.student)
+    teacher_spec: tl.constexpr = form.teacher
+    teacher_key = None
+    if mixture is None:
+        teacher_key = load_key(teacher, batch, head, key, teacher_spec)
     slope, of_p = slope_tile(
         student,
         teacher,
         mixture,
         places,
+        center,
+        query,
+        key_values,
+        teacher_query,
+        teacher_key,
         batch,
         head,
         row,
+        rows,
         key,
-        query,
         keys,
-        teacher_query,
-        teacher_keys,
-        center,
         allowed,
         form,
         CHECK,
     )
-    of_query = dot_in_two(slope, keys, of_query)
+    of_query = dot_in_two(slope, key_values, of_query)
     if mixture is not None:
         of_p *= of_row[:, None]
         teacher_head = tl.arange(0, of_mixture.shape[0])
         for other in range(teacher_spec.heads):
             p = head_tile(
-                teacher, batch, other, row, key, allowed, 0.0, form, CHECK
+                teacher,
+                batch,
+                other,
+                row,
+                rows,
+                key,
+                allowed,
+                0.0,
+                form,
+                CHECK,
             )
             total = tl.sum(tl.sum(of_p * p, 1), 0)
             of_mixture += tl.where(teacher_head == other, total, 0.0)
@@ -643,11 +642,19 @@ def query_step(
 
 @triton.jit
 def query_gradient_kernel(
-    student,
-    teacher,
+    student_query,
+    student_key,
+    teacher_query,
+    teacher_key,
+    normalizer,
+    teacher_normalizer,
+    scale,
+    teacher_scale,
     mixture,
     places,
     bounds,
+    rows,
+    keys,
     center,
     upstream,  # (batch, student heads, rows)
     gradient,  # As the student's query.
@@ -655,31 +662,32 @@ def query_gradient_kernel(
     form: tl.constexpr,
 ):
     spec: tl.constexpr = form.student
-    teacher_spec: tl.constexpr = form.teacher
-    ROWS: tl.constexpr = form.rows
+    ROWS: tl.constexpr = form.tiles.rows
+    KEYS: tl.constexpr = form.tiles.keys
+    TEACHER_HEADS: tl.constexpr = form.teacher.heads
+    student = Side(student_query, student_key, normalizer, scale)
+    teacher = Side(
+        teacher_query, teacher_key, teacher_normalizer, teacher_scale
+    )
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     batch = tl.program_id(1) // spec.heads
     head = tl.program_id(1) % spec.heads
     row = tile * ROWS
-    query = load_query(student, batch, head, row, ROWS, spec, True)
-    teacher_query = None
+    query_values = load_query(student, batch, head, row)
+    teacher_values = None
     if mixture is None:
-        teacher_query = load_query(
-            teacher, batch, head, row, ROWS, teacher_spec, True
-        )
-    of_row = load_rows(
-        upstream, batch, head, row, student.rows, ROWS, spec.heads
-    )
-    TEACHER_HEADS: tl.constexpr = triton.next_power_of_2(teacher_spec.heads)
+        teacher_values = load_query(teacher, batch, head, row)
+    of_row = load_rows(upstream, batch, head, row, rows, spec.heads, form)
+    teacher_head = tl.arange(0, triton.next_power_of_2(TEACHER_HEADS))
     state = (
-        tl.zeros(query.shape, tl.float32),
-        tl.zeros([TEACHER_HEADS], tl.float32),
+        tl.zeros(query_values.shape, tl.float32),
+        tl.zeros(teacher_head.shape, tl.float32),
     )
     bounds += 4 * (batch * tl.num_programs(0) + tile)
     for part in tl.static_range(3):
         if part != 0 or form.window is not None:
-            for key in range(
-                tl.load(bounds + part), tl.load(bounds + part + 1), form.keys
+            for start in range(
+                tl.load(bounds + part), tl.load(bounds + part + 1), KEYS
             ):
                 state = query_step(
                     state,
@@ -688,36 +696,27 @@ def query_gradient_kernel(
                     mixture,
                     places,
                     center,
-                    query,
-                    teacher_query,
+                    of_row,
+                    query_values,
+                    teacher_values,
                     batch,
                     head,
                     row,
-                    key,
-                    of_row,
+                    rows,
+                    tl.multiple_of(start, KEYS),
+                    keys,
                     form,
                     part != 1,
                 )
     of_query, of_mixture = state
-    of_query *= (student.scale * UNLIFT) * of_row[:, None]
-    where, inside = where_tile(
-        gradient,
-        batch,
-        head,
-        row,
-        student.rows,
-        ROWS,
-        spec.heads,
-        spec.width,
-    )
-    tl.store(where, of_query.to(gradient.dtype.element_ty), mask=inside)
+    of_query *= (scale * UNLIFT) * of_row[:, None]
+    store_tile(gradient, of_query, batch, head, row)
     if mixture is not None:
         of_head = tl.program_id(1) * tl.num_programs(0) + tile
-        teacher_head = tl.arange(0, TEACHER_HEADS)
         tl.store(
-            mixture_gradient + of_head * teacher_spec.heads + teacher_head,
+            mixture_gradient + of_head * TEACHER_HEADS + teacher_head,
             of_mixture / LOG2_E,
-            mask=teacher_head < teacher_spec.heads,
+            mask=teacher_head < TEACHER_HEADS,
         )
 
 
@@ -730,63 +729,69 @@ def key_step(
     places,
     center,
     upstream,
-    keys,
-    teacher_keys,
+    key_values,
+    teacher_key,
     batch,
     head,
     row,
+    rows,
     key,
+    keys,
     form: tl.constexpr,
     CHECK: tl.constexpr,
 ):
     """Gradient of keys, after another tile of rows."""
-    spec: tl.constexpr = form.student
-    teacher_spec: tl.constexpr = form.teacher
-    query = load_query(student, batch, head, row, form.rows, spec, CHECK)
-    teacher_query = None
-    if mixture is None:
-        teacher_query = load_query(
-            teacher, batch, head, row, form.rows, teacher_spec, CHECK
-        )
     allowed = None
     if CHECK:
-        allowed = allowed_tile(
-            places, batch, row, student.rows, key, student.keys, form
-        )
+        allowed = allowed_tile(places, batch, row, rows, key, keys, form)
+    query = load_query(student, batch, head, row)
+    teacher_query = None
+    if mixture is None:
+        teacher_query = load_query(teacher, batch, head, row)
     slope, _ = slope_tile(
         student,
         teacher,
         mixture,
         places,
+        center,
+        query,
+        key_values,
+        teacher_query,
+        teacher_key,
         batch,
         head,
         row,
+        rows,
         key,
-        query,
         keys,
-        teacher_query,
-        teacher_keys,
-        center,
         allowed,
         form,
         CHECK,
     )
     of_row = load_rows(
-        upstream, batch, head, row, student.rows, form.rows, spec.heads
+        upstream, batch, head, row, rows, form.student.heads, form
     )
     slope *= of_rows(of_row, form)
-    if not form.by_key:
+    if not form.tiles.by_key:
         slope = tl.trans(slope)
     return dot_in_two(slope, query, of_key)
 
 
 @triton.jit
 def key_gradient_kernel(
-    student,
-    teacher,
+    student_query,
+    student_key,
+    teacher_query,
+    teacher_key,
+    normalizer,
+    teacher_normalizer,
+    scale,
+    teacher_scale,
     mixture,
     places,
     bounds,  # (batch, key tiles, 4), as from `tiles.key_bounds`.
+    rows,
+    keys,
     center,
     upstream,
     gradient,  # As the student's key.
@@ -794,24 +799,27 @@ def key_gradient_kernel(
 ):
     spec: tl.constexpr = form.student
     teacher_spec: tl.constexpr = form.teacher
-    KEYS: tl.constexpr = form.keys
+    ROWS: tl.constexpr = form.tiles.rows
+    KEYS: tl.constexpr = form.tiles.keys
+    student = Side(student_query, student_key, normalizer, scale)
+    teacher = Side(
+        teacher_query, teacher_key, teacher_normalizer, teacher_scale
+    )
     tile = tl.program_id(0)
     batch = tl.program_id(1) // spec.key_heads
     key_head = tl.program_id(1) % spec.key_heads
     group: tl.constexpr = spec.heads // spec.key_heads
     key = tile * KEYS
-    keys = load_key(student, batch, key_head * group, key, KEYS, spec, True)
-    of_key = tl.zeros(keys.shape, tl.float32)
+    key_values = load_key(student, batch, key_head * group, key, spec)
+    of_key = tl.zeros(key_values.shape, tl.float32)
     bounds += 4 * (batch * tl.num_programs(0) + tile)
     for head in range(key_head * group, key_head * group + group):
-        teacher_keys = None
+        teacher_values = None
         if mixture is None:
-            teacher_keys = load_key(
-                teacher, batch, head, key, KEYS, teacher_spec, True
-            )
+            teacher_values = load_key(teacher, batch, head, key, teacher_spec)
         for part in tl.static_range(3):
-            for row in range(
-                tl.load(bounds + part), tl.load(bounds + part + 1), form.rows
+            for start in range(
+                tl.load(bounds + part), tl.load(bounds + part + 1), ROWS
             ):
                 of_key = key_step(
                     of_key,
@@ -821,27 +829,43 @@ def key_gradient_kernel(
                     places,
                     center,
                     upstream,
-                    keys,
-                    teacher_keys,
+                    key_values,
+                    teacher_values,
                     batch,
                     head,
-                    row,
+                    tl.multiple_of(start, ROWS),
+                    rows,
                     key,
+                    keys,
                     form,
                     part != 1,
                 )
-    of_key *= student.scale * UNLIFT
-    where, inside = where_tile(
-        gradient,
-        batch,
-        key_head,
-        key,
-        student.keys,
-        KEYS,
-        spec.key_heads,
-        spec.width,
-    )
-    tl.store(where, of_key.to(gradient.dtype.element_ty), mask=inside)
+    store_tile(gradient, of_key * (scale * UNLIFT), batch, key_head, key)
+
+
+class Call(NamedTuple):
+    """All that has no gradient, but the teacher."""
+
+    places: tiles.Places
+    student: tiles.Spec
+    teacher: tiles.Spec
+    scale: float
+    teacher_scale: float
+    window: int | None
+    exponent: float
+
+    def form(self, kernel):
+        width = max(self.student.width, self.teacher.width)
+        return Form(
+            self.student,
+            self.teacher,
+            self.window,
+            self.exponent,
+            tiles.choose_tiles(kernel, width),
+        )
+
+    def bounds(self, form, of=tiles.row_bounds):
+        return of(self.places, form.tiles, self.window)
 
 
 class Divergence(torch.autograd.Function):
@@ -857,56 +881,71 @@ class Divergence(torch.autograd.Function):
         teacher_key,
         call,
     ):
-        student, teacher = (
-            Side(
-                query,
-                key,
-                query.new_empty(
-                    (query.shape[0], query.shape[2], query.shape[1]),
-                    dtype=torch.float32,
-                ),
-                scale,
-                query.shape[1],
-                key.shape[1],
-            )
-            for query, key, scale in (
-                (student_query, student_key, call.scale),
-                (teacher_query, teacher_key, call.teacher_scale),
-            )
+        form = call.form("forward")
+        bounds = call.bounds(form)
+        sides = (student_query, student_key, teacher_query, teacher_key)
+        lengths = student_query.shape[1], student_key.shape[1]
+        normalizer, divergence, center = (
+            of_each_row(student_query) for _ in range(3)
         )
-        places, heads = call.places, call.spec.heads
-        chosen = call.tiles("forward")
-        bounds = tiles.row_bounds(places, chosen, call.window)
+        teacher_normalizer = of_each_row(teacher_query)
         if mixture is not None:
-            arguments = (teacher, places, bounds)
-            heads = call.teacher_spec.heads
-            launch(normalizer_kernel, call, chosen, heads, bounds, arguments)
-        divergence = torch.empty_like(student.normalizer)
-        center = torch.empty_like(student.normalizer)
+            launch(
+                normalizer_kernel,
+                form,
+                bounds,
+                form.teacher.heads,
+                descriptor(teacher_query, form.tiles.rows),
+                descriptor(teacher_key, form.tiles.keys),
+                teacher_normalizer,
+                call.teacher_scale,
+                call.places,
+                bounds,
+                *lengths,
+            )
+        models = (
+            normalizer,
+            teacher_normalizer,
+            call.scale,
+            call.teacher_scale,
+            mixture,
+            call.places,
+        )
         launch(
             forward_kernel,
-            call,
-            chosen,
-            call.spec.heads,
+            form,
             bounds,
-            (student, teacher, mixture, places, bounds, divergence, center),
+            form.student.heads,
+            *descriptors(form, *sides),
+            *models,
+            bounds,
+            *lengths,
+            divergence,
+            center,
         )
-        ctx.save_for_backward(*student[:3], *teacher[:3], mixture, center)
+        ctx.save_for_backward(*sides, *models[:2], mixture, center)
         ctx.call = call
         return divergence
 
     @staticmethod
     def backward(ctx, upstream):
         call = ctx.call
-        *tensors, mixture, center = ctx.saved_tensors
-        lengths = tensors[0].shape[1], tensors[1].shape[1]
-        student = Side(*tensors[:3], call.scale, *lengths)
-        teacher = Side(*tensors[3:], call.teacher_scale, *lengths)
+        *sides, normalizer, teacher_normalizer, mixture, center = (
+            ctx.saved_tensors
+        )
+        lengths = sides[0].shape[1], sides[1].shape[1]
         upstream = upstream.contiguous()
-        models = (student, teacher, mixture, call.places)
-        chosen = call.tiles("query")
-        bounds = tiles.row_bounds(call.places, chosen, call.window)
-        of_query = torch.empty_like(student.query)
+        models = (
+            normalizer,
+            teacher_normalizer,
+            call.scale,
+            call.teacher_scale,
+            mixture,
+            call.places,
+        )
+        form = call.form("query")
+        bounds = call.bounds(form)
+        of_query = torch.empty_like(sides[0])
         of_mixture = None
         if mixture is not None:
             of_mixture = mixture.new_empty(
@@ -914,62 +953,75 @@ class Divergence(torch.autograd.Function):
             )
         launch(
             query_gradient_kernel,
-            call,
-            chosen,
-            call.spec.heads,
+            form,
             bounds,
-            (*models, bounds, center, upstream, of_query, of_mixture),
+            form.student.heads,
+            *descriptors(form, *sides),
+            *models,
+            bounds,
+            *lengths,
+            center,
+            upstream,
+            descriptor(of_query, form.tiles.rows),
+            of_mixture,
         )
-        chosen = call.tiles("key")
-        bounds = tiles.key_bounds(call.places, chosen, call.window)
-        of_key = torch.empty_like(student.key)
+        form = call.form("key")
+        bounds = call.bounds(form, tiles.key_bounds)
+        of_key = torch.empty_like(sides[1])
         launch(
             key_gradient_kernel,
-            call,
-            chosen,
-            call.spec.key_heads,
+            form,
             bounds,
-            (*models, bounds, center, upstream, of_key),
-            by_key=True,
+            form.student.key_heads,
+            *descriptors(form, *sides),
+            *models,
+            bounds,
+            *lengths,
+            center,
+            upstream,
+            descriptor(of_key, form.tiles.keys),
         )
         if mixture is not None:
             of_mixture = of_mixture.sum((0, 2))
         return of_query, of_key, of_mixture, None, None, None
 
 
-class Call(NamedTuple):
-    """All that has no gradient, but the teacher."""
-
-    places: tiles.Places
-    spec: tiles.Spec
-    teacher_spec: tiles.Spec
-    scale: float
-    teacher_scale: float
-    window: int | None
-    exponent: float
-
-    def tiles(self, kernel):
-        width = max(self.spec.width, self.teacher_spec.width)
-        return tiles.choose_tiles(kernel, width)
+def of_each_row(query):
+    batch, rows, heads, _ = query.shape
+    return query.new_empty((batch, heads, rows), dtype=torch.float32)
 
 
-def launch(kernel, call, chosen, heads, bounds, arguments, by_key=False):
-    batch, count = bounds.shape[:2]
-    form = Form(
-        call.spec,
-        call.teacher_spec,
-        call.window,
-        call.exponent,
-        chosen.rows,
-        chosen.keys,
-        by_key,
+def descriptors(form, student_query, student_key, teacher_query, teacher_key):
+    return (
+        descriptor(student_query, form.tiles.rows),
+        descriptor(student_key, form.tiles.keys),
+        descriptor(teacher_query, form.tiles.rows),
+        descriptor(teacher_key, form.tiles.keys),
     )
+
+
+def descriptor(tensor, size):
+    """How kernels read or write tiles of `size` rows of one head."""
+    width = triton.next_power_of_2(tensor.shape[-1])
+    return TensorDescriptor.from_tensor(tensor, [1, size, 1, width])
+
+
+def launch(kernel, form, bounds, heads, *arguments):
+    batch, count = bounds.shape[:2]
     kernel[(count, batch * heads)](
         *arguments,
         form=form,
-        num_warps=chosen.warps,
-        num_stages=chosen.stages,
+        num_warps=form.tiles.warps,
+        num_stages=form.tiles.stages,
     )
+
+
+def readable(tensor):
+    """The tensor with rows as descriptors want them."""
+    missing = -tensor.shape[-1] % (BYTES // tensor.element_size())
+    if missing:
+        tensor = torch.nn.functional.pad(tensor, (0, missing))
+    return tensor.contiguous()
 
 
 def attention_divergence(student, teacher, mask, distance, mixture):
@@ -984,10 +1036,10 @@ def attention_divergence(student, teacher, mask, distance, mixture):
         float(distance.exponent),
     )
     return Divergence.apply(
-        student.query.contiguous(),
-        student.key.contiguous(),
+        readable(student.query),
+        readable(student.key),
         mixture,
-        teacher.query.contiguous(),
-        teacher.key.contiguous(),
+        readable(teacher.query),
+        readable(teacher.key),
         call,
     )
