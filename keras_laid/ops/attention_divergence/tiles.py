@@ -78,13 +78,12 @@ def choose_tiles(kernel, width):
 
 
 def row_bounds(places, tiles, window):
-    """The keys that each tile of rows visits, in three ranges.
+    """The tiles of keys that each tile of rows visits, in three ranges.
 
     Returns:
-        An int32 tensor of shape `(batch, row tiles, 4)`, ascending. Every row
-        attends every key between the two numbers in the middle; between the
-        first two and the last two some do. The first three are multiples of
-        `tiles.keys`, or no key comes after them.
+        An int32 tensor of shape `(batch, row tiles, 4)`, ascending. In tiles
+        between the two numbers in the middle every row attends every key; in
+        those between the first two and the last two some do.
     """
     index = places.row_index
     rows, keys = index.shape[0], places.kinds.shape[1]
@@ -105,19 +104,15 @@ def row_bounds(places, tiles, window):
     full_end = ops.minimum(first(0), ops.maximum(first(2), lowest + 1))
     start = full_start = ops.zeros_like(end)
     if window is not None:
-        end = ops.minimum(end, highest + window)
-        full_end = ops.minimum(full_end, lowest + window)
         start = ops.maximum(start, lowest - window + 1)
-        start = start // tiles.keys * tiles.keys
-        full_start = ops.maximum(full_start, highest - window + tiles.keys)
-        full_start = full_start // tiles.keys * tiles.keys
-        full_start = ops.maximum(ops.minimum(full_start, end), start)
-    full_end = ops.maximum(full_end // tiles.keys * tiles.keys, full_start)
-    return stack(start, full_start, full_end, end)
+        full_start = ops.maximum(full_start, highest - window + 1)
+        full_end = ops.minimum(full_end, lowest + window)
+        end = ops.minimum(end, highest + window)
+    return in_tiles(start, full_start, full_end, end, tiles.keys)
 
 
 def key_bounds(places, tiles, window):
-    """The rows that visit each tile of keys, in three ranges.
+    """The tiles of rows that visit each tile of keys, in three ranges.
 
     Returns:
         An int32 tensor of shape `(batch, key tiles, 4)`, as from `row_bounds`
@@ -137,20 +132,22 @@ def key_bounds(places, tiles, window):
 
     start = ops.where(ops.any(kinds == 1, axis=-1), 0, first_row(lowest))
     full_start = ops.where(most == 1, 0, first_row(highest))
+    # Keys that are padding, or beyond the last, are attended by none.
+    full_start = ops.where(least == 0, rows, full_start)
     end = full_end = ops.full_like(start, rows)
     if window is not None:
         start = ops.maximum(start, first_row(lowest - window + 1))
         full_start = ops.maximum(full_start, first_row(highest - window + 1))
-        end = ops.minimum(end, first_row(highest + window))
         full_end = ops.minimum(full_end, first_row(lowest + window))
-    start = start // tiles.rows * tiles.rows
-    # Keys that pad a tile are attended by none.
-    full_start = ops.where(least == 0, rows, full_start)
-    full_start = (full_start + tiles.rows - 1) // tiles.rows * tiles.rows
-    full_start = ops.maximum(ops.minimum(full_start, end), start)
-    full_end = ops.maximum(full_end // tiles.rows * tiles.rows, full_start)
-    return stack(start, full_start, full_end, end)
+        end = ops.minimum(end, first_row(highest + window))
+    return in_tiles(start, full_start, full_end, end, tiles.rows)
 
 
-def stack(*bounds):
+def in_tiles(start, full_start, full_end, end, size):
+    """Bounds of the tiles that hold some of a range, and of the full ones."""
+    start = start // size
+    end = ops.maximum((end + size - 1) // size, start)
+    full_start = ops.clip((full_start + size - 1) // size, start, end)
+    full_end = ops.clip(full_end // size, full_start, end)
+    bounds = (start, full_start, full_end, end)
     return ops.stack([ops.cast(bound, "int32") for bound in bounds], axis=-1)

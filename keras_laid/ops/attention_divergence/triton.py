@@ -49,9 +49,32 @@ class Form(NamedTuple):
 
 @triton.jit
 def load_tile(tensor, batch, head, start):
-    """A tile of one head's matrix."""
+    """A tile of one head's matrix, one of many: by its descriptor."""
     tile = tensor.load([batch, start, head, 0])
     return tile.reshape(tensor.block_shape[1], tensor.block_shape[3])
+
+
+@triton.jit
+def load_own(
+    tensor,
+    batch,
+    head,
+    start,
+    length,
+    SIZE: tl.constexpr,
+    heads: tl.constexpr,
+    width: tl.constexpr,
+):
+    """The tile that a program keeps: by pointers, so that it stays in memory
+    that is shared, not in registers."""
+    index = start + tl.arange(0, SIZE)
+    column = tl.arange(0, triton.next_power_of_2(width))
+    row = (batch.to(tl.int64) * length + index) * heads + head
+    return tl.load(
+        tensor + row[:, None] * width + column[None],
+        mask=(index < length)[:, None] & (column < width)[None],
+        other=0.0,
+    )
 
 
 @triton.jit
@@ -145,13 +168,30 @@ def allowed_tile(places, batch, row, rows, key, keys, form: tl.constexpr):
 
 
 @triton.jit
-def weights_tile(places, batch, row, rows, key, keys, form: tl.constexpr):
-    row += tl.arange(0, form.tiles.rows)
-    row_share = places.row_share + batch * rows + row
-    row_share = tl.load(row_share, mask=row < rows, other=0.0)
-    key += tl.arange(0, form.tiles.keys)
-    key_share = places.key_share + batch * keys + key
-    key_share = tl.load(key_share, mask=key < keys, other=0.0)
+def shares(tensor, batch, start, length, SIZE: tl.constexpr, CHECK: tl.constexpr):
+    index = start + tl.arange(0, SIZE)
+    where = tensor + batch * length + index
+    if CHECK:
+        return tl.load(where, mask=index < length, other=0.0)
+    else:
+        return tl.load(where)
+
+
+@triton.jit
+def weights_tile(
+    places,
+    batch,
+    row,
+    rows,
+    key,
+    keys,
+    form: tl.constexpr,
+    CHECK: tl.constexpr,
+):
+    ROWS: tl.constexpr = form.tiles.rows
+    KEYS: tl.constexpr = form.tiles.keys
+    row_share = shares(places.row_share, batch, row, rows, ROWS, True)
+    key_share = shares(places.key_share, batch, key, keys, KEYS, CHECK)
     share = tl.abs(of_rows(row_share, form) - of_keys(key_share, form))
     if form.exponent != 1.0:
         share = tl.exp2(form.exponent * tl.log2(share))
@@ -199,7 +239,8 @@ def head_tile(
 ):
     """The same, of a head whose queries and keys are not at hand."""
     query = load_query(teacher, batch, head, row)
-    keys = load_key(teacher, batch, head, key, form.teacher)
+    spec: tl.constexpr = form.teacher
+    keys = load_key(teacher, batch, head, key, spec)
     return map_tile(
         teacher,
         query,
@@ -293,7 +334,9 @@ def normalizer_kernel(
     batch = tl.program_id(1) // spec.heads
     head = tl.program_id(1) % spec.heads
     row = tile * ROWS
-    query_values = load_query(side, batch, head, row)
+    query_values = load_own(
+        query, batch, head, row, rows, ROWS, spec.heads, spec.width
+    )
     state = (
         tl.full([ROWS], LEAST, tl.float32),
         tl.zeros([ROWS], tl.float32),
@@ -301,8 +344,8 @@ def normalizer_kernel(
     bounds += 4 * (batch * tl.num_programs(0) + tile)
     for part in tl.static_range(3):
         if part != 0 or form.window is not None:
-            for start in range(
-                tl.load(bounds + part), tl.load(bounds + part + 1), KEYS
+            for other in range(
+                tl.load(bounds + part), tl.load(bounds + part + 1)
             ):
                 state = normalizer_step(
                     state,
@@ -313,7 +356,7 @@ def normalizer_kernel(
                     head,
                     row,
                     rows,
-                    tl.multiple_of(start, KEYS),
+                    other * KEYS,
                     keys,
                     form,
                     part != 1,
@@ -401,7 +444,9 @@ def forward_step(
     difference = t - s
     if CHECK:
         difference = tl.where(allowed, difference, 0.0)
-    weights = weights_tile(places, batch, row, rows, key, keys, form)
+    weights = weights_tile(
+        places, batch, row, rows, key, keys, form, CHECK
+    )
     weighted = weights * exp_t
     keep_s = tl.exp2(-raise_s)
     return (
@@ -436,6 +481,7 @@ def forward_kernel(
 ):
     """Divergences and normalizers."""
     spec: tl.constexpr = form.student
+    teacher_spec: tl.constexpr = form.teacher
     ROWS: tl.constexpr = form.tiles.rows
     KEYS: tl.constexpr = form.tiles.keys
     student = Side(student_query, student_key, normalizer, scale)
@@ -446,13 +492,24 @@ def forward_kernel(
     batch = tl.program_id(1) // spec.heads
     head = tl.program_id(1) % spec.heads
     row = tile * ROWS
-    query_values = load_query(student, batch, head, row)
+    query_values = load_own(
+        student_query, batch, head, row, rows, ROWS, spec.heads, spec.width
+    )
     least = tl.full([ROWS], LEAST, tl.float32)
     zeros = tl.zeros([ROWS], tl.float32)
     # Of the student the highest logit, sum e^s and sum w e^s; of the teacher
     # the same, and sum w e^t (t - s).
     if mixture is None:
-        teacher_values = load_query(teacher, batch, head, row)
+        teacher_values = load_own(
+            teacher_query,
+            batch,
+            head,
+            row,
+            rows,
+            ROWS,
+            teacher_spec.heads,
+            teacher_spec.width,
+        )
         state = (least, zeros, zeros, least, zeros, zeros, zeros)
     else:
         teacher_values = None
@@ -460,8 +517,8 @@ def forward_kernel(
     bounds += 4 * (batch * tl.num_programs(0) + tile)
     for part in tl.static_range(3):
         if part != 0 or form.window is not None:
-            for start in range(
-                tl.load(bounds + part), tl.load(bounds + part + 1), KEYS
+            for other in range(
+                tl.load(bounds + part), tl.load(bounds + part + 1)
             ):
                 state = forward_step(
                     state,
@@ -475,7 +532,7 @@ def forward_kernel(
                     head,
                     row,
                     rows,
-                    tl.multiple_of(start, KEYS),
+                    other * KEYS,
                     keys,
                     form,
                     part != 1,
@@ -557,7 +614,9 @@ def slope_tile(
             form,
             CHECK,
         )
-    weights = weights_tile(places, batch, row, rows, key, keys, form)
+    weights = weights_tile(
+        places, batch, row, rows, key, keys, form, CHECK
+    )
     of_center = load_rows(center, batch, head, row, rows, spec.heads, form)
     slope = weights * (q - p) - q * of_rows(of_center, form)
     if spec.soft_cap is not None:
@@ -593,8 +652,9 @@ def query_step(
     allowed = None
     if CHECK:
         allowed = allowed_tile(places, batch, row, rows, key, keys, form)
-    key_values = load_key(student, batch, head, key, form.student)
+    spec: tl.constexpr = form.student
     teacher_spec: tl.constexpr = form.teacher
+    key_values = load_key(student, batch, head, key, spec)
     teacher_key = None
     if mixture is None:
         teacher_key = load_key(teacher, batch, head, key, teacher_spec)
@@ -662,9 +722,10 @@ def query_gradient_kernel(
     form: tl.constexpr,
 ):
     spec: tl.constexpr = form.student
+    teacher_spec: tl.constexpr = form.teacher
     ROWS: tl.constexpr = form.tiles.rows
     KEYS: tl.constexpr = form.tiles.keys
-    TEACHER_HEADS: tl.constexpr = form.teacher.heads
+    TEACHER_HEADS: tl.constexpr = teacher_spec.heads
     student = Side(student_query, student_key, normalizer, scale)
     teacher = Side(
         teacher_query, teacher_key, teacher_normalizer, teacher_scale
@@ -673,10 +734,21 @@ def query_gradient_kernel(
     batch = tl.program_id(1) // spec.heads
     head = tl.program_id(1) % spec.heads
     row = tile * ROWS
-    query_values = load_query(student, batch, head, row)
+    query_values = load_own(
+        student_query, batch, head, row, rows, ROWS, spec.heads, spec.width
+    )
     teacher_values = None
     if mixture is None:
-        teacher_values = load_query(teacher, batch, head, row)
+        teacher_values = load_own(
+            teacher_query,
+            batch,
+            head,
+            row,
+            rows,
+            ROWS,
+            teacher_spec.heads,
+            teacher_spec.width,
+        )
     of_row = load_rows(upstream, batch, head, row, rows, spec.heads, form)
     teacher_head = tl.arange(0, triton.next_power_of_2(TEACHER_HEADS))
     state = (
@@ -686,8 +758,8 @@ def query_gradient_kernel(
     bounds += 4 * (batch * tl.num_programs(0) + tile)
     for part in tl.static_range(3):
         if part != 0 or form.window is not None:
-            for start in range(
-                tl.load(bounds + part), tl.load(bounds + part + 1), KEYS
+            for other in range(
+                tl.load(bounds + part), tl.load(bounds + part + 1)
             ):
                 state = query_step(
                     state,
@@ -703,7 +775,7 @@ def query_gradient_kernel(
                     head,
                     row,
                     rows,
-                    tl.multiple_of(start, KEYS),
+                    other * KEYS,
                     keys,
                     form,
                     part != 1,
@@ -768,9 +840,8 @@ def key_step(
         form,
         CHECK,
     )
-    of_row = load_rows(
-        upstream, batch, head, row, rows, form.student.heads, form
-    )
+    spec: tl.constexpr = form.student
+    of_row = load_rows(upstream, batch, head, row, rows, spec.heads, form)
     slope *= of_rows(of_row, form)
     if not form.tiles.by_key:
         slope = tl.trans(slope)
@@ -810,16 +881,34 @@ def key_gradient_kernel(
     key_head = tl.program_id(1) % spec.key_heads
     group: tl.constexpr = spec.heads // spec.key_heads
     key = tile * KEYS
-    key_values = load_key(student, batch, key_head * group, key, spec)
+    key_values = load_own(
+        student_key,
+        batch,
+        key_head,
+        key,
+        keys,
+        KEYS,
+        spec.key_heads,
+        spec.width,
+    )
     of_key = tl.zeros(key_values.shape, tl.float32)
     bounds += 4 * (batch * tl.num_programs(0) + tile)
     for head in range(key_head * group, key_head * group + group):
         teacher_values = None
         if mixture is None:
-            teacher_values = load_key(teacher, batch, head, key, teacher_spec)
+            teacher_values = load_own(
+                teacher_key,
+                batch,
+                head // (teacher_spec.heads // teacher_spec.key_heads),
+                key,
+                keys,
+                KEYS,
+                teacher_spec.key_heads,
+                teacher_spec.width,
+            )
         for part in tl.static_range(3):
-            for start in range(
-                tl.load(bounds + part), tl.load(bounds + part + 1), ROWS
+            for other in range(
+                tl.load(bounds + part), tl.load(bounds + part + 1)
             ):
                 of_key = key_step(
                     of_key,
@@ -833,7 +922,7 @@ def key_gradient_kernel(
                     teacher_values,
                     batch,
                     head,
-                    tl.multiple_of(start, ROWS),
+                    other * ROWS,
                     rows,
                     key,
                     keys,
@@ -895,7 +984,7 @@ class Divergence(torch.autograd.Function):
                 form,
                 bounds,
                 form.teacher.heads,
-                descriptor(teacher_query, form.tiles.rows),
+                teacher_query,
                 descriptor(teacher_key, form.tiles.keys),
                 teacher_normalizer,
                 call.teacher_scale,
@@ -916,7 +1005,7 @@ class Divergence(torch.autograd.Function):
             form,
             bounds,
             form.student.heads,
-            *descriptors(form, *sides),
+            *descriptors(form, mixture, sides, True),
             *models,
             bounds,
             *lengths,
@@ -956,7 +1045,7 @@ class Divergence(torch.autograd.Function):
             form,
             bounds,
             form.student.heads,
-            *descriptors(form, *sides),
+            *descriptors(form, mixture, sides, True),
             *models,
             bounds,
             *lengths,
@@ -973,7 +1062,7 @@ class Divergence(torch.autograd.Function):
             form,
             bounds,
             form.student.key_heads,
-            *descriptors(form, *sides),
+            *descriptors(form, mixture, sides, False),
             *models,
             bounds,
             *lengths,
@@ -991,13 +1080,19 @@ def of_each_row(query):
     return query.new_empty((batch, heads, rows), dtype=torch.float32)
 
 
-def descriptors(form, student_query, student_key, teacher_query, teacher_key):
-    return (
-        descriptor(student_query, form.tiles.rows),
-        descriptor(student_key, form.tiles.keys),
-        descriptor(teacher_query, form.tiles.rows),
-        descriptor(teacher_key, form.tiles.keys),
-    )
+def descriptors(form, mixture, sides, of_rows):
+    """Queries and keys as a kernel reads them: its own tile by pointers."""
+    student_query, student_key, teacher_query, teacher_key = sides
+    sizes = form.tiles.rows, form.tiles.keys
+    if of_rows:
+        student_key = descriptor(student_key, sizes[1])
+    else:
+        student_query = descriptor(student_query, sizes[0])
+    if mixture is not None or not of_rows:
+        teacher_query = descriptor(teacher_query, sizes[0])
+    if mixture is not None or of_rows:
+        teacher_key = descriptor(teacher_key, sizes[1])
+    return student_query, student_key, teacher_query, teacher_key
 
 
 def descriptor(tensor, size):
@@ -1026,6 +1121,10 @@ def readable(tensor):
 
 def attention_divergence(student, teacher, mask, distance, mixture):
     places = tiles.Places.of(mask, distance, student.query.shape[0])
+    student, teacher = (
+        side._replace(query=readable(side.query), key=readable(side.key))
+        for side in (student, teacher)
+    )
     call = Call(
         tiles.Places(*(tensor.contiguous() for tensor in places)),
         tiles.Spec.of(student),
@@ -1035,11 +1134,4 @@ def attention_divergence(student, teacher, mask, distance, mixture):
         mask.window,
         float(distance.exponent),
     )
-    return Divergence.apply(
-        readable(student.query),
-        readable(student.key),
-        mixture,
-        readable(teacher.query),
-        readable(teacher.key),
-        call,
-    )
+    return Divergence.apply(*student[:2], mixture, *teacher[:2], call)
