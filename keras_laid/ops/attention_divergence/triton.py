@@ -287,6 +287,14 @@ def mixed_tile(
 
 
 @triton.jit
+def part_sums(values):
+    """Sums over a tile's keys, in 8 parts a row: each thread sums its own."""
+    ROWS: tl.constexpr = values.shape[0]
+    KEYS: tl.constexpr = values.shape[1]
+    return tl.sum(values.reshape(ROWS, KEYS // 8, 8), 1)
+
+
+@triton.jit
 def normalizer_step(
     state,
     side,
@@ -310,7 +318,8 @@ def normalizer_step(
         t = tl.where(allowed, t, -float("inf"))
     higher = tl.maximum(highest, tl.max(t, 1) * unit)
     terms = tl.exp2(t * unit - higher[:, None])
-    return higher, total * tl.exp2(highest - higher) + tl.sum(terms, 1)
+    keep = tl.exp2(highest - higher)
+    return higher, total * keep[:, None] + part_sums(terms)
 
 
 @triton.jit
@@ -339,7 +348,7 @@ def normalizer_kernel(
     )
     state = (
         tl.full([ROWS], LEAST, tl.float32),
-        tl.zeros([ROWS], tl.float32),
+        tl.zeros([ROWS, 8], tl.float32),
     )
     bounds += 4 * (batch * tl.num_programs(0) + tile)
     for part in tl.static_range(3):
@@ -361,7 +370,8 @@ def normalizer_kernel(
                     form,
                     part != 1,
                 )
-    highest, total = state
+    highest, parts = state
+    total = tl.sum(parts, 1)
     # Rows without keys: any number will do.
     of_row = tl.where(total > 0.0, highest + tl.log2(total), 0.0)
     at, inside = row_numbers(batch, head, row, rows, spec.heads, form)
@@ -418,10 +428,10 @@ def forward_step(
         raise_t = higher_t - highest_t
         t = t * unit - higher_t[:, None]
         exp_t = tl.exp2(t)
-        keep_t = tl.exp2(-raise_t)
-        sum_t = sum_t * keep_t + tl.sum(exp_t, 1)
+        keep_t = tl.exp2(-raise_t)[:, None]
+        sum_t = sum_t * keep_t + part_sums(exp_t)
         # Differences are those of logits below their maxima.
-        sum_wtd = (sum_wtd + sum_wt * (raise_s - raise_t)) * keep_t
+        sum_wtd = (sum_wtd + sum_wt * (raise_s - raise_t)[:, None]) * keep_t
         sum_wt *= keep_t
     else:
         # Normalised already: e^t is p itself.
@@ -440,7 +450,7 @@ def forward_step(
             CHECK,
         )
         t = tl.log2(tl.maximum(exp_t, TINY))
-        sum_wtd += sum_wt * raise_s
+        sum_wtd += sum_wt * raise_s[:, None]
     difference = t - s
     if CHECK:
         difference = tl.where(allowed, difference, 0.0)
@@ -448,15 +458,15 @@ def forward_step(
         places, batch, row, rows, key, keys, form, CHECK
     )
     weighted = weights * exp_t
-    keep_s = tl.exp2(-raise_s)
+    keep_s = tl.exp2(-raise_s)[:, None]
     return (
         higher_s,
-        sum_s * keep_s + tl.sum(exp_s, 1),
-        sum_ws * keep_s + tl.sum(weights * exp_s, 1),
+        sum_s * keep_s + part_sums(exp_s),
+        sum_ws * keep_s + part_sums(weights * exp_s),
         higher_t,
         sum_t,
-        sum_wt + tl.sum(weighted, 1),
-        sum_wtd + tl.sum(weighted * difference, 1),
+        sum_wt + part_sums(weighted),
+        sum_wtd + part_sums(weighted * difference),
     )
 
 
@@ -496,7 +506,7 @@ def forward_kernel(
         student_query, batch, head, row, rows, ROWS, spec.heads, spec.width
     )
     least = tl.full([ROWS], LEAST, tl.float32)
-    zeros = tl.zeros([ROWS], tl.float32)
+    zeros = tl.zeros([ROWS, 8], tl.float32)
     # Of the student the highest logit, sum e^s and sum w e^s; of the teacher
     # the same, and sum w e^t (t - s).
     if mixture is None:
@@ -513,7 +523,8 @@ def forward_kernel(
         state = (least, zeros, zeros, least, zeros, zeros, zeros)
     else:
         teacher_values = None
-        state = (least, zeros, zeros, zeros, zeros + 1.0, zeros, zeros)
+        # Maps are normalised: their highest logit is 0, sum e^t is 1.
+        state = (least, zeros, zeros, least * 0, zeros + 0.125, zeros, zeros)
     bounds += 4 * (batch * tl.num_programs(0) + tile)
     for part in tl.static_range(3):
         if part != 0 or form.window is not None:
@@ -539,10 +550,12 @@ def forward_kernel(
                 )
     highest_s, sum_s, sum_ws, highest_t, sum_t, sum_wt, sum_wtd = state
     # Rows without keys: sums are 0, and so is the divergence.
+    sum_s, sum_ws = tl.sum(sum_s, 1), tl.sum(sum_ws, 1)
+    sum_t, sum_wt = tl.sum(sum_t, 1), tl.sum(sum_wt, 1)
     sum_s = tl.where(sum_s > 0.0, sum_s, 1.0)
     sum_t = tl.where(sum_t > 0.0, sum_t, 1.0)
     log_s, log_t = tl.log2(sum_s), tl.log2(sum_t)
-    of_row = (sum_wtd + sum_wt * (log_s - log_t)) / (sum_t * LOG2_E)
+    of_row = (tl.sum(sum_wtd, 1) + sum_wt * (log_s - log_t)) / (sum_t * LOG2_E)
     of_center = sum_ws / sum_s - sum_wt / sum_t
     at, inside = row_numbers(batch, head, row, rows, spec.heads, form)
     tl.store(normalizer + at, highest_s + log_s, mask=inside)
