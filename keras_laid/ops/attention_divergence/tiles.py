@@ -3,7 +3,6 @@
 from typing import Any
 from typing import NamedTuple
 
-import numpy as np
 from keras import ops
 
 
@@ -41,8 +40,7 @@ class Places(NamedTuple):
         kinds = ops.where(mask.bidirectional, 1, ops.where(mask.causal, 2, 0))
         rows = ops.cast(distance.row_positions, "float32")
         keys = ops.cast(distance.key_positions, "float32")
-        strength = ops.convert_to_tensor(distance.strength, "float32")
-        unit = ops.power(strength, 1.0 / distance.exponent)
+        unit = distance.strength ** (1.0 / distance.exponent)
         unit = (unit / ops.maximum(distance.span(), 1.0))[:, None]
         row_count, key_count = rows.shape[1], keys.shape[1]
         return cls(
@@ -63,18 +61,42 @@ class Tiles(NamedTuple):
     by_key: bool = False  # Tiles are (keys, rows), not (rows, keys).
 
 
-def choose_tiles(kernel, width):
+# For each kernel, and head dims of 2 bytes a number up to so many: what was
+# fastest on an H100 (benchmarks/results/attention_divergence.csv).
+CHOICES = {
+    "forward": {
+        64: Tiles(128, 64, 8, 3),
+        128: Tiles(128, 64, 8, 3),
+        256: Tiles(64, 64, 4, 2),
+    },
+    "query": {
+        64: Tiles(128, 64, 8, 3),
+        128: Tiles(64, 64, 4, 2),
+        256: Tiles(128, 32, 8, 2),
+    },
+    "key": {
+        64: Tiles(64, 64, 4, 2, by_key=True),
+        128: Tiles(64, 64, 4, 2, by_key=True),
+        256: Tiles(32, 128, 8, 2, by_key=True),
+    },
+}
+# Wider rows, or tiles of many heads at once.
+SMALL = Tiles(64, 32, 4, 1)
+
+
+def choose_tiles(kernel, width, item_size=2, mixed=False):
     """Wider heads leave less of the chip's memory for a tile.
 
     Args:
         kernel: `"forward"`, `"query"` or `"key"` (their gradients).
         width: The wider head dim.
+        item_size: Bytes of a number of queries and keys.
+        mixed: Whether tiles of several teacher heads are in use at once.
     """
-    if width <= 64:
-        return Tiles(rows=128, keys=64, warps=8, stages=3)
-    if width <= 128:
-        return Tiles(rows=64, keys=64, warps=4, stages=2)
-    return Tiles(rows=64, keys=64, warps=4, stages=2)
+    for limit, tiles in CHOICES[kernel].items():
+        if width * item_size <= 2 * limit and not (mixed and limit > 128):
+            return tiles
+    return SMALL
 
 
 def row_bounds(places, tiles, window):
@@ -87,9 +109,9 @@ def row_bounds(places, tiles, window):
     """
     index = places.row_index
     rows, keys = index.shape[0], places.kinds.shape[1]
-    lowest = index[:: tiles.rows]
-    ends = np.arange(tiles.rows - 1, rows + tiles.rows - 1, tiles.rows)
-    highest = ops.take(index, np.minimum(ends, rows - 1))
+    lowest, highest = index[:: tiles.rows], index[tiles.rows - 1 :: tiles.rows]
+    if rows % tiles.rows:
+        highest = ops.concatenate([highest, index[-1:]])
     number = ops.arange(keys, dtype="int32")
 
     def first(kind):
@@ -120,14 +142,13 @@ def key_bounds(places, tiles, window):
     """
     index = places.row_index
     rows, keys = index.shape[0], places.kinds.shape[1]
-    lowest = np.arange(0, keys, tiles.keys)
-    highest = lowest + tiles.keys - 1
     kinds = ops.pad(places.kinds, [(0, 0), (0, -keys % tiles.keys)])
-    kinds = ops.reshape(kinds, (-1, len(lowest), tiles.keys))
+    lowest = ops.arange(0, kinds.shape[1], tiles.keys, dtype="int32")
+    highest = lowest + tiles.keys - 1
+    kinds = ops.reshape(kinds, (-1, lowest.shape[0], tiles.keys))
     least, most = ops.min(kinds, axis=-1), ops.max(kinds, axis=-1)
 
     def first_row(at_least):
-        at_least = ops.convert_to_tensor(at_least, "int32")
         return ops.cast(ops.searchsorted(index, at_least), "int32")
 
     start = ops.where(ops.any(kinds == 1, axis=-1), 0, first_row(lowest))

@@ -21,8 +21,8 @@ from keras_laid.ops.attention_divergence import tiles
 LEAST = tl.constexpr(-1e30)
 TINY = tl.constexpr(1e-30)
 LOG2_E = tl.constexpr(1.4426950408889634)
-# Maps are made `2 ** LIFT` times too large for slopes: else those of long rows
-# would be too small for float16.
+# Maps of stored normalizers are `2 ** LIFT` times too large: else slopes of long
+# rows would be too small for float16.
 LIFT = tl.constexpr(10.0)
 UNLIFT = tl.constexpr(2.0**-10)
 BYTES = 16  # Descriptors want rows that are multiples of so many.
@@ -33,8 +33,18 @@ class Side(NamedTuple):
 
     query: Any
     key: Any
-    normalizer: Any  # Log-sum-exp of each row: (batch, heads, rows).
+    normalizer: Any  # Log-sum-exp of each row, less LIFT: (batch, heads, rows).
     scale: Any
+
+
+class Numbers(NamedTuple):
+    """What a tile's rows have, one number each."""
+
+    normalizer: Any
+    teacher_normalizer: Any
+    center: Any
+    upstream: Any
+    share: Any
 
 
 class Form(NamedTuple):
@@ -96,7 +106,7 @@ def load_key(side, batch, head, key, spec: tl.constexpr):
 
 
 @triton.jit
-def row_numbers(
+def places_of_rows(
     batch, head, row, rows, heads: tl.constexpr, form: tl.constexpr
 ):
     """Where a tile's rows are in a (batch, heads, rows), and which are."""
@@ -106,10 +116,67 @@ def row_numbers(
 
 @triton.jit
 def load_rows(
-    tensor, batch, head, row, rows, heads: tl.constexpr, form: tl.constexpr
+    tensor,
+    batch,
+    head,
+    row,
+    rows,
+    heads: tl.constexpr,
+    form: tl.constexpr,
+    CHECK: tl.constexpr,
 ):
-    at, inside = row_numbers(batch, head, row, rows, heads, form)
-    return tl.load(tensor + at, mask=inside, other=0.0)
+    at, inside = places_of_rows(batch, head, row, rows, heads, form)
+    if CHECK:
+        return tl.load(tensor + at, mask=inside, other=0.0)
+    else:
+        return tl.load(tensor + at)
+
+
+@triton.jit
+def load_share(
+    tensor, batch, start, length, SIZE: tl.constexpr, CHECK: tl.constexpr
+):
+    """Positions of a tile's rows or keys, in units of their weight."""
+    index = start + tl.arange(0, SIZE)
+    where = tensor + batch * length + index
+    if CHECK:
+        return tl.load(where, mask=index < length, other=0.0)
+    else:
+        return tl.load(where)
+
+
+@triton.jit
+def load_numbers(
+    student,
+    teacher,
+    mixture,
+    places,
+    center,
+    upstream,
+    batch,
+    head,
+    row,
+    rows,
+    form: tl.constexpr,
+    CHECK: tl.constexpr,
+):
+    heads: tl.constexpr = form.student.heads
+    ROWS: tl.constexpr = form.tiles.rows
+    normalizer = load_rows(
+        student.normalizer, batch, head, row, rows, heads, form, CHECK
+    )
+    teacher_normalizer = normalizer  # Mixtures have one for each head.
+    if mixture is None:
+        teacher_normalizer = load_rows(
+            teacher.normalizer, batch, head, row, rows, heads, form, CHECK
+        )
+    return Numbers(
+        normalizer,
+        teacher_normalizer,
+        load_rows(center, batch, head, row, rows, heads, form, CHECK),
+        load_rows(upstream, batch, head, row, rows, heads, form, CHECK),
+        load_share(places.row_share, batch, row, rows, ROWS, CHECK),
+    )
 
 
 @triton.jit
@@ -168,30 +235,7 @@ def allowed_tile(places, batch, row, rows, key, keys, form: tl.constexpr):
 
 
 @triton.jit
-def shares(tensor, batch, start, length, SIZE: tl.constexpr, CHECK: tl.constexpr):
-    index = start + tl.arange(0, SIZE)
-    where = tensor + batch * length + index
-    if CHECK:
-        return tl.load(where, mask=index < length, other=0.0)
-    else:
-        return tl.load(where)
-
-
-@triton.jit
-def weights_tile(
-    places,
-    batch,
-    row,
-    rows,
-    key,
-    keys,
-    form: tl.constexpr,
-    CHECK: tl.constexpr,
-):
-    ROWS: tl.constexpr = form.tiles.rows
-    KEYS: tl.constexpr = form.tiles.keys
-    row_share = shares(places.row_share, batch, row, rows, ROWS, True)
-    key_share = shares(places.key_share, batch, key, keys, KEYS, CHECK)
+def weights_tile(row_share, key_share, form: tl.constexpr):
     share = tl.abs(of_rows(row_share, form) - of_keys(key_share, form))
     if form.exponent != 1.0:
         share = tl.exp2(form.exponent * tl.log2(share))
@@ -203,22 +247,15 @@ def map_tile(
     teacher,
     query,
     keys,
-    batch,
-    head,
-    row,
-    rows,
+    normalizer,
     allowed,
-    lift,
     form: tl.constexpr,
     CHECK: tl.constexpr,
 ):
-    """The attention map of one head of the teacher, times `2 ** lift`."""
+    """The attention map of one head of the teacher, lifted."""
     spec: tl.constexpr = form.teacher
     t, unit = logits_tile(query, keys, teacher.scale, spec.soft_cap, form)
-    normalizer = load_rows(
-        teacher.normalizer, batch, head, row, rows, spec.heads, form
-    )
-    p = tl.exp2(t * unit - of_rows(normalizer - lift, form))
+    p = tl.exp2(t * unit - of_rows(normalizer, form))
     if CHECK:
         p = tl.where(allowed, p, 0.0)
     return p
@@ -233,27 +270,17 @@ def head_tile(
     rows,
     key,
     allowed,
-    lift,
     form: tl.constexpr,
     CHECK: tl.constexpr,
 ):
     """The same, of a head whose queries and keys are not at hand."""
-    query = load_query(teacher, batch, head, row)
     spec: tl.constexpr = form.teacher
+    query = load_query(teacher, batch, head, row)
     keys = load_key(teacher, batch, head, key, spec)
-    return map_tile(
-        teacher,
-        query,
-        keys,
-        batch,
-        head,
-        row,
-        rows,
-        allowed,
-        lift,
-        form,
-        CHECK,
+    normalizer = load_rows(
+        teacher.normalizer, batch, head, row, rows, spec.heads, form, True
     )
+    return map_tile(teacher, query, keys, normalizer, allowed, form, CHECK)
 
 
 @triton.jit
@@ -266,7 +293,6 @@ def mixed_tile(
     rows,
     key,
     allowed,
-    lift,
     form: tl.constexpr,
     CHECK: tl.constexpr,
 ):
@@ -281,7 +307,7 @@ def mixed_tile(
     for other in range(spec.heads):
         share = tl.load(mixture + head * spec.heads + other)
         p += share * head_tile(
-            teacher, batch, other, row, rows, key, allowed, lift, form, CHECK
+            teacher, batch, other, row, rows, key, allowed, form, CHECK
         )
     return p
 
@@ -374,8 +400,8 @@ def normalizer_kernel(
     total = tl.sum(parts, 1)
     # Rows without keys: any number will do.
     of_row = tl.where(total > 0.0, highest + tl.log2(total), 0.0)
-    at, inside = row_numbers(batch, head, row, rows, spec.heads, form)
-    tl.store(normalizer + at, of_row, mask=inside)
+    at, inside = places_of_rows(batch, head, row, rows, spec.heads, form)
+    tl.store(normalizer + at, of_row - LIFT, mask=inside)
 
 
 @triton.jit
@@ -387,6 +413,7 @@ def forward_step(
     places,
     query,
     teacher_query,
+    row_share,
     batch,
     head,
     row,
@@ -436,27 +463,17 @@ def forward_step(
     else:
         # Normalised already: e^t is p itself.
         higher_t = highest_t
-        exp_t = mixed_tile(
-            teacher,
-            mixture,
-            batch,
-            head,
-            row,
-            rows,
-            key,
-            allowed,
-            0.0,
-            form,
-            CHECK,
+        exp_t = UNLIFT * mixed_tile(
+            teacher, mixture, batch, head, row, rows, key, allowed, form, CHECK
         )
         t = tl.log2(tl.maximum(exp_t, TINY))
         sum_wtd += sum_wt * raise_s[:, None]
     difference = t - s
     if CHECK:
         difference = tl.where(allowed, difference, 0.0)
-    weights = weights_tile(
-        places, batch, row, rows, key, keys, form, CHECK
-    )
+    KEYS: tl.constexpr = form.tiles.keys
+    key_share = load_share(places.key_share, batch, key, keys, KEYS, CHECK)
+    weights = weights_tile(row_share, key_share, form)
     weighted = weights * exp_t
     keep_s = tl.exp2(-raise_s)[:, None]
     return (
@@ -505,6 +522,7 @@ def forward_kernel(
     query_values = load_own(
         student_query, batch, head, row, rows, ROWS, spec.heads, spec.width
     )
+    row_share = load_share(places.row_share, batch, row, rows, ROWS, True)
     least = tl.full([ROWS], LEAST, tl.float32)
     zeros = tl.zeros([ROWS, 8], tl.float32)
     # Of the student the highest logit, sum e^s and sum w e^s; of the teacher
@@ -539,6 +557,7 @@ def forward_kernel(
                     places,
                     query_values,
                     teacher_values,
+                    row_share,
                     batch,
                     head,
                     row,
@@ -557,10 +576,11 @@ def forward_kernel(
     log_s, log_t = tl.log2(sum_s), tl.log2(sum_t)
     of_row = (tl.sum(sum_wtd, 1) + sum_wt * (log_s - log_t)) / (sum_t * LOG2_E)
     of_center = sum_ws / sum_s - sum_wt / sum_t
-    at, inside = row_numbers(batch, head, row, rows, spec.heads, form)
-    tl.store(normalizer + at, highest_s + log_s, mask=inside)
+    at, inside = places_of_rows(batch, head, row, rows, spec.heads, form)
+    tl.store(normalizer + at, highest_s + log_s - LIFT, mask=inside)
     if mixture is None:
-        tl.store(teacher_normalizer + at, highest_t + log_t, mask=inside)
+        of_teacher = highest_t + log_t - LIFT
+        tl.store(teacher_normalizer + at, of_teacher, mask=inside)
     tl.store(center + at, of_center, mask=inside)
     # What rounding takes below 0 is 0.
     tl.store(divergence + at, tl.maximum(of_row + of_center, 0.0), mask=inside)
@@ -571,8 +591,8 @@ def slope_tile(
     student,
     teacher,
     mixture,
-    places,
-    center,
+    numbers,
+    key_share,
     query,
     key_values,
     teacher_query,
@@ -582,57 +602,35 @@ def slope_tile(
     row,
     rows,
     key,
-    keys,
     allowed,
     form: tl.constexpr,
     CHECK: tl.constexpr,
 ):
-    """Slopes of divergences, lifted: in `scale * query @ key`; and in `p`."""
-    spec: tl.constexpr = form.student
-    s, unit = logits_tile(
-        query, key_values, student.scale, spec.soft_cap, form
-    )
-    normalizer = load_rows(
-        student.normalizer, batch, head, row, rows, spec.heads, form
-    )
-    log_q = s * unit - of_rows(normalizer - LIFT, form)
+    """Slopes of divergences: in `scale * query @ key`, lifted; and in `p`."""
+    cap: tl.constexpr = form.student.soft_cap
+    s, unit = logits_tile(query, key_values, student.scale, cap, form)
+    log_q = s * unit - of_rows(numbers.normalizer, form)
     q = tl.exp2(log_q)
     if CHECK:
         q = tl.where(allowed, q, 0.0)
     if mixture is None:
+        normalizer = numbers.teacher_normalizer
         p = map_tile(
             teacher,
             teacher_query,
             teacher_key,
-            batch,
-            head,
-            row,
-            rows,
+            normalizer,
             allowed,
-            LIFT,
             form,
             CHECK,
         )
     else:
         p = mixed_tile(
-            teacher,
-            mixture,
-            batch,
-            head,
-            row,
-            rows,
-            key,
-            allowed,
-            LIFT,
-            form,
-            CHECK,
+            teacher, mixture, batch, head, row, rows, key, allowed, form, CHECK
         )
-    weights = weights_tile(
-        places, batch, row, rows, key, keys, form, CHECK
-    )
-    of_center = load_rows(center, batch, head, row, rows, spec.heads, form)
-    slope = weights * (q - p) - q * of_rows(of_center, form)
-    if spec.soft_cap is not None:
+    weights = weights_tile(numbers.share, key_share, form)
+    slope = weights * (q - p) - q * of_rows(numbers.center, form)
+    if cap is not None:
         slope *= 1.0 - s * s
     of_p = weights * (tl.log2(tl.maximum(p, TINY)) - log_q)
     if CHECK:
@@ -647,8 +645,7 @@ def query_step(
     teacher,
     mixture,
     places,
-    center,
-    of_row,
+    numbers,
     query,
     teacher_query,
     batch,
@@ -662,21 +659,23 @@ def query_step(
 ):
     """Gradients of queries and mixture, after another tile of keys."""
     of_query, of_mixture = state
+    spec: tl.constexpr = form.student
+    teacher_spec: tl.constexpr = form.teacher
+    KEYS: tl.constexpr = form.tiles.keys
     allowed = None
     if CHECK:
         allowed = allowed_tile(places, batch, row, rows, key, keys, form)
-    spec: tl.constexpr = form.student
-    teacher_spec: tl.constexpr = form.teacher
     key_values = load_key(student, batch, head, key, spec)
     teacher_key = None
     if mixture is None:
         teacher_key = load_key(teacher, batch, head, key, teacher_spec)
+    key_share = load_share(places.key_share, batch, key, keys, KEYS, CHECK)
     slope, of_p = slope_tile(
         student,
         teacher,
         mixture,
-        places,
-        center,
+        numbers,
+        key_share,
         query,
         key_values,
         teacher_query,
@@ -686,27 +685,17 @@ def query_step(
         row,
         rows,
         key,
-        keys,
         allowed,
         form,
         CHECK,
     )
     of_query = dot_in_two(slope, key_values, of_query)
     if mixture is not None:
-        of_p *= of_row[:, None]
+        of_p *= numbers.upstream[:, None]
         teacher_head = tl.arange(0, of_mixture.shape[0])
         for other in range(teacher_spec.heads):
             p = head_tile(
-                teacher,
-                batch,
-                other,
-                row,
-                rows,
-                key,
-                allowed,
-                0.0,
-                form,
-                CHECK,
+                teacher, batch, other, row, rows, key, allowed, form, CHECK
             )
             total = tl.sum(tl.sum(of_p * p, 1), 0)
             of_mixture += tl.where(teacher_head == other, total, 0.0)
@@ -762,7 +751,20 @@ def query_gradient_kernel(
             teacher_spec.heads,
             teacher_spec.width,
         )
-    of_row = load_rows(upstream, batch, head, row, rows, spec.heads, form)
+    numbers = load_numbers(
+        student,
+        teacher,
+        mixture,
+        places,
+        center,
+        upstream,
+        batch,
+        head,
+        row,
+        rows,
+        form,
+        True,
+    )
     teacher_head = tl.arange(0, triton.next_power_of_2(TEACHER_HEADS))
     state = (
         tl.zeros(query_values.shape, tl.float32),
@@ -780,8 +782,7 @@ def query_gradient_kernel(
                     teacher,
                     mixture,
                     places,
-                    center,
-                    of_row,
+                    numbers,
                     query_values,
                     teacher_values,
                     batch,
@@ -794,13 +795,13 @@ def query_gradient_kernel(
                     part != 1,
                 )
     of_query, of_mixture = state
-    of_query *= (scale * UNLIFT) * of_row[:, None]
+    of_query *= (scale * UNLIFT) * numbers.upstream[:, None]
     store_tile(gradient, of_query, batch, head, row)
     if mixture is not None:
         of_head = tl.program_id(1) * tl.num_programs(0) + tile
         tl.store(
             mixture_gradient + of_head * TEACHER_HEADS + teacher_head,
-            of_mixture / LOG2_E,
+            of_mixture * (UNLIFT / LOG2_E),
             mask=teacher_head < TEACHER_HEADS,
         )
 
@@ -814,6 +815,7 @@ def key_step(
     places,
     center,
     upstream,
+    key_share,
     key_values,
     teacher_key,
     batch,
@@ -833,12 +835,26 @@ def key_step(
     teacher_query = None
     if mixture is None:
         teacher_query = load_query(teacher, batch, head, row)
-    slope, _ = slope_tile(
+    numbers = load_numbers(
         student,
         teacher,
         mixture,
         places,
         center,
+        upstream,
+        batch,
+        head,
+        row,
+        rows,
+        form,
+        CHECK,
+    )
+    slope, _ = slope_tile(
+        student,
+        teacher,
+        mixture,
+        numbers,
+        key_share,
         query,
         key_values,
         teacher_query,
@@ -848,14 +864,11 @@ def key_step(
         row,
         rows,
         key,
-        keys,
         allowed,
         form,
         CHECK,
     )
-    spec: tl.constexpr = form.student
-    of_row = load_rows(upstream, batch, head, row, rows, spec.heads, form)
-    slope *= of_rows(of_row, form)
+    slope *= of_rows(numbers.upstream, form)
     if not form.tiles.by_key:
         slope = tl.trans(slope)
     return dot_in_two(slope, query, of_key)
@@ -904,6 +917,7 @@ def key_gradient_kernel(
         spec.key_heads,
         spec.width,
     )
+    key_share = load_share(places.key_share, batch, key, keys, KEYS, True)
     of_key = tl.zeros(key_values.shape, tl.float32)
     bounds += 4 * (batch * tl.num_programs(0) + tile)
     for head in range(key_head * group, key_head * group + group):
@@ -931,6 +945,7 @@ def key_gradient_kernel(
                     places,
                     center,
                     upstream,
+                    key_share,
                     key_values,
                     teacher_values,
                     batch,
@@ -956,14 +971,15 @@ class Call(NamedTuple):
     window: int | None
     exponent: float
 
-    def form(self, kernel):
+    def form(self, kernel, query, mixture):
         width = max(self.student.width, self.teacher.width)
+        mixed = mixture is not None
         return Form(
             self.student,
             self.teacher,
             self.window,
             self.exponent,
-            tiles.choose_tiles(kernel, width),
+            tiles.choose_tiles(kernel, width, query.element_size(), mixed),
         )
 
     def bounds(self, form, of=tiles.row_bounds):
@@ -983,7 +999,7 @@ class Divergence(torch.autograd.Function):
         teacher_key,
         call,
     ):
-        form = call.form("forward")
+        form = call.form("forward", student_query, mixture)
         bounds = call.bounds(form)
         sides = (student_query, student_key, teacher_query, teacher_key)
         lengths = student_query.shape[1], student_key.shape[1]
@@ -1045,7 +1061,7 @@ class Divergence(torch.autograd.Function):
             mixture,
             call.places,
         )
-        form = call.form("query")
+        form = call.form("query", sides[0], mixture)
         bounds = call.bounds(form)
         of_query = torch.empty_like(sides[0])
         of_mixture = None
@@ -1067,7 +1083,7 @@ class Divergence(torch.autograd.Function):
             descriptor(of_query, form.tiles.rows),
             of_mixture,
         )
-        form = call.form("key")
+        form = call.form("key", sides[0], mixture)
         bounds = call.bounds(form, tiles.key_bounds)
         of_key = torch.empty_like(sides[1])
         launch(
