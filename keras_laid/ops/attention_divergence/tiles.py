@@ -59,6 +59,8 @@ class Tiles(NamedTuple):
     warps: int
     stages: int
     by_key: bool = False  # Tiles are (keys, rows), not (rows, keys).
+    # Where a program keeps its own tile of queries or keys.
+    in_registers: bool = False
 
 
 # For each kernel, and head dims of 2 bytes a number up to so many: what was

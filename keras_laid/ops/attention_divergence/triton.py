@@ -37,16 +37,6 @@ class Side(NamedTuple):
     scale: Any
 
 
-class Numbers(NamedTuple):
-    """What a tile's rows have, one number each."""
-
-    normalizer: Any
-    teacher_normalizer: Any
-    center: Any
-    upstream: Any
-    share: Any
-
-
 class Form(NamedTuple):
     """What a kernel is compiled for."""
 
@@ -55,6 +45,7 @@ class Form(NamedTuple):
     window: int | None
     exponent: float
     tiles: tiles.Tiles
+    over_rows: bool  # Whether a program visits tiles of rows, not of keys.
 
 
 @triton.jit
@@ -74,17 +65,24 @@ def load_own(
     SIZE: tl.constexpr,
     heads: tl.constexpr,
     width: tl.constexpr,
+    form: tl.constexpr,
 ):
-    """The tile that a program keeps: by pointers, so that it stays in memory
-    that is shared, not in registers."""
-    index = start + tl.arange(0, SIZE)
-    column = tl.arange(0, triton.next_power_of_2(width))
-    row = (batch.to(tl.int64) * length + index) * heads + head
-    return tl.load(
-        tensor + row[:, None] * width + column[None],
-        mask=(index < length)[:, None] & (column < width)[None],
-        other=0.0,
-    )
+    """The tile that a program keeps.
+
+    Triton keeps it in registers if it was read by a descriptor, in the memory
+    that threads share if it was read by pointers.
+    """
+    if form.tiles.in_registers:
+        return load_tile(tensor, batch, head, start)
+    else:
+        index = start + tl.arange(0, SIZE)
+        column = tl.arange(0, triton.next_power_of_2(width))
+        row = (batch.to(tl.int64) * length + index) * heads + head
+        return tl.load(
+            tensor + row[:, None] * width + column[None],
+            mask=(index < length)[:, None] & (column < width)[None],
+            other=0.0,
+        )
 
 
 @triton.jit
@@ -125,8 +123,10 @@ def load_rows(
     form: tl.constexpr,
     CHECK: tl.constexpr,
 ):
+    """A number for each of a tile's rows."""
     at, inside = places_of_rows(batch, head, row, rows, heads, form)
-    if CHECK:
+    # A program's own tile of rows may be the last; those it visits are checked.
+    if CHECK or not form.over_rows:
         return tl.load(tensor + at, mask=inside, other=0.0)
     else:
         return tl.load(tensor + at)
@@ -143,40 +143,6 @@ def load_share(
         return tl.load(where, mask=index < length, other=0.0)
     else:
         return tl.load(where)
-
-
-@triton.jit
-def load_numbers(
-    student,
-    teacher,
-    mixture,
-    places,
-    center,
-    upstream,
-    batch,
-    head,
-    row,
-    rows,
-    form: tl.constexpr,
-    CHECK: tl.constexpr,
-):
-    heads: tl.constexpr = form.student.heads
-    ROWS: tl.constexpr = form.tiles.rows
-    normalizer = load_rows(
-        student.normalizer, batch, head, row, rows, heads, form, CHECK
-    )
-    teacher_normalizer = normalizer  # Mixtures have one for each head.
-    if mixture is None:
-        teacher_normalizer = load_rows(
-            teacher.normalizer, batch, head, row, rows, heads, form, CHECK
-        )
-    return Numbers(
-        normalizer,
-        teacher_normalizer,
-        load_rows(center, batch, head, row, rows, heads, form, CHECK),
-        load_rows(upstream, batch, head, row, rows, heads, form, CHECK),
-        load_share(places.row_share, batch, row, rows, ROWS, CHECK),
-    )
 
 
 @triton.jit
@@ -235,8 +201,23 @@ def allowed_tile(places, batch, row, rows, key, keys, form: tl.constexpr):
 
 
 @triton.jit
-def weights_tile(row_share, key_share, form: tl.constexpr):
-    share = tl.abs(of_rows(row_share, form) - of_keys(key_share, form))
+def weights_tile(
+    places,
+    batch,
+    row,
+    rows,
+    key,
+    keys,
+    form: tl.constexpr,
+    CHECK: tl.constexpr,
+):
+    ROWS: tl.constexpr = form.tiles.rows
+    KEYS: tl.constexpr = form.tiles.keys
+    CHECK_ROWS: tl.constexpr = CHECK or not form.over_rows
+    CHECK_KEYS: tl.constexpr = CHECK or form.over_rows
+    of_row = load_share(places.row_share, batch, row, rows, ROWS, CHECK_ROWS)
+    of_key = load_share(places.key_share, batch, key, keys, KEYS, CHECK_KEYS)
+    share = tl.abs(of_rows(of_row, form) - of_keys(of_key, form))
     if form.exponent != 1.0:
         share = tl.exp2(form.exponent * tl.log2(share))
     return 1.0 + share
@@ -370,7 +351,7 @@ def normalizer_kernel(
     head = tl.program_id(1) % spec.heads
     row = tile * ROWS
     query_values = load_own(
-        query, batch, head, row, rows, ROWS, spec.heads, spec.width
+        query, batch, head, row, rows, ROWS, spec.heads, spec.width, form
     )
     state = (
         tl.full([ROWS], LEAST, tl.float32),
@@ -413,7 +394,6 @@ def forward_step(
     places,
     query,
     teacher_query,
-    row_share,
     batch,
     head,
     row,
@@ -471,9 +451,7 @@ def forward_step(
     difference = t - s
     if CHECK:
         difference = tl.where(allowed, difference, 0.0)
-    KEYS: tl.constexpr = form.tiles.keys
-    key_share = load_share(places.key_share, batch, key, keys, KEYS, CHECK)
-    weights = weights_tile(row_share, key_share, form)
+    weights = weights_tile(places, batch, row, rows, key, keys, form, CHECK)
     weighted = weights * exp_t
     keep_s = tl.exp2(-raise_s)[:, None]
     return (
@@ -520,9 +498,8 @@ def forward_kernel(
     head = tl.program_id(1) % spec.heads
     row = tile * ROWS
     query_values = load_own(
-        student_query, batch, head, row, rows, ROWS, spec.heads, spec.width
+        student_query, batch, head, row, rows, ROWS, spec.heads, spec.width, form
     )
-    row_share = load_share(places.row_share, batch, row, rows, ROWS, True)
     least = tl.full([ROWS], LEAST, tl.float32)
     zeros = tl.zeros([ROWS, 8], tl.float32)
     # Of the student the highest logit, sum e^s and sum w e^s; of the teacher
@@ -537,6 +514,7 @@ def forward_kernel(
             ROWS,
             teacher_spec.heads,
             teacher_spec.width,
+            form,
         )
         state = (least, zeros, zeros, least, zeros, zeros, zeros)
     else:
@@ -557,7 +535,6 @@ def forward_kernel(
                     places,
                     query_values,
                     teacher_values,
-                    row_share,
                     batch,
                     head,
                     row,
@@ -591,8 +568,8 @@ def slope_tile(
     student,
     teacher,
     mixture,
-    numbers,
-    key_share,
+    places,
+    center,
     query,
     key_values,
     teacher_query,
@@ -602,19 +579,26 @@ def slope_tile(
     row,
     rows,
     key,
+    keys,
     allowed,
     form: tl.constexpr,
     CHECK: tl.constexpr,
 ):
     """Slopes of divergences: in `scale * query @ key`, lifted; and in `p`."""
+    heads: tl.constexpr = form.student.heads
     cap: tl.constexpr = form.student.soft_cap
     s, unit = logits_tile(query, key_values, student.scale, cap, form)
-    log_q = s * unit - of_rows(numbers.normalizer, form)
+    normalizer = load_rows(
+        student.normalizer, batch, head, row, rows, heads, form, CHECK
+    )
+    log_q = s * unit - of_rows(normalizer, form)
     q = tl.exp2(log_q)
     if CHECK:
         q = tl.where(allowed, q, 0.0)
     if mixture is None:
-        normalizer = numbers.teacher_normalizer
+        normalizer = load_rows(
+            teacher.normalizer, batch, head, row, rows, heads, form, CHECK
+        )
         p = map_tile(
             teacher,
             teacher_query,
@@ -628,8 +612,9 @@ def slope_tile(
         p = mixed_tile(
             teacher, mixture, batch, head, row, rows, key, allowed, form, CHECK
         )
-    weights = weights_tile(numbers.share, key_share, form)
-    slope = weights * (q - p) - q * of_rows(numbers.center, form)
+    weights = weights_tile(places, batch, row, rows, key, keys, form, CHECK)
+    of_center = load_rows(center, batch, head, row, rows, heads, form, CHECK)
+    slope = weights * (q - p) - q * of_rows(of_center, form)
     if cap is not None:
         slope *= 1.0 - s * s
     of_p = weights * (tl.log2(tl.maximum(p, TINY)) - log_q)
@@ -645,7 +630,8 @@ def query_step(
     teacher,
     mixture,
     places,
-    numbers,
+    center,
+    of_row,
     query,
     teacher_query,
     batch,
@@ -661,7 +647,6 @@ def query_step(
     of_query, of_mixture = state
     spec: tl.constexpr = form.student
     teacher_spec: tl.constexpr = form.teacher
-    KEYS: tl.constexpr = form.tiles.keys
     allowed = None
     if CHECK:
         allowed = allowed_tile(places, batch, row, rows, key, keys, form)
@@ -669,13 +654,12 @@ def query_step(
     teacher_key = None
     if mixture is None:
         teacher_key = load_key(teacher, batch, head, key, teacher_spec)
-    key_share = load_share(places.key_share, batch, key, keys, KEYS, CHECK)
     slope, of_p = slope_tile(
         student,
         teacher,
         mixture,
-        numbers,
-        key_share,
+        places,
+        center,
         query,
         key_values,
         teacher_query,
@@ -685,13 +669,14 @@ def query_step(
         row,
         rows,
         key,
+        keys,
         allowed,
         form,
         CHECK,
     )
     of_query = dot_in_two(slope, key_values, of_query)
     if mixture is not None:
-        of_p *= numbers.upstream[:, None]
+        of_p *= of_row[:, None]
         teacher_head = tl.arange(0, of_mixture.shape[0])
         for other in range(teacher_spec.heads):
             p = head_tile(
@@ -737,7 +722,7 @@ def query_gradient_kernel(
     head = tl.program_id(1) % spec.heads
     row = tile * ROWS
     query_values = load_own(
-        student_query, batch, head, row, rows, ROWS, spec.heads, spec.width
+        student_query, batch, head, row, rows, ROWS, spec.heads, spec.width, form
     )
     teacher_values = None
     if mixture is None:
@@ -750,20 +735,10 @@ def query_gradient_kernel(
             ROWS,
             teacher_spec.heads,
             teacher_spec.width,
+            form,
         )
-    numbers = load_numbers(
-        student,
-        teacher,
-        mixture,
-        places,
-        center,
-        upstream,
-        batch,
-        head,
-        row,
-        rows,
-        form,
-        True,
+    of_row = load_rows(
+        upstream, batch, head, row, rows, spec.heads, form, True
     )
     teacher_head = tl.arange(0, triton.next_power_of_2(TEACHER_HEADS))
     state = (
@@ -782,7 +757,8 @@ def query_gradient_kernel(
                     teacher,
                     mixture,
                     places,
-                    numbers,
+                    center,
+                    of_row,
                     query_values,
                     teacher_values,
                     batch,
@@ -795,7 +771,7 @@ def query_gradient_kernel(
                     part != 1,
                 )
     of_query, of_mixture = state
-    of_query *= (scale * UNLIFT) * numbers.upstream[:, None]
+    of_query *= (scale * UNLIFT) * of_row[:, None]
     store_tile(gradient, of_query, batch, head, row)
     if mixture is not None:
         of_head = tl.program_id(1) * tl.num_programs(0) + tile
@@ -815,7 +791,6 @@ def key_step(
     places,
     center,
     upstream,
-    key_share,
     key_values,
     teacher_key,
     batch,
@@ -835,26 +810,12 @@ def key_step(
     teacher_query = None
     if mixture is None:
         teacher_query = load_query(teacher, batch, head, row)
-    numbers = load_numbers(
+    slope, _ = slope_tile(
         student,
         teacher,
         mixture,
         places,
         center,
-        upstream,
-        batch,
-        head,
-        row,
-        rows,
-        form,
-        CHECK,
-    )
-    slope, _ = slope_tile(
-        student,
-        teacher,
-        mixture,
-        numbers,
-        key_share,
         query,
         key_values,
         teacher_query,
@@ -864,11 +825,16 @@ def key_step(
         row,
         rows,
         key,
+        keys,
         allowed,
         form,
         CHECK,
     )
-    slope *= of_rows(numbers.upstream, form)
+    spec: tl.constexpr = form.student
+    of_row = load_rows(
+        upstream, batch, head, row, rows, spec.heads, form, CHECK
+    )
+    slope *= of_rows(of_row, form)
     if not form.tiles.by_key:
         slope = tl.trans(slope)
     return dot_in_two(slope, query, of_key)
@@ -916,8 +882,8 @@ def key_gradient_kernel(
         KEYS,
         spec.key_heads,
         spec.width,
+        form,
     )
-    key_share = load_share(places.key_share, batch, key, keys, KEYS, True)
     of_key = tl.zeros(key_values.shape, tl.float32)
     bounds += 4 * (batch * tl.num_programs(0) + tile)
     for head in range(key_head * group, key_head * group + group):
@@ -932,6 +898,7 @@ def key_gradient_kernel(
                 KEYS,
                 teacher_spec.key_heads,
                 teacher_spec.width,
+                form,
             )
         for part in tl.static_range(3):
             for other in range(
@@ -945,7 +912,6 @@ def key_gradient_kernel(
                     places,
                     center,
                     upstream,
-                    key_share,
                     key_values,
                     teacher_values,
                     batch,
@@ -972,6 +938,7 @@ class Call(NamedTuple):
     exponent: float
 
     def form(self, kernel, query, mixture):
+        """How the kernel `"forward"`, `"query"` or `"key"` is compiled."""
         width = max(self.student.width, self.teacher.width)
         mixed = mixture is not None
         return Form(
@@ -980,6 +947,7 @@ class Call(NamedTuple):
             self.window,
             self.exponent,
             tiles.choose_tiles(kernel, width, query.element_size(), mixed),
+            over_rows=kernel == "key",
         )
 
     def bounds(self, form, of=tiles.row_bounds):
@@ -1013,8 +981,7 @@ class Divergence(torch.autograd.Function):
                 form,
                 bounds,
                 form.teacher.heads,
-                teacher_query,
-                descriptor(teacher_key, form.tiles.keys),
+                *descriptors(form, None, sides)[2:],
                 teacher_normalizer,
                 call.teacher_scale,
                 call.places,
@@ -1034,7 +1001,7 @@ class Divergence(torch.autograd.Function):
             form,
             bounds,
             form.student.heads,
-            *descriptors(form, mixture, sides, True),
+            *descriptors(form, mixture, sides),
             *models,
             bounds,
             *lengths,
@@ -1074,7 +1041,7 @@ class Divergence(torch.autograd.Function):
             form,
             bounds,
             form.student.heads,
-            *descriptors(form, mixture, sides, True),
+            *descriptors(form, mixture, sides),
             *models,
             bounds,
             *lengths,
@@ -1091,7 +1058,7 @@ class Divergence(torch.autograd.Function):
             form,
             bounds,
             form.student.key_heads,
-            *descriptors(form, mixture, sides, False),
+            *descriptors(form, mixture, sides),
             *models,
             bounds,
             *lengths,
@@ -1109,19 +1076,22 @@ def of_each_row(query):
     return query.new_empty((batch, heads, rows), dtype=torch.float32)
 
 
-def descriptors(form, mixture, sides, of_rows):
-    """Queries and keys as a kernel reads them: its own tile by pointers."""
+def descriptors(form, mixture, sides):
+    """Queries and keys as a kernel reads them."""
     student_query, student_key, teacher_query, teacher_key = sides
-    sizes = form.tiles.rows, form.tiles.keys
-    if of_rows:
-        student_key = descriptor(student_key, sizes[1])
-    else:
-        student_query = descriptor(student_query, sizes[0])
-    if mixture is not None or not of_rows:
-        teacher_query = descriptor(teacher_query, sizes[0])
-    if mixture is not None or of_rows:
-        teacher_key = descriptor(teacher_key, sizes[1])
-    return student_query, student_key, teacher_query, teacher_key
+    rows, keys = form.tiles.rows, form.tiles.keys
+
+    def read(tensor, size, is_own):
+        by_pointers = is_own and not form.tiles.in_registers
+        return tensor if by_pointers else descriptor(tensor, size)
+
+    paired = mixture is None  # Else heads are read one after another.
+    return (
+        read(student_query, rows, not form.over_rows),
+        read(student_key, keys, form.over_rows),
+        read(teacher_query, rows, paired and not form.over_rows),
+        read(teacher_key, keys, paired and form.over_rows),
+    )
 
 
 def descriptor(tensor, size):
