@@ -37,6 +37,19 @@ class Side(NamedTuple):
     scale: Any
 
 
+class Places(NamedTuple):
+    """Which keys a row attends, and how much their distance weighs."""
+
+    kinds: Any  # (batch, keys): 0 for padding, 1 bidirectional, 2 causal.
+    row_index: Any  # (rows,)
+    # Weights are `1 + |row_share - key_share| ** exponent`.
+    row_share: Any  # (batch, rows)
+    key_share: Any  # (batch, keys)
+    # Of an example's keys the first that is padding, the first that is causal,
+    # the one after the last bidirectional, the one after the last causal.
+    limits: Any  # (batch, 4)
+
+
 class Form(NamedTuple):
     """What a kernel is compiled for."""
 
@@ -46,6 +59,148 @@ class Form(NamedTuple):
     exponent: float
     tiles: tiles.Tiles
     over_rows: bool  # Whether a program visits tiles of rows, not of keys.
+
+
+@triton.jit
+def places_kernel(
+    bidirectional,
+    causal,
+    row_positions,
+    key_positions,
+    mask_stride,
+    row_stride,
+    key_stride,
+    strength,
+    places,
+    rows,
+    keys,
+    exponent: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """What the other kernels know of places, for one example."""
+    batch = tl.program_id(0)
+    first_padding = tl.full([SIZE], 0, tl.int32) + keys
+    first_causal = first_padding
+    after_bidirectional = tl.zeros([SIZE], tl.int32)
+    after_causal = tl.zeros([SIZE], tl.int32)
+    lowest = tl.full([SIZE], float("inf"), tl.float32)
+    highest = -lowest
+    for start in range(0, keys, SIZE):
+        index = start + tl.arange(0, SIZE)
+        inside = index < keys
+        where = batch * mask_stride + index
+        for_all = tl.load(bidirectional + where, mask=inside, other=0) != 0
+        for_later = tl.load(causal + where, mask=inside, other=0) != 0
+        kind = tl.where(for_all, 1, tl.where(for_later, 2, 0))
+        tl.store(places.kinds + batch * keys + index, kind, mask=inside)
+        after = index + 1
+        padding = tl.where((kind == 0) & inside, index, keys)
+        first_padding = tl.minimum(first_padding, padding)
+        later = tl.where(kind == 2, index, keys)
+        first_causal = tl.minimum(first_causal, later)
+        last = tl.where(kind == 1, after, 0)
+        after_bidirectional = tl.maximum(after_bidirectional, last)
+        last = tl.where(kind == 2, after, 0)
+        after_causal = tl.maximum(after_causal, last)
+        where = key_positions + batch * key_stride + index
+        position = tl.load(where, mask=inside, other=0).to(tl.float32)
+        lowest = tl.minimum(lowest, tl.where(inside, position, lowest))
+        highest = tl.maximum(highest, tl.where(inside, position, highest))
+    limits = places.limits + 4 * batch
+    tl.store(limits, tl.min(first_padding, 0))
+    tl.store(limits + 1, tl.min(first_causal, 0))
+    tl.store(limits + 2, tl.max(after_bidirectional, 0))
+    tl.store(limits + 3, tl.max(after_causal, 0))
+    unit = tl.load(strength).to(tl.float32)
+    if exponent != 1.0:
+        power = tl.exp2(tl.log2(tl.maximum(unit, TINY)) / exponent)
+        unit = tl.where(unit > 0.0, power, 0.0)
+    unit /= tl.maximum(tl.max(highest, 0) - tl.min(lowest, 0), 1.0)
+    for start in range(0, keys, SIZE):
+        index = start + tl.arange(0, SIZE)
+        where = key_positions + batch * key_stride + index
+        share = tl.load(where, mask=index < keys, other=0).to(tl.float32) * unit
+        where = places.key_share + batch * keys + index
+        tl.store(where, share, mask=index < keys)
+    for start in range(0, rows, SIZE):
+        index = start + tl.arange(0, SIZE)
+        where = row_positions + batch * row_stride + index
+        share = tl.load(where, mask=index < rows, other=0).to(tl.float32) * unit
+        where = places.row_share + batch * rows + index
+        tl.store(where, share, mask=index < rows)
+
+
+@triton.jit
+def in_tiles(start, full_start, full_end, end, SIZE: tl.constexpr):
+    """Tiles that hold some of a range, and those between that are full."""
+    start = tl.maximum(start, 0) // SIZE
+    end = tl.maximum(tl.cdiv(end, SIZE), start)
+    full_start = tl.cdiv(tl.maximum(full_start, 0), SIZE)
+    full_start = tl.minimum(tl.maximum(full_start, start), end)
+    full_end = tl.minimum(tl.maximum(full_end // SIZE, full_start), end)
+    return start, full_start, full_end, end
+
+
+@triton.jit
+def tiles_of_keys(places, batch, row, rows, form: tl.constexpr):
+    """The tiles of keys that a tile of rows visits, in three ranges.
+
+    In the second, every row attends every key; in the others some do.
+    """
+    ROWS: tl.constexpr = form.tiles.rows
+    KEYS: tl.constexpr = form.tiles.keys
+    lowest = tl.load(places.row_index + row).to(tl.int32)
+    last = tl.minimum(row + ROWS, rows) - 1
+    highest = tl.load(places.row_index + last).to(tl.int32)
+    limits = places.limits + 4 * batch
+    first_padding, first_causal = tl.load(limits), tl.load(limits + 1)
+    after_bidirectional, after_causal = tl.load(limits + 2), tl.load(limits + 3)
+    end = tl.minimum(after_causal, highest + 1)
+    end = tl.maximum(after_bidirectional, end)
+    full_end = tl.maximum(first_causal, lowest + 1)
+    full_end = tl.minimum(first_padding, full_end)
+    start, full_start = tl.program_id(0) * 0, tl.program_id(0) * 0
+    if form.window is not None:
+        start = lowest - form.window + 1
+        full_start = highest - form.window + 1
+        full_end = tl.minimum(full_end, lowest + form.window)
+        end = tl.minimum(end, highest + form.window)
+    return in_tiles(start, full_start, full_end, end, KEYS)
+
+
+@triton.jit
+def tiles_of_rows(
+    places, first_rows, batch, tile, rows, keys, form: tl.constexpr
+):
+    """The tiles of rows that visit a tile of keys, likewise.
+
+    `first_rows` has, for the start of each tile and of one more, the first row
+    that stands there or later; with a window also the first for places
+    `window - 1` before and `window` after.
+    """
+    KEYS: tl.constexpr = form.tiles.keys
+    key = tile * KEYS + tl.arange(0, KEYS)
+    kind = tl.load(places.kinds + batch * keys + key, mask=key < keys, other=0)
+    kind = kind.to(tl.int32)
+    least, most = tl.min(kind, 0), tl.max(kind, 0)
+    for_all_rows = tl.max((kind == 1).to(tl.int32), 0) > 0
+    first, next_first = (
+        tl.load(first_rows + tile),
+        tl.load(first_rows + tile + 1),
+    )
+    start = tl.where(for_all_rows, 0, first)
+    full_start = tl.where(most == 1, 0, next_first)
+    # Keys that are padding, or beyond the last, are attended by none.
+    full_start = tl.where(least == 0, rows, full_start)
+    end, full_end = rows, rows
+    if form.window is not None:
+        before = first_rows + tl.num_programs(0) + 1 + tile
+        after = before + tl.num_programs(0) + 1
+        start = tl.maximum(start, tl.load(before))
+        full_start = tl.maximum(full_start, tl.load(before + 1))
+        full_end = tl.load(after)
+        end = tl.load(after + 1)
+    return in_tiles(start, full_start, full_end, end, form.tiles.rows)
 
 
 @triton.jit
@@ -336,7 +491,6 @@ def normalizer_kernel(
     normalizer,
     scale,
     places,
-    bounds,  # (batch, row tiles, 4), as from `tiles.row_bounds`.
     rows,
     keys,
     form: tl.constexpr,
@@ -357,12 +511,10 @@ def normalizer_kernel(
         tl.full([ROWS], LEAST, tl.float32),
         tl.zeros([ROWS, 8], tl.float32),
     )
-    bounds += 4 * (batch * tl.num_programs(0) + tile)
+    visited = tiles_of_keys(places, batch, row, rows, form)
     for part in tl.static_range(3):
         if part != 0 or form.window is not None:
-            for other in range(
-                tl.load(bounds + part), tl.load(bounds + part + 1)
-            ):
+            for other in range(visited[part], visited[part + 1]):
                 state = normalizer_step(
                     state,
                     side,
@@ -410,9 +562,7 @@ def forward_step(
     if CHECK:
         allowed = allowed_tile(places, batch, row, rows, key, keys, form)
     key_values = load_key(student, batch, head, key, spec)
-    s, unit = logits_tile(
-        query, key_values, student.scale, spec.soft_cap, form
-    )
+    s, unit = logits_tile(query, key_values, student.scale, spec.soft_cap, form)
     if CHECK:
         s = tl.where(allowed, s, -float("inf"))
     higher_s = tl.maximum(highest_s, tl.max(s, 1) * unit)
@@ -477,7 +627,6 @@ def forward_kernel(
     teacher_scale,
     mixture,
     places,
-    bounds,
     rows,
     keys,
     divergence,  # (batch, student heads, rows)
@@ -498,7 +647,15 @@ def forward_kernel(
     head = tl.program_id(1) % spec.heads
     row = tile * ROWS
     query_values = load_own(
-        student_query, batch, head, row, rows, ROWS, spec.heads, spec.width, form
+        student_query,
+        batch,
+        head,
+        row,
+        rows,
+        ROWS,
+        spec.heads,
+        spec.width,
+        form,
     )
     least = tl.full([ROWS], LEAST, tl.float32)
     zeros = tl.zeros([ROWS, 8], tl.float32)
@@ -521,12 +678,10 @@ def forward_kernel(
         teacher_values = None
         # Maps are normalised: their highest logit is 0, sum e^t is 1.
         state = (least, zeros, zeros, least * 0, zeros + 0.125, zeros, zeros)
-    bounds += 4 * (batch * tl.num_programs(0) + tile)
+    visited = tiles_of_keys(places, batch, row, rows, form)
     for part in tl.static_range(3):
         if part != 0 or form.window is not None:
-            for other in range(
-                tl.load(bounds + part), tl.load(bounds + part + 1)
-            ):
+            for other in range(visited[part], visited[part + 1]):
                 state = forward_step(
                     state,
                     student,
@@ -699,7 +854,6 @@ def query_gradient_kernel(
     teacher_scale,
     mixture,
     places,
-    bounds,
     rows,
     keys,
     center,
@@ -722,7 +876,15 @@ def query_gradient_kernel(
     head = tl.program_id(1) % spec.heads
     row = tile * ROWS
     query_values = load_own(
-        student_query, batch, head, row, rows, ROWS, spec.heads, spec.width, form
+        student_query,
+        batch,
+        head,
+        row,
+        rows,
+        ROWS,
+        spec.heads,
+        spec.width,
+        form,
     )
     teacher_values = None
     if mixture is None:
@@ -737,20 +899,16 @@ def query_gradient_kernel(
             teacher_spec.width,
             form,
         )
-    of_row = load_rows(
-        upstream, batch, head, row, rows, spec.heads, form, True
-    )
+    of_row = load_rows(upstream, batch, head, row, rows, spec.heads, form, True)
     teacher_head = tl.arange(0, triton.next_power_of_2(TEACHER_HEADS))
     state = (
         tl.zeros(query_values.shape, tl.float32),
         tl.zeros(teacher_head.shape, tl.float32),
     )
-    bounds += 4 * (batch * tl.num_programs(0) + tile)
+    visited = tiles_of_keys(places, batch, row, rows, form)
     for part in tl.static_range(3):
         if part != 0 or form.window is not None:
-            for other in range(
-                tl.load(bounds + part), tl.load(bounds + part + 1)
-            ):
+            for other in range(visited[part], visited[part + 1]):
                 state = query_step(
                     state,
                     student,
@@ -852,7 +1010,7 @@ def key_gradient_kernel(
     teacher_scale,
     mixture,
     places,
-    bounds,  # (batch, key tiles, 4), as from `tiles.key_bounds`.
+    first_rows,  # See `tiles_of_rows`.
     rows,
     keys,
     center,
@@ -885,7 +1043,7 @@ def key_gradient_kernel(
         form,
     )
     of_key = tl.zeros(key_values.shape, tl.float32)
-    bounds += 4 * (batch * tl.num_programs(0) + tile)
+    visited = tiles_of_rows(places, first_rows, batch, tile, rows, keys, form)
     for head in range(key_head * group, key_head * group + group):
         teacher_values = None
         if mixture is None:
@@ -901,9 +1059,7 @@ def key_gradient_kernel(
                 form,
             )
         for part in tl.static_range(3):
-            for other in range(
-                tl.load(bounds + part), tl.load(bounds + part + 1)
-            ):
+            for other in range(visited[part], visited[part + 1]):
                 of_key = key_step(
                     of_key,
                     student,
@@ -929,7 +1085,7 @@ def key_gradient_kernel(
 class Call(NamedTuple):
     """All that has no gradient, but the teacher."""
 
-    places: tiles.Places
+    places: Places
     student: tiles.Spec
     teacher: tiles.Spec
     scale: float
@@ -950,8 +1106,17 @@ class Call(NamedTuple):
             over_rows=kernel == "key",
         )
 
-    def bounds(self, form, of=tiles.row_bounds):
-        return of(self.places, form.tiles, self.window)
+    def first_rows(self, keys, size):
+        """The rows that `tiles_of_rows` wants, for tiles of `size` keys."""
+        index = self.places.row_index
+        edges = torch.arange(
+            0, keys + size, size, dtype=index.dtype, device=index.device
+        )
+        if self.window is not None:
+            edges = torch.stack(
+                [edges, edges - self.window + 1, edges + self.window]
+            )
+        return torch.searchsorted(index, edges, out_int32=True)
 
 
 class Divergence(torch.autograd.Function):
@@ -968,9 +1133,10 @@ class Divergence(torch.autograd.Function):
         call,
     ):
         form = call.form("forward", student_query, mixture)
-        bounds = call.bounds(form)
         sides = (student_query, student_key, teacher_query, teacher_key)
-        lengths = student_query.shape[1], student_key.shape[1]
+        batch, rows = student_query.shape[:2]
+        keys = student_key.shape[1]
+        count = triton.cdiv(rows, form.tiles.rows)
         normalizer, divergence, center = (
             of_each_row(student_query) for _ in range(3)
         )
@@ -979,36 +1145,32 @@ class Divergence(torch.autograd.Function):
             launch(
                 normalizer_kernel,
                 form,
-                bounds,
-                form.teacher.heads,
+                (count, batch * form.teacher.heads),
                 *descriptors(form, None, sides)[2:],
                 teacher_normalizer,
                 call.teacher_scale,
                 call.places,
-                bounds,
-                *lengths,
+                rows,
+                keys,
             )
-        models = (
+        launch(
+            forward_kernel,
+            form,
+            (count, batch * form.student.heads),
+            *descriptors(form, mixture, sides),
             normalizer,
             teacher_normalizer,
             call.scale,
             call.teacher_scale,
             mixture,
             call.places,
-        )
-        launch(
-            forward_kernel,
-            form,
-            bounds,
-            form.student.heads,
-            *descriptors(form, mixture, sides),
-            *models,
-            bounds,
-            *lengths,
+            rows,
+            keys,
             divergence,
             center,
         )
-        ctx.save_for_backward(*sides, *models[:2], mixture, center)
+        normalizers = normalizer, teacher_normalizer
+        ctx.save_for_backward(*sides, *normalizers, mixture, center)
         ctx.call = call
         return divergence
 
@@ -1018,7 +1180,8 @@ class Divergence(torch.autograd.Function):
         *sides, normalizer, teacher_normalizer, mixture, center = (
             ctx.saved_tensors
         )
-        lengths = sides[0].shape[1], sides[1].shape[1]
+        batch, rows = sides[0].shape[:2]
+        keys = sides[1].shape[1]
         upstream = upstream.contiguous()
         models = (
             normalizer,
@@ -1029,39 +1192,40 @@ class Divergence(torch.autograd.Function):
             call.places,
         )
         form = call.form("query", sides[0], mixture)
-        bounds = call.bounds(form)
+        count = triton.cdiv(rows, form.tiles.rows)
         of_query = torch.empty_like(sides[0])
         of_mixture = None
         if mixture is not None:
             of_mixture = mixture.new_empty(
-                (*center.shape[:2], bounds.shape[1], mixture.shape[1])
+                (*center.shape[:2], count, mixture.shape[1])
             )
         launch(
             query_gradient_kernel,
             form,
-            bounds,
-            form.student.heads,
+            (count, batch * form.student.heads),
             *descriptors(form, mixture, sides),
             *models,
-            bounds,
-            *lengths,
+            rows,
+            keys,
             center,
             upstream,
             descriptor(of_query, form.tiles.rows),
             of_mixture,
         )
         form = call.form("key", sides[0], mixture)
-        bounds = call.bounds(form, tiles.key_bounds)
         of_key = torch.empty_like(sides[1])
         launch(
             key_gradient_kernel,
             form,
-            bounds,
-            form.student.key_heads,
+            (
+                triton.cdiv(keys, form.tiles.keys),
+                batch * form.student.key_heads,
+            ),
             *descriptors(form, mixture, sides),
             *models,
-            bounds,
-            *lengths,
+            call.first_rows(keys, form.tiles.keys),
+            rows,
+            keys,
             center,
             upstream,
             descriptor(of_key, form.tiles.keys),
@@ -1100,14 +1264,52 @@ def descriptor(tensor, size):
     return TensorDescriptor.from_tensor(tensor, [1, size, 1, width])
 
 
-def launch(kernel, form, bounds, heads, *arguments):
-    batch, count = bounds.shape[:2]
-    kernel[(count, batch * heads)](
+def launch(kernel, form, grid, *arguments):
+    kernel[grid](
         *arguments,
         form=form,
         num_warps=form.tiles.warps,
         num_stages=form.tiles.stages,
     )
+
+
+def find_places(mask, distance, batch):
+    """The same for every head: one kernel instead of many small operations."""
+    rows = distance.row_positions.shape[1]
+    keys = distance.key_positions.shape[1]
+    device = distance.key_positions.device
+    strength = distance.strength
+    if not isinstance(strength, torch.Tensor):
+        strength = torch.full((), strength, device=device)
+
+    def empty(*shape, dtype):
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    places = Places(
+        empty(batch, keys, dtype=torch.int8),
+        mask.row_index.contiguous(),
+        empty(batch, rows, dtype=torch.float32),
+        empty(batch, keys, dtype=torch.float32),
+        empty(batch, 4, dtype=torch.int32),
+    )
+    masks = torch.broadcast_tensors(mask.bidirectional, mask.causal)
+    tensors = [
+        tensor.contiguous()
+        for tensor in (*masks, distance.row_positions, distance.key_positions)
+    ]
+    # Examples may share what has a batch of 1.
+    strides = [0 if len(each) == 1 else each.stride(0) for each in tensors[1:]]
+    places_kernel[(batch,)](
+        *tensors,
+        *strides,
+        strength,
+        places,
+        rows,
+        keys,
+        exponent=float(distance.exponent),
+        SIZE=1024,
+    )
+    return places
 
 
 def readable(tensor):
@@ -1119,13 +1321,13 @@ def readable(tensor):
 
 
 def attention_divergence(student, teacher, mask, distance, mixture):
-    places = tiles.Places.of(mask, distance, student.query.shape[0])
+    places = find_places(mask, distance, student.query.shape[0])
     student, teacher = (
         side._replace(query=readable(side.query), key=readable(side.key))
         for side in (student, teacher)
     )
     call = Call(
-        tiles.Places(*(tensor.contiguous() for tensor in places)),
+        places,
         tiles.Spec.of(student),
         tiles.Spec.of(teacher),
         float(student.scale),
