@@ -3,7 +3,7 @@
 Maps exist only as tiles on the chip; README.md derives the sums. Queries and
 keys are laid out (batch, length, heads, width) and read through descriptors,
 which give 0 outside. Logarithms are of base 2, whose power the chip computes.
-In names, `rows` and `keys` are lengths; `row` and `key` are where a tile starts.
+In names, `rows` and `keys` are lengths, `row` and `key` where a tile starts.
 """
 
 from typing import Any
@@ -21,8 +21,8 @@ from keras_laid.ops.attention_divergence import tiles
 LEAST = tl.constexpr(-1e30)
 TINY = tl.constexpr(1e-30)
 LOG2_E = tl.constexpr(1.4426950408889634)
-# Maps of stored normalizers are `2 ** LIFT` times too large: else slopes of long
-# rows would be too small for float16.
+# Maps of stored normalizers are `2 ** LIFT` times too large: else the slopes of
+# long rows would be too small for float16.
 LIFT = tl.constexpr(10.0)
 UNLIFT = tl.constexpr(2.0**-10)
 BYTES = 16  # Descriptors want rows that are multiples of so many.
@@ -259,12 +259,13 @@ def load_key(side, batch, head, key, spec: tl.constexpr):
 
 
 @triton.jit
-def places_of_rows(
-    batch, head, row, rows, heads: tl.constexpr, form: tl.constexpr
+def where_rows(
+    tensor, batch, head, row, rows, heads: tl.constexpr, form: tl.constexpr
 ):
-    """Where a tile's rows are in a (batch, heads, rows), and which are."""
-    row += tl.arange(0, form.tiles.rows)
-    return (batch.to(tl.int64) * heads + head) * rows + row, row < rows
+    """Where a (batch, heads, rows) has a tile's rows, and which it has."""
+    index = tl.arange(0, form.tiles.rows)
+    first = tensor + ((batch.to(tl.int64) * heads + head) * rows + row)
+    return first + index, row + index < rows
 
 
 @triton.jit
@@ -279,12 +280,27 @@ def load_rows(
     CHECK: tl.constexpr,
 ):
     """A number for each of a tile's rows."""
-    at, inside = places_of_rows(batch, head, row, rows, heads, form)
+    where, inside = where_rows(tensor, batch, head, row, rows, heads, form)
     # A program's own tile of rows may be the last; those it visits are checked.
     if CHECK or not form.over_rows:
-        return tl.load(tensor + at, mask=inside, other=0.0)
+        return tl.load(where, mask=inside, other=0.0)
     else:
-        return tl.load(tensor + at)
+        return tl.load(where)
+
+
+@triton.jit
+def store_rows(
+    tensor,
+    values,
+    batch,
+    head,
+    row,
+    rows,
+    heads: tl.constexpr,
+    form: tl.constexpr,
+):
+    where, inside = where_rows(tensor, batch, head, row, rows, heads, form)
+    tl.store(where, values, mask=inside)
 
 
 @triton.jit
@@ -292,10 +308,10 @@ def load_share(
     tensor, batch, start, length, SIZE: tl.constexpr, CHECK: tl.constexpr
 ):
     """Positions of a tile's rows or keys, in units of their weight."""
-    index = start + tl.arange(0, SIZE)
-    where = tensor + batch * length + index
+    index = tl.arange(0, SIZE)
+    where = tensor + (batch * length + start) + index
     if CHECK:
-        return tl.load(where, mask=index < length, other=0.0)
+        return tl.load(where, mask=start + index < length, other=0.0)
     else:
         return tl.load(where)
 
@@ -533,8 +549,8 @@ def normalizer_kernel(
     total = tl.sum(parts, 1)
     # Rows without keys: any number will do.
     of_row = tl.where(total > 0.0, highest + tl.log2(total), 0.0)
-    at, inside = places_of_rows(batch, head, row, rows, spec.heads, form)
-    tl.store(normalizer + at, of_row - LIFT, mask=inside)
+    heads: tl.constexpr = spec.heads
+    store_rows(normalizer, of_row - LIFT, batch, head, row, rows, heads, form)
 
 
 @triton.jit
@@ -708,14 +724,26 @@ def forward_kernel(
     log_s, log_t = tl.log2(sum_s), tl.log2(sum_t)
     of_row = (tl.sum(sum_wtd, 1) + sum_wt * (log_s - log_t)) / (sum_t * LOG2_E)
     of_center = sum_ws / sum_s - sum_wt / sum_t
-    at, inside = places_of_rows(batch, head, row, rows, spec.heads, form)
-    tl.store(normalizer + at, highest_s + log_s - LIFT, mask=inside)
+    heads: tl.constexpr = spec.heads
+    store_rows(
+        normalizer,
+        highest_s + log_s - LIFT,
+        batch,
+        head,
+        row,
+        rows,
+        heads,
+        form,
+    )
     if mixture is None:
         of_teacher = highest_t + log_t - LIFT
-        tl.store(teacher_normalizer + at, of_teacher, mask=inside)
-    tl.store(center + at, of_center, mask=inside)
+        store_rows(
+            teacher_normalizer, of_teacher, batch, head, row, rows, heads, form
+        )
+    store_rows(center, of_center, batch, head, row, rows, heads, form)
     # What rounding takes below 0 is 0.
-    tl.store(divergence + at, tl.maximum(of_row + of_center, 0.0), mask=inside)
+    of_row = tl.maximum(of_row + of_center, 0.0)
+    store_rows(divergence, of_row, batch, head, row, rows, heads, form)
 
 
 @triton.jit
