@@ -1,4 +1,8 @@
-"""The divergence over blocks of rows: no whole map ever exists."""
+"""The divergence over blocks of rows: no whole map ever exists.
+
+The gradient is the one that README.md derives, from three numbers that are kept
+of each row, and maps that are computed anew.
+"""
 
 from typing import Any
 from typing import NamedTuple
@@ -22,56 +26,74 @@ class Block(NamedTuple):
     mixture: Any
 
     def at(self, index):
-        """Those for the rows at `index`."""
         return self._replace(
-            student=take_rows(self.student, index),
-            teacher=take_rows(self.teacher, index),
+            student=self.student._replace(
+                query=ops.take(self.student.query, index, axis=1)
+            ),
+            teacher=self.teacher._replace(
+                query=ops.take(self.teacher.query, index, axis=1)
+            ),
             mask=self.mask._replace(
                 row_index=ops.take(self.mask.row_index, index)
             ),
             distance=self.distance._replace(
-                row_positions=ops.take(self.distance.row_positions, index, 1)
+                row_positions=ops.take(
+                    self.distance.row_positions, index, axis=1
+                )
             ),
         )
 
-    def gradients(self, upstream):
-        """Those of queries, keys and mixture, in float32; README derives them.
+    def logits(self):
+        """The student's and the teacher's."""
+        allowed = self.mask.allowed()
+        return [
+            ops.where(allowed, attention.logits(), definition.MASKED)
+            for attention in (self.student, self.teacher)
+        ]
 
-        `upstream`, of shape (batch, heads, rows), is the divergence's.
-        """
+    def maps(self, logits, normalizers):
+        """Logarithms of the student's and the target map, both, and weights."""
+        log_q, log_p = [
+            a - b[..., None] for a, b in zip(logits, normalizers, strict=True)
+        ]
+        q, p = ops.exp(log_q), ops.exp(log_p)
+        if self.mixture is not None:
+            p = ops.einsum("st,btij->bsij", self.mixture, p)
+            log_p = ops.log(ops.maximum(p, definition.TINY))
+        allowed = self.mask.allowed()
+        weights = ops.where(allowed, self.distance.weights(), 0.0)
+        return log_q, log_p, q, p, weights
+
+    def sums(self):
+        """Of each row: the divergence, both normalizers, and the center."""
+        logits = self.logits()
+        normalizers = [ops.logsumexp(each, axis=-1) for each in logits]
+        log_q, log_p, q, p, weights = self.maps(logits, normalizers)
+        terms = weights * (p * (log_p - log_q) - p + q)
+        divergence = ops.maximum(ops.sum(terms, axis=-1), 0.0)
+        return divergence, *normalizers, ops.sum(weights * (q - p), axis=-1)
+
+    def gradients(self, upstream, normalizers, center):
+        """Of queries, keys and mixture, in float32."""
         # b = batch, s = student head, t = teacher head, i = row, j = key,
         # d = head dim
-        student, mixture = self.student, self.mixture
-        allowed = self.mask.allowed()
-        logits = ops.where(allowed, student.logits(), 0.0)
-        log_q = ops.log_softmax(ops.where(allowed, logits, definition.MASKED))
-        maps = ops.exp(definition.log_attention(self.teacher, allowed))
-        p = maps
-        if mixture is not None:
-            p = ops.einsum("st,btij->bsij", mixture, maps)
-        q = ops.exp(log_q)
-        weights = ops.where(allowed, self.distance.weights(), 0.0)
-        upstream = upstream[..., None]
-
-        terms = weights * (q - p)
-        slope = terms - q * ops.sum(terms, axis=-1, keepdims=True)
-        slope = slope * (upstream * student.scale)
+        student = self.student
+        logits = self.logits()
+        log_q, log_p, q, p, weights = self.maps(logits, normalizers)
+        slope = weights * (q - p) - q * center[..., None]
+        slope = slope * (upstream * student.scale)[..., None]
         if student.soft_cap is not None:
-            slope = slope * (1.0 - ops.square(logits / student.soft_cap))
+            # Masked logits are far below minus the cap.
+            share = ops.maximum(logits[0] / student.soft_cap, -1.0)
+            slope = slope * (1.0 - ops.square(share))
         query = ops.cast(student.query, "float32")
-        of_query = ops.einsum(
-            "bsij,bjsd->bisd", slope, student.key_of_each_head()
-        )
-        of_key = ops.einsum("bsij,bisd->bjsd", slope, query)
-        # Heads that read one key head add up.
-        batch, keys, key_heads, width = ops.shape(student.key)
-        of_key = ops.sum(
-            ops.reshape(of_key, (batch, keys, key_heads, -1, width)), axis=3
-        )
-        if mixture is None:
+        key = student.key_of_each_head()
+        of_query = ops.einsum("bsij,bjsd->bisd", slope, key)
+        of_key = ops.einsum("bisd,bsij->bsdj", query, slope)
+        if self.mixture is None:
             return of_query, of_key
-        log_p = ops.log(ops.maximum(p, definition.TINY))
-        of_p = upstream * weights * (log_p - log_q)
+        of_p = upstream[..., None] * weights * (log_p - log_q)
+        maps = ops.exp(logits[1] - normalizers[1][..., None])
         return of_query, of_key, ops.einsum("bsij,btij->st", of_p, maps)
 
 
@@ -81,13 +103,12 @@ def attention_divergence(student, teacher, mask, distance, mixture):
         return definition.attention_divergence(
             student, teacher, mask, distance, mixture
         )
-    # Every block reads all keys, and adds to their gradient: in float32.
     teacher = teacher._replace(key=ops.cast(teacher.key, "float32"))
-    rows = ops.shape(student.query)[1]
+    batch, rows, heads, width = ops.shape(student.query)
     blocks = (rows + block - 1) // block
 
     def index_of(number):
-        """Rows of a block; the last block repeats the last row."""
+        # The last block repeats the last row.
         return ops.minimum(number * block + ops.arange(block), rows - 1)
 
     @ops.custom_gradient
@@ -99,56 +120,65 @@ def attention_divergence(student, teacher, mask, distance, mixture):
             distance,
             *(mixtures or [None]),
         )
-        batch, _, heads, width = ops.shape(query)
 
-        def add_values(number, values):
-            of_block = every.at(index_of(number))
-            return ops.slice_update(
-                values,
-                (0, 0, number * block),
-                definition.attention_divergence(*of_block),
-            )
+        def add_sums(number, sums):
+            found = every.at(index_of(number)).sums()
+            return [
+                ops.slice_update(a, (0, 0, number * block), b)
+                for a, b in zip(sums, found, strict=True)
+            ]
+
+        each = (heads, heads, teacher.query.shape[2], heads)
+        values, *normalizers, center = ops.fori_loop(
+            0,
+            blocks,
+            add_sums,
+            [ops.zeros((batch, n, blocks * block)) for n in each],
+        )
 
         def gradients(*arguments, upstream=None):
             if upstream is None:  # Only torch gives it by name.
                 (upstream,) = arguments
 
-            def add_gradients(number, sums):
+            def add_gradients(number, gradients):
                 index = index_of(number)
-                first = number * block + ops.arange(block) == index
-                of_rows = ops.where(first, ops.take(upstream, index, 2), 0.0)
-                of_query, *others = every.at(index).gradients(of_rows)
-                queries = ops.slice_update(
-                    sums[0], (0, number * block, 0, 0), of_query
+                once = number * block + ops.arange(block) == index
+                of_query, *others = every.at(index).gradients(
+                    ops.where(once, ops.take(upstream, index, axis=2), 0.0),
+                    [ops.take(each, index, axis=2) for each in normalizers],
+                    ops.take(center, index, axis=2),
                 )
-                others = [a + b for a, b in zip(sums[1:], others, strict=True)]
-                return (queries, *others)
+                queries, *sums = gradients
+                return [
+                    ops.slice_update(
+                        queries, (0, number * block, 0, 0), of_query
+                    ),
+                    *[a + b for a, b in zip(sums, others, strict=True)],
+                ]
 
-            queries, keys, *rest = ops.fori_loop(
-                0,
-                blocks,
-                add_gradients,
-                (
-                    ops.zeros((batch, blocks * block, heads, width)),
-                    *[ops.zeros(ops.shape(a)) for a in (key, *mixtures)],
-                ),
+            shapes = [
+                (batch, blocks * block, heads, width),
+                (batch, heads, width, ops.shape(key)[1]),
+                *[ops.shape(each) for each in mixtures],
+            ]
+            of_query, of_key, *rest = ops.fori_loop(
+                0, blocks, add_gradients, [ops.zeros(each) for each in shapes]
             )
+            # Heads that read one key head add up.
+            of_key = ops.reshape(
+                of_key, (batch, key.shape[2], -1, width, ops.shape(key)[1])
+            )
+            of_key = ops.transpose(ops.sum(of_key, axis=2), (0, 3, 1, 2))
             return (
-                ops.cast(queries[:, :rows], query.dtype),
-                ops.cast(keys, key.dtype),
+                ops.cast(of_query[:, :rows], query.dtype),
+                ops.cast(of_key, key.dtype),
                 *rest,
             )
 
-        values = ops.zeros((batch, heads, blocks * block))
-        values = ops.fori_loop(0, blocks, add_values, values)
         return values[:, :, :rows], gradients
 
     mixtures = [] if mixture is None else [mixture]
     return divergence(student.query, student.key, *mixtures)
-
-
-def take_rows(attention, index):
-    return attention._replace(query=ops.take(attention.query, index, axis=1))
 
 
 def rows_of_block(keys):
