@@ -25,21 +25,15 @@ class Block(NamedTuple):
     distance: Any
     mixture: Any
 
-    def at(self, index):
+    def of_rows(self, rows):
+        """The same with `rows(tensor, axis)` of what has rows."""
+        mask, distance = self.mask, self.distance
         return self._replace(
-            student=self.student._replace(
-                query=ops.take(self.student.query, index, axis=1)
-            ),
-            teacher=self.teacher._replace(
-                query=ops.take(self.teacher.query, index, axis=1)
-            ),
-            mask=self.mask._replace(
-                row_index=ops.take(self.mask.row_index, index)
-            ),
-            distance=self.distance._replace(
-                row_positions=ops.take(
-                    self.distance.row_positions, index, axis=1
-                )
+            student=self.student._replace(query=rows(self.student.query, 1)),
+            teacher=self.teacher._replace(query=rows(self.teacher.query, 1)),
+            mask=mask._replace(row_index=rows(mask.row_index, 0)),
+            distance=distance._replace(
+                row_positions=rows(distance.row_positions, 1)
             ),
         )
 
@@ -88,7 +82,7 @@ class Block(NamedTuple):
             slope = slope * (1.0 - ops.square(share))
         query = ops.cast(student.query, "float32")
         key = student.key_of_each_head()
-        of_query = ops.einsum("bsij,bjsd->bisd", slope, key)
+        of_query = ops.einsum("bsij,bjsd->bsid", slope, key)
         of_key = ops.einsum("bisd,bsij->bsdj", query, slope)
         if self.mixture is None:
             return of_query, of_key
@@ -107,9 +101,18 @@ def attention_divergence(student, teacher, mask, distance, mixture):
     batch, rows, heads, width = ops.shape(student.query)
     blocks = (rows + block - 1) // block
 
-    def index_of(number):
-        # The last block repeats the last row.
-        return ops.minimum(number * block + ops.arange(block), rows - 1)
+    def fill(tensor, axis):
+        """Rows for full blocks: the last row is repeated."""
+        index = ops.minimum(ops.arange(blocks * block), rows - 1)
+        return ops.take(tensor, index, axis=axis)
+
+    def block_of(number):
+        def rows_of(tensor, axis):
+            start, shape = [0] * len(tensor.shape), list(ops.shape(tensor))
+            start[axis], shape[axis] = number * block, block
+            return ops.slice(tensor, start, shape)
+
+        return rows_of
 
     @ops.custom_gradient
     def divergence(query, key, *mixtures):
@@ -119,10 +122,10 @@ def attention_divergence(student, teacher, mask, distance, mixture):
             mask,
             distance,
             *(mixtures or [None]),
-        )
+        ).of_rows(fill)
 
         def add_sums(number, sums):
-            found = every.at(index_of(number)).sums()
+            found = every.of_rows(block_of(number)).sums()
             return [
                 ops.slice_update(a, (0, 0, number * block), b)
                 for a, b in zip(sums, found, strict=True)
@@ -139,38 +142,41 @@ def attention_divergence(student, teacher, mask, distance, mixture):
         def gradients(*arguments, upstream=None):
             if upstream is None:  # Only torch gives it by name.
                 (upstream,) = arguments
+            # Repeated rows count once.
+            once = ops.arange(blocks * block) < rows
+            upstream = ops.where(once, fill(upstream, 2), 0.0)
 
             def add_gradients(number, gradients):
-                index = index_of(number)
-                once = number * block + ops.arange(block) == index
-                of_query, *others = every.at(index).gradients(
-                    ops.where(once, ops.take(upstream, index, axis=2), 0.0),
-                    [ops.take(each, index, axis=2) for each in normalizers],
-                    ops.take(center, index, axis=2),
+                rows_of = block_of(number)
+                of_query, *others = every.of_rows(rows_of).gradients(
+                    rows_of(upstream, 2),
+                    [rows_of(each, 2) for each in normalizers],
+                    rows_of(center, 2),
                 )
                 queries, *sums = gradients
                 return [
                     ops.slice_update(
-                        queries, (0, number * block, 0, 0), of_query
+                        queries, (0, 0, number * block, 0), of_query
                     ),
                     *[a + b for a, b in zip(sums, others, strict=True)],
                 ]
 
             shapes = [
-                (batch, blocks * block, heads, width),
+                (batch, heads, blocks * block, width),
                 (batch, heads, width, ops.shape(key)[1]),
                 *[ops.shape(each) for each in mixtures],
             ]
             of_query, of_key, *rest = ops.fori_loop(
                 0, blocks, add_gradients, [ops.zeros(each) for each in shapes]
             )
+            of_query = ops.transpose(of_query[:, :, :rows], (0, 2, 1, 3))
             # Heads that read one key head add up.
             of_key = ops.reshape(
                 of_key, (batch, key.shape[2], -1, width, ops.shape(key)[1])
             )
             of_key = ops.transpose(ops.sum(of_key, axis=2), (0, 3, 1, 2))
             return (
-                ops.cast(of_query[:, :rows], query.dtype),
+                ops.cast(of_query, query.dtype),
                 ops.cast(of_key, key.dtype),
                 *rest,
             )
