@@ -379,11 +379,6 @@ def test_memory_of_chunked_is_linear_in_length(monkeypatch):
 
 @pytest.mark.extra_large
 @pytest.mark.skipif(BACKEND == "jax", reason="A default test on JAX.")
-@pytest.mark.xfail(
-    BACKEND == "torch",
-    reason="Freed blocks stay in glibc's heap.",
-    strict=True,
-)
 def test_peak_memory_of_a_process_is_linear_in_length():
     def peak_mib(implementation, length):
         args = argparse.Namespace(
