@@ -6,10 +6,12 @@ Appends rows to `benchmarks/results/attention_divergence.csv`: value and
 gradients of student queries and keys, for every implementation that runs here,
 beside the platform's own attention, forward and backward, at the same shape.
 Each measurement has a process of its own, so that its peak memory is its own.
+Then draws all rows of the same backend and device.
 """
 
 import argparse
 import csv
+import importlib.metadata
 import json
 import resource
 import subprocess
@@ -17,6 +19,7 @@ import sys
 import time
 
 import keras
+import matplotlib.pyplot as plt
 import numpy as np
 from keras import ops
 
@@ -34,24 +37,33 @@ BACKEND = keras.backend.backend()
 ATTENTION = "dot_product_attention"  # keras.ops': the platform's own.
 
 
-def loss(implementation, student_query, student_key, query, key):
+def make_loss(implementation, length):
     """What is differentiated: a mean, so that gradients have one scale."""
-    length = query.shape[1]
-    if implementation == ATTENTION:
+    # Whoever trains makes these once for all layers.
+    index = ops.arange(length)
+    mask = AttentionMask.from_lengths(length, [length])
+    distance = Distance(index[None], index[None], 4.0)
+
+    def attention(query, key, value):
         return ops.mean(
-            ops.dot_product_attention(
-                student_query, student_key, key, is_causal=True
+            ops.dot_product_attention(query, key, value, is_causal=True)
+        )
+
+    def divergence(*inputs):
+        scale = inputs[0].shape[-1] ** -0.5
+        return ops.mean(
+            attention_divergence(
+                Attention(*inputs[:2], scale),
+                Attention(*inputs[2:], scale),
+                mask,
+                distance,
+                implementation=implementation,
             )
         )
-    index = ops.arange(length)
-    divergence = attention_divergence(
-        Attention(student_query, student_key, query.shape[-1] ** -0.5),
-        Attention(query, key, query.shape[-1] ** -0.5),
-        AttentionMask.from_lengths(length, [length] * query.shape[0]),
-        Distance(index[None], index[None], 4.0),
-        implementation=implementation,
-    )
-    return ops.mean(divergence)
+
+    if implementation == ATTENTION:
+        return lambda query, key, value, _: attention(query, key, value)
+    return divergence
 
 
 def make_inputs(length, heads, head_dim, dtype):
@@ -70,14 +82,11 @@ def make_step(implementation, inputs):
         A tuple `(step, temporary_bytes)`; the latter is `None` where only the
         process can tell.
     """
+    loss = make_loss(implementation, inputs[0].shape[1])
     if BACKEND == "jax":
         import jax
 
-        gradient = jax.jit(
-            jax.value_and_grad(
-                lambda *inputs: loss(implementation, *inputs), (0, 1)
-            )
-        )
+        gradient = jax.jit(jax.value_and_grad(loss, (0, 1)))
         compiled = gradient.lower(*inputs).compile()
         temporary = compiled.memory_analysis().temp_size_in_bytes
         return lambda: jax.block_until_ready(compiled(*inputs)), temporary
@@ -88,7 +97,7 @@ def make_step(implementation, inputs):
         def gradient(*inputs):
             with tf.GradientTape() as tape:
                 tape.watch(inputs[:2])
-                value = loss(implementation, *inputs)
+                value = loss(*inputs)
             return value, tape.gradient(value, inputs[:2])
 
         return lambda: float(gradient(*inputs)[0]), None
@@ -97,31 +106,75 @@ def make_step(implementation, inputs):
     trained = [tensor.requires_grad_() for tensor in inputs[:2]]
 
     def step():
-        value = loss(implementation, *trained, *inputs[2:])
+        value = loss(*trained, *inputs[2:])
         torch.autograd.grad(value, trained)
-        return value.item()  # Waits.
+        wait()
 
     return step, None
 
 
+def replayed(step):
+    """Runs a step in torch once for a CUDA graph; calls then replay it.
+
+    The time of the GPU alone: without Python, which starts each kernel.
+    """
+    import torch
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+
+    def replay():
+        graph.replay()
+        torch.cuda.synchronize()
+
+    return replay
+
+
+def wait():
+    """Until a GPU has computed what torch told it to, but for CUDA graphs."""
+    import torch
+
+    if (
+        torch.cuda.is_available()
+        and not torch.cuda.is_current_stream_capturing()
+    ):
+        torch.cuda.synchronize()
+
+
+def median_ms(step, repeats):
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        step()
+        times.append(1e3 * (time.perf_counter() - start))
+    return round(float(np.median(times)), 3)
+
+
 def measure(implementation, length, heads, head_dim, dtype, repeats):
-    """Median milliseconds of a step, and its peak temporary mebibytes."""
+    """Median milliseconds of a step, and its peak temporary mebibytes.
+
+    The gradients themselves do not count.
+    """
     inputs = make_inputs(length, heads, head_dim, dtype)
     peak_bytes()  # What making them took is past.
     before = peak_bytes()
     step, temporary = make_step(implementation, inputs)
     step()
     if temporary is None:
-        temporary = peak_bytes() - before
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        step()
-        times.append(1e3 * (time.perf_counter() - start))
-    return {
-        "ms": round(float(np.median(times)), 2),
-        "peak_mib": round(temporary / 2**20, 1),
-    }
+        gradients = (
+            2 * np.prod(inputs[0].shape) * (2 if dtype.endswith("16") else 4)
+        )
+        temporary = peak_bytes() - before - gradients
+    row = {"ms": median_ms(step, repeats), "device_ms": None}
+    if BACKEND == "torch" and device() != "cpu":
+        row["device_ms"] = median_ms(replayed(step), repeats)
+    row["peak_mib"] = round(temporary / 2**20, 1)
+    return row
 
 
 def peak_bytes():
@@ -181,6 +234,43 @@ def write_row(row):
     print(row)
 
 
+def draw():
+    """Time and memory over length, from the rows of this machine."""
+    with PATH.open() as file:
+        rows = [
+            row
+            for row in csv.DictReader(file)
+            if (row["backend"], row["device"]) == (BACKEND, device())
+        ]
+    shapes = sorted({(int(row["heads"]), int(row["head_dim"])) for row in rows})
+    figure, axes = plt.subplots(
+        2, len(shapes), figsize=(5 * len(shapes), 7), squeeze=False
+    )
+    for column, (heads, head_dim) in zip(axes.T, shapes, strict=True):
+        lines = {}
+        for row in rows:
+            if (int(row["heads"]), int(row["head_dim"])) == (heads, head_dim):
+                lines.setdefault(row["implementation"], []).append(row)
+        for name, points in lines.items():
+            lengths = [int(row["length"]) for row in points]
+            ms = [float(row["device_ms"] or row["ms"]) for row in points]
+            column[0].plot(lengths, ms, marker="o", label=name)
+            mib = [float(row["peak_mib"]) for row in points]
+            column[1].plot(lengths, mib, marker="o", label=name)
+        column[0].set_title(f"{heads} heads of {head_dim}, {BACKEND}")
+        column[0].set_ylabel("ms, value and gradients")
+        column[1].set_ylabel("peak temporary MiB")
+        column[1].set_xlabel("length in tokens")
+        column[0].legend()
+        for axis in column:
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
+            axis.grid(alpha=0.3)
+    name = device().lower().replace(" ", "_")
+    figure.tight_layout()
+    figure.savefig(PATH.with_name(f"{PATH.stem}_{BACKEND}_{name}.png"), dpi=120)
+
+
 def main():
     names = [implementation.name for implementation in IMPLEMENTATIONS]
     parser = argparse.ArgumentParser(description=__doc__)
@@ -232,11 +322,13 @@ def main():
                     **measured,
                     "repeats": args.repeats,
                     "keras": keras.__version__,
+                    "backend_version": importlib.metadata.version(BACKEND),
                     "device": device(),
                     "commit": commit(),
                     "machine": machine(),
                 }
             )
+    draw()
 
 
 if __name__ == "__main__":

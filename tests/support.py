@@ -100,6 +100,19 @@ def make_haystacks(preprocessor, num_questions=8, sizes=(2, 3), **kwargs):
     )
 
 
+def has_gpu():
+    """Whether the backend has one that this library has kernels for."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.default_backend() == "gpu"
+    if keras.backend.backend() == "torch":
+        import torch
+
+        return torch.cuda.is_available()
+    return False
+
+
 def to_numpy(x):
     """Any tensor as NumPy; bfloat16, which NumPy lacks, as float32."""
     if not isinstance(x, np.ndarray):

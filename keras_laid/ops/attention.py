@@ -14,7 +14,7 @@ class Attention(NamedTuple):
         key: Tensor of shape `(batch, keys, key_heads, head_dim)`. `key_heads`
             divides `heads`; head `h` reads key head
             `h // (heads // key_heads)`.
-        scale: Float, the factor on `query @ key`.
+        scale: Float greater than 0, the factor on `query @ key`.
         soft_cap: Positive float or `None`. Logits `x` become
             `soft_cap * tanh(x / soft_cap)`.
     """

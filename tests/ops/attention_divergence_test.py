@@ -20,6 +20,7 @@ from keras_laid.ops import attention_divergence
 from keras_laid.ops.attention_divergence import chunked
 from keras_laid.ops.attention_divergence import tiles
 from tests.support import assert_as_good_as
+from tests.support import has_gpu
 from tests.support import to_numpy
 from tests.support import value_and_grads
 
@@ -30,6 +31,10 @@ needs_triton = pytest.mark.skipif(
     BACKEND != "torch" or importlib.util.find_spec("triton") is None,
     reason="A kernel for torch, where Triton is installed.",
 )
+CHOOSE_TILES = tiles.choose_tiles
+KERNEL = {"jax": "pallas", "torch": "triton"}.get(BACKEND)  # On a GPU.
+
+
 IMPLEMENTATION = pytest.mark.parametrize(
     "implementation",
     [
@@ -302,6 +307,29 @@ def test_any_case_is_the_oracles(implementation, case):
     assert_is_the_oracles(implementation, case)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_gpu(), reason="Needs JAX or torch on a GPU.")
+@pytest.mark.parametrize("window", [None, 70])
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("width", [64, 80, 128, 256])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tiles_that_fill_a_gpu(monkeypatch, dtype, width, mixed, window):
+    monkeypatch.setattr(tiles, "choose_tiles", CHOOSE_TILES)
+    case = Case(
+        Shape(203, 331, (4, 2, width), (4, 4, width)),
+        dtype=dtype,
+        mixed=mixed,
+        window=window,
+        soft_caps=(None, None) if mixed else (20.0, None),
+    )
+    # Logits of the size that trained models have.
+    case.arrays = [array / width**0.25 for array in case.arrays]
+    case.arrays = [
+        to_numpy(ops.convert_to_tensor(array, dtype)) for array in case.arrays
+    ]
+    assert_is_the_oracles(KERNEL, case)
+
+
 @IMPLEMENTATION
 def test_is_zero_for_equal_maps_and_never_negative(implementation):
     case = Case("odd", mixed=False, soft_caps=(None, None))
@@ -409,6 +437,7 @@ def test_unknown_implementation_is_refused():
         run("fast", *arguments(Case("odd")))
 
 
+@pytest.mark.skipif(has_gpu(), reason="One can run on this GPU.")
 @pytest.mark.parametrize("implementation", ["pallas", "triton"])
 def test_kernels_are_refused_where_they_cannot_run(implementation):
     with pytest.raises(NotImplementedError, match="it (needs|runs on)"):
@@ -433,6 +462,12 @@ def test_shapes_that_do_not_fit_are_refused(query, key, words):
     teacher = Attention(ops.ones(query), ops.ones(key), 1.0)
     with pytest.raises(ValueError, match=words):
         attention_divergence(student, teacher, *rest)
+
+
+def test_scale_must_be_positive():
+    student, *rest = arguments(Case("odd"))
+    with pytest.raises(ValueError, match=r"`scale` must be greater than 0"):
+        attention_divergence(student._replace(scale=0.0), *rest)
 
 
 def test_mixture_must_have_a_row_for_each_student_head():

@@ -94,14 +94,15 @@ def attention_divergence(
         A float32 tensor of shape `(batch, student_heads, rows)`, in nats.
 
     Raises:
-        ValueError: If shapes do not fit, or `implementation` is unknown.
+        ValueError: If shapes do not fit, a scale is not greater than 0, or
+            `implementation` is unknown.
         NotImplementedError: If the named `implementation` cannot run here.
 
     Reference:
      - [Zhou et al., 2026](https://arxiv.org/abs/2512.21576), "progressive
        distance-weighted attention matching"; the formula is ours.
     """
-    check_shapes(student, teacher, mixture)
+    check_arguments(student, teacher, mixture)
     teacher = teacher._replace(
         query=ops.stop_gradient(teacher.query),
         key=ops.stop_gradient(teacher.key),
@@ -113,10 +114,15 @@ def attention_divergence(
     return chosen.run(*arguments)
 
 
-def check_shapes(student, teacher, mixture):
+def check_arguments(student, teacher, mixture):
     student_heads = student.query.shape[2]
     teacher_heads = teacher.query.shape[2]
     for name, side in (("student", student), ("teacher", teacher)):
+        if side.scale <= 0:
+            raise ValueError(
+                "`scale` must be greater than 0. Received: "
+                f"{name}.scale={side.scale}"
+            )
         heads, key_heads = side.query.shape[2], side.key.shape[2]
         if heads % key_heads or side.query.shape[3] != side.key.shape[3]:
             raise ValueError(

@@ -63,40 +63,46 @@ class Tiles(NamedTuple):
     in_registers: bool = False
 
 
-# For each kernel, and head dims of 2 bytes a number up to so many: what was
-# fastest on an H100 (benchmarks/results/attention_divergence.csv).
+# What was fastest on an H100 for head dims of 2 bytes a number up to a width,
+# given at least so many rows (or keys, for their gradient) of all heads.
 CHOICES = {
-    "forward": {
-        64: Tiles(128, 64, 8, 3),
-        128: Tiles(128, 64, 8, 3),
-        256: Tiles(64, 64, 4, 2),
-    },
-    "query": {
-        64: Tiles(128, 64, 8, 3),
-        128: Tiles(64, 64, 4, 2),
-        256: Tiles(128, 32, 8, 2),
-    },
-    "key": {
-        64: Tiles(64, 64, 4, 2, by_key=True),
-        128: Tiles(64, 64, 4, 2, by_key=True),
-        256: Tiles(32, 128, 8, 2, by_key=True),
-    },
+    "forward": [
+        (64, 0, Tiles(64, 64, 4, 3, in_registers=True)),
+        (128, 0, Tiles(64, 64, 4, 3, in_registers=True)),
+        (256, 0, Tiles(64, 64, 4, 2)),
+    ],
+    "query": [
+        (64, 0, Tiles(64, 64, 4, 3)),
+        (128, 0, Tiles(64, 64, 4, 3, in_registers=True)),
+        (256, 2**17, Tiles(128, 32, 8, 2)),
+        (256, 0, Tiles(64, 64, 4, 2)),
+    ],
+    "key": [
+        (64, 0, Tiles(64, 64, 4, 3, by_key=True, in_registers=True)),
+        (128, 0, Tiles(64, 64, 4, 2, by_key=True)),
+        (256, 2**17, Tiles(32, 128, 8, 2, by_key=True)),
+        (256, 0, Tiles(32, 64, 4, 2, by_key=True)),
+    ],
 }
 # Wider rows, or tiles of many heads at once.
 SMALL = Tiles(64, 32, 4, 1)
 
 
-def choose_tiles(kernel, width, item_size=2, mixed=False):
+def choose_tiles(kernel, width, count, item_size=2, mixed=False):
     """Wider heads leave less of the chip's memory for a tile.
 
     Args:
         kernel: `"forward"`, `"query"` or `"key"` (their gradients).
         width: The wider head dim.
+        count: Rows of all heads and examples, or keys where a program keeps
+            those. Where there are few, small tiles keep all of a GPU busy.
         item_size: Bytes of a number of queries and keys.
         mixed: Whether tiles of several teacher heads are in use at once.
     """
-    for limit, tiles in CHOICES[kernel].items():
-        if width * item_size <= 2 * limit and not (mixed and limit > 128):
+    if mixed and width > 128:
+        return SMALL
+    for limit, least, tiles in CHOICES[kernel]:
+        if width * item_size <= 2 * limit and count >= least:
             return tiles
     return SMALL
 

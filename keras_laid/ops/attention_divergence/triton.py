@@ -1121,16 +1121,21 @@ class Call(NamedTuple):
     window: int | None
     exponent: float
 
-    def form(self, kernel, query, mixture):
-        """How the kernel `"forward"`, `"query"` or `"key"` is compiled."""
-        width = max(self.student.width, self.teacher.width)
-        mixed = mixture is not None
+    def form(self, kernel, own, mixture):
+        """How a kernel is compiled, whose programs keep tiles of `own`."""
+        batch, length, heads, _ = own.shape
         return Form(
             self.student,
             self.teacher,
             self.window,
             self.exponent,
-            tiles.choose_tiles(kernel, width, query.element_size(), mixed),
+            tiles.choose_tiles(
+                kernel,
+                max(self.student.width, self.teacher.width),
+                batch * length * heads,
+                own.element_size(),
+                mixture is not None,
+            ),
             over_rows=kernel == "key",
         )
 
@@ -1240,7 +1245,7 @@ class Divergence(torch.autograd.Function):
             descriptor(of_query, form.tiles.rows),
             of_mixture,
         )
-        form = call.form("key", sides[0], mixture)
+        form = call.form("key", sides[1], mixture)
         of_key = torch.empty_like(sides[1])
         launch(
             key_gradient_kernel,
