@@ -61,6 +61,12 @@ class Form(NamedTuple):
     over_rows: bool  # Whether a program visits tiles of rows, not of keys.
 
 
+@triton.constexpr_function
+def tile_width(width):
+    """Tensor cores multiply matrices that are at least 16 wide."""
+    return max(triton.next_power_of_2(width), 16)
+
+
 @triton.jit
 def places_kernel(
     bidirectional,
@@ -231,7 +237,7 @@ def load_own(
         return load_tile(tensor, batch, head, start)
     else:
         index = start + tl.arange(0, SIZE)
-        column = tl.arange(0, triton.next_power_of_2(width))
+        column = tl.arange(0, tile_width(width))
         row = (batch.to(tl.int64) * length + index) * heads + head
         return tl.load(
             tensor + row[:, None] * width + column[None],
@@ -1293,7 +1299,7 @@ def descriptors(form, mixture, sides):
 
 def descriptor(tensor, size):
     """How kernels read or write tiles of `size` rows of one head."""
-    width = triton.next_power_of_2(tensor.shape[-1])
+    width = tile_width(tensor.shape[-1])
     return TensorDescriptor.from_tensor(tensor, [1, size, 1, width])
 
 
