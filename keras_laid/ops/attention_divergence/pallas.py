@@ -24,10 +24,9 @@ INTERPRET = False  # Tests run the kernels on a CPU so.
 LEAST = -1e30
 TINY = 1e-30
 LOG2_E = 1.4426950408889634
-# Maps of stored normalizers are `2 ** LIFT` times too large: else slopes of long
-# rows would be too small for float16.
-LIFT = 10.0
-UNLIFT = 2.0**-LIFT
+# Gradients are computed so many times too large, by their weights: else slopes
+# of long rows would be too small for float16.
+LIFT = 1024.0
 PARTS = 8  # Sums over a tile's keys are kept in so many parts.
 
 
@@ -36,7 +35,7 @@ class Side(NamedTuple):
 
     query: Any  # (batch, rows, heads, width)
     key: Any  # (batch, keys, key heads, width)
-    normalizer: Any  # Log-sum-exp of each row, less LIFT: (batch, heads, rows).
+    normalizer: Any  # Log-sum-exp of each row: (batch, heads, rows).
 
 
 class Models(NamedTuple):
@@ -191,15 +190,15 @@ def allowed_tile(places, row, key, form):
     return allowed
 
 
-def weights_tile(row_share, key_share, form):
+def weights_tile(row_share, key_share, form, lift=1.0):
     share = jnp.abs(of_rows(row_share, form) - of_keys(key_share, form))
     if form.exponent != 1.0:
         share = exp2(form.exponent * log2(share))
-    return 1.0 + share
+    return lift * share + lift
 
 
 def map_tile(query, keys, normalizer, allowed, form):
-    """The attention map of one head of the teacher, lifted."""
+    """The attention map of one head of the teacher."""
     cap = form.teacher.soft_cap
     t, unit = logits_tile(query, keys, form.teacher_scale, cap, form)
     return where_allowed(allowed, exp2(t * unit - of_rows(normalizer, form)), 0)
@@ -291,8 +290,8 @@ def normalizer_kernel(models, bounds, normalizer, *, form):
     highest, total = for_each_keys(bounds, tile, step, state, form)
     total = jnp.sum(total, axis=1)
     # Rows without keys: any number will do.
-    normalizer[head, rows_from(row, form)] = (
-        jnp.where(total > 0.0, highest + log2(total), 0.0) - LIFT
+    normalizer[head, rows_from(row, form)] = jnp.where(
+        total > 0.0, highest + log2(total), 0.0
     )
 
 
@@ -352,7 +351,7 @@ def forward_kernel(models, bounds, outputs, *, form):
         else:
             # Normalised already: e^t is p itself.
             higher_t = highest_t
-            exp_t = UNLIFT * mixed_tile(models, head, row, key, allowed, form)
+            exp_t = mixed_tile(models, head, row, key, allowed, form)
             t = log2(jnp.maximum(exp_t, TINY))
             sum_wtd += sum_wt * raise_s[:, None]
         difference = where_allowed(allowed, t - s, 0.0)
@@ -383,10 +382,10 @@ def forward_kernel(models, bounds, outputs, *, form):
     log_s, log_t = log2(sum_s), log2(sum_t)
     divergence = (sum_wtd + sum_wt * (log_s - log_t)) / (sum_t * LOG2_E)
     center = sum_ws / sum_s - sum_wt / sum_t
-    outputs["normalizer"][head, rows] = highest_s + log_s - LIFT
+    outputs["normalizer"][head, rows] = highest_s + log_s
     if mixture is None:
-        outputs["teacher_normalizer"][head, rows] = highest_t + log_t - LIFT
-    outputs["center"][head, rows] = center
+        outputs["teacher_normalizer"][head, rows] = highest_t + log_t
+    outputs["center"][head, rows] = LIFT * center
     # What rounding takes below 0 is 0.
     outputs["divergence"][head, rows] = jnp.maximum(divergence + center, 0.0)
 
@@ -405,7 +404,7 @@ def slope_tile(
     allowed,
     form,
 ):
-    """Slopes of divergences: in `scale * query @ key`, lifted; and in `p`."""
+    """Slopes of divergences: in `scale * query @ key`, and in `p`; lifted."""
     cap = form.student.soft_cap
     s, unit = logits_tile(query, keys, form.scale, cap, form)
     log_q = s * unit - of_rows(numbers.normalizer, form)
@@ -415,7 +414,7 @@ def slope_tile(
         p = map_tile(teacher_query, teacher_keys, normalizer, allowed, form)
     else:
         p = mixed_tile(models, head, row, key, allowed, form)
-    weights = weights_tile(numbers.share, key_share, form)
+    weights = weights_tile(numbers.share, key_share, form, LIFT)
     slope = weights * (q - p) - q * of_rows(numbers.center, form)
     if cap is not None:
         slope *= 1.0 - s * s
@@ -471,11 +470,11 @@ def query_gradient_kernel(models, bounds, center, upstream, outputs, *, form):
         jnp.zeros(teacher_head.shape, jnp.float32),
     )
     of_query, of_mixture = for_each_keys(bounds, tile, step, state, form)
-    of_query *= (form.scale * UNLIFT) * numbers.upstream[:, None]
+    of_query *= (form.scale / LIFT) * numbers.upstream[:, None]
     gradient = outputs["query"]
     gradient[rows_from(row, form), head, :] = of_query.astype(gradient.dtype)
     if mixture is not None:
-        outputs["mixture"][head, tile, :] = of_mixture * (UNLIFT / LOG2_E)
+        outputs["mixture"][head, tile, :] = of_mixture / (LIFT * LOG2_E)
 
 
 def key_gradient_kernel(models, bounds, center, upstream, gradient, *, form):
@@ -522,7 +521,7 @@ def key_gradient_kernel(models, bounds, center, upstream, gradient, *, form):
 
     of_key = jnp.zeros(keys.shape, jnp.float32)
     of_key = lax.fori_loop(0, group, of_head, of_key)
-    of_key *= form.scale * UNLIFT
+    of_key *= form.scale / LIFT
     gradient[keys_from(key, form), key_head, :] = of_key.astype(gradient.dtype)
 
 
