@@ -24,9 +24,6 @@ INTERPRET = False  # Tests run the kernels on a CPU so.
 LEAST = -1e30
 TINY = 1e-30
 LOG2_E = 1.4426950408889634
-# Gradients are computed so many times too large, by their weights: else slopes
-# of long rows would be too small for float16.
-LIFT = 1024.0
 PARTS = 8  # Sums over a tile's keys are kept in so many parts.
 
 
@@ -101,13 +98,19 @@ def dot(a, b):
     )
 
 
+def lift_of(dtype):
+    """What slopes are multiplied by: some are too small for float16."""
+    return 1024.0 if dtype == jnp.float16 else 1.0
+
+
 def dot_in_two(a, b, total):
-    """`total + a @ b` for float32 `a`, in two parts of `b`'s dtype.
+    """`total + lift * a @ b` for float32 `a`, in two parts of `b`'s dtype.
 
     In one part, sums that cancel would lose more than the definition's.
     """
     if b.dtype == jnp.float32:
         return total + dot(a, b)
+    a = a * lift_of(b.dtype)
     # The first bits, cut and not rounded: converting back costs more.
     bits = lax.bitcast_convert_type(a, jnp.int32) & -0x10000
     high = lax.bitcast_convert_type(bits, jnp.float32)
@@ -190,11 +193,11 @@ def allowed_tile(places, row, key, form):
     return allowed
 
 
-def weights_tile(row_share, key_share, form, lift=1.0):
+def weights_tile(row_share, key_share, form):
     share = jnp.abs(of_rows(row_share, form) - of_keys(key_share, form))
     if form.exponent != 1.0:
         share = exp2(form.exponent * log2(share))
-    return lift * share + lift
+    return 1.0 + share
 
 
 def map_tile(query, keys, normalizer, allowed, form):
@@ -385,7 +388,7 @@ def forward_kernel(models, bounds, outputs, *, form):
     outputs["normalizer"][head, rows] = highest_s + log_s
     if mixture is None:
         outputs["teacher_normalizer"][head, rows] = highest_t + log_t
-    outputs["center"][head, rows] = LIFT * center
+    outputs["center"][head, rows] = center
     # What rounding takes below 0 is 0.
     outputs["divergence"][head, rows] = jnp.maximum(divergence + center, 0.0)
 
@@ -404,7 +407,7 @@ def slope_tile(
     allowed,
     form,
 ):
-    """Slopes of divergences: in `scale * query @ key`, and in `p`; lifted."""
+    """Slopes of divergences: in `scale * query @ key`, and in `p`."""
     cap = form.student.soft_cap
     s, unit = logits_tile(query, keys, form.scale, cap, form)
     log_q = s * unit - of_rows(numbers.normalizer, form)
@@ -414,7 +417,7 @@ def slope_tile(
         p = map_tile(teacher_query, teacher_keys, normalizer, allowed, form)
     else:
         p = mixed_tile(models, head, row, key, allowed, form)
-    weights = weights_tile(numbers.share, key_share, form, LIFT)
+    weights = weights_tile(numbers.share, key_share, form)
     slope = weights * (q - p) - q * of_rows(numbers.center, form)
     if cap is not None:
         slope *= 1.0 - s * s
@@ -470,11 +473,12 @@ def query_gradient_kernel(models, bounds, center, upstream, outputs, *, form):
         jnp.zeros(teacher_head.shape, jnp.float32),
     )
     of_query, of_mixture = for_each_keys(bounds, tile, step, state, form)
-    of_query *= (form.scale / LIFT) * numbers.upstream[:, None]
+    factor = form.scale / lift_of(query.dtype)
+    of_query *= factor * numbers.upstream[:, None]
     gradient = outputs["query"]
     gradient[rows_from(row, form), head, :] = of_query.astype(gradient.dtype)
     if mixture is not None:
-        outputs["mixture"][head, tile, :] = of_mixture / (LIFT * LOG2_E)
+        outputs["mixture"][head, tile, :] = of_mixture / LOG2_E
 
 
 def key_gradient_kernel(models, bounds, center, upstream, gradient, *, form):
@@ -521,7 +525,7 @@ def key_gradient_kernel(models, bounds, center, upstream, gradient, *, form):
 
     of_key = jnp.zeros(keys.shape, jnp.float32)
     of_key = lax.fori_loop(0, group, of_head, of_key)
-    of_key *= form.scale / LIFT
+    of_key *= form.scale / lift_of(keys.dtype)
     gradient[keys_from(key, form), key_head, :] = of_key.astype(gradient.dtype)
 
 
