@@ -35,6 +35,7 @@ from keras_laid.ops.attention_divergence import IMPLEMENTATIONS
 PATH = RESULTS.parent / "attention_divergence.csv"
 BACKEND = keras.backend.backend()
 ATTENTION = "dot_product_attention"  # keras.ops': the platform's own.
+REPLAYED = {"triton", ATTENTION} if BACKEND == "torch" else set()
 
 
 def make_loss(implementation, length):
@@ -171,7 +172,7 @@ def measure(implementation, length, heads, head_dim, dtype, repeats):
         )
         temporary = peak_bytes() - before - gradients
     row = {"ms": median_ms(step, repeats), "device_ms": None}
-    if BACKEND == "torch" and device() != "cpu":
+    if implementation in REPLAYED and device() != "cpu":
         row["device_ms"] = median_ms(replayed(step), repeats)
     row["peak_mib"] = round(temporary / 2**20, 1)
     return row

@@ -31,6 +31,9 @@ def why_not_pallas(student, teacher, mask, distance, mixture):
 
     if jax.default_backend() != "gpu":
         return f"it runs on GPUs, and JAX runs on {jax.default_backend()}."
+    dtype = keras.backend.standardize_dtype(student.query.dtype)
+    if dtype == "float32":
+        return "it takes queries and keys of 16 bits, and these are float32."
     return why_not_shapes(student, teacher)
 
 

@@ -653,8 +653,21 @@ divergence.defvjp(forward, backward)
 
 def attention_divergence(student, teacher, mask, distance, mixture):
     specs = tiles.Spec.of(student), tiles.Spec.of(teacher)
-    width = max(spec.width for spec in specs)
-    item_size = student.query.dtype.itemsize
+
+    def choose_tiles(kernel):
+        own = student.key if kernel == "key" else student.query
+        chosen = tiles.choose_tiles(
+            kernel,
+            max(spec.width for spec in specs),
+            own.size // own.shape[-1],
+            own.dtype.itemsize,
+            mixture is not None,
+        )
+        if chosen.in_registers:
+            # Pallas cannot: there the tile takes the place of a stage's.
+            chosen = chosen._replace(stages=chosen.stages - 1)
+        return chosen
+
     forms = Kernels(
         *(
             Form(
@@ -663,9 +676,7 @@ def attention_divergence(student, teacher, mask, distance, mixture):
                 float(teacher.scale),
                 mask.window,
                 float(distance.exponent),
-                tiles.choose_tiles(
-                    kernel, width, item_size, mixture is not None
-                ),
+                choose_tiles(kernel),
             )
             for kernel in Kernels._fields
         )
@@ -675,8 +686,8 @@ def attention_divergence(student, teacher, mask, distance, mixture):
     key_multiple = max(form.tiles.keys for form in forms)
 
     def of_width(array):
-        width = array.shape[-1]
-        return pad(array, -1, pl.next_power_of_2(width))
+        # Tensor cores multiply matrices that are at least 16 wide.
+        return pad(array, -1, max(pl.next_power_of_2(array.shape[-1]), 16))
 
     def of_rows(array):
         return pad(array, 1, row_multiple)

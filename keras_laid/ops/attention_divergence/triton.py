@@ -21,10 +21,11 @@ from keras_laid.ops.attention_divergence import tiles
 LEAST = tl.constexpr(-1e30)
 TINY = tl.constexpr(1e-30)
 LOG2_E = tl.constexpr(1.4426950408889634)
-# Maps of stored normalizers are `2 ** LIFT` times too large: else the slopes of
-# long rows would be too small for float16.
-LIFT = tl.constexpr(10.0)
-UNLIFT = tl.constexpr(2.0**-10)
+# How tensor cores multiply float32 to nearly its precision.
+FLOAT32 = tl.constexpr("tf32x3")
+# Slopes are made so many times larger for float16: those of long rows would be
+# too small for it.
+LIFT = tl.constexpr(1024.0)
 BYTES = 16  # Descriptors want rows that are multiples of so many.
 
 
@@ -33,7 +34,7 @@ class Side(NamedTuple):
 
     query: Any
     key: Any
-    normalizer: Any  # Log-sum-exp of each row, less LIFT: (batch, heads, rows).
+    normalizer: Any  # Log-sum-exp of each row: (batch, heads, rows).
     scale: Any
 
 
@@ -337,9 +338,9 @@ def of_keys(values, form: tl.constexpr):
 def logits_tile(query, keys, scale, cap: tl.constexpr, form: tl.constexpr):
     """Logits over a number, and that number: their product has base 2."""
     if form.tiles.by_key:
-        logits = tl.dot(keys, tl.trans(query), input_precision="ieee")
+        logits = tl.dot(keys, tl.trans(query), input_precision=FLOAT32)
     else:
-        logits = tl.dot(query, tl.trans(keys), input_precision="ieee")
+        logits = tl.dot(query, tl.trans(keys), input_precision=FLOAT32)
     if cap is not None:
         # tanh(scale * logits / cap)
         logits = 2.0 * tl.sigmoid(logits * (2.0 * scale / cap)) - 1.0
@@ -348,14 +349,24 @@ def logits_tile(query, keys, scale, cap: tl.constexpr, form: tl.constexpr):
 
 
 @triton.jit
+def lift(dtype: tl.constexpr):
+    if dtype == tl.float16:
+        return LIFT
+    else:
+        return 1.0
+
+
+@triton.jit
 def dot_in_two(a, b, total):
-    """`total + a @ b` for float32 `a`, in two parts of `b`'s dtype.
+    """`total + lift * a @ b` for float32 `a`, in two parts of `b`'s dtype.
 
     In one part, sums that cancel would lose more than the definition's.
     """
     if b.dtype == tl.float32:
-        return tl.dot(a, b, total, input_precision="ieee")
+        return tl.dot(a, b, total, input_precision=FLOAT32)
     else:
+        if b.dtype == tl.float16:
+            a *= LIFT
         # The first bits, cut and not rounded: converting back costs more.
         bits = a.to(tl.uint32, bitcast=True) & 0xFFFF0000
         high = bits.to(tl.float32, bitcast=True)
@@ -410,7 +421,7 @@ def map_tile(
     form: tl.constexpr,
     CHECK: tl.constexpr,
 ):
-    """The attention map of one head of the teacher, lifted."""
+    """The attention map of one head of the teacher."""
     spec: tl.constexpr = form.teacher
     t, unit = logits_tile(query, keys, teacher.scale, spec.soft_cap, form)
     p = tl.exp2(t * unit - of_rows(normalizer, form))
@@ -556,7 +567,7 @@ def normalizer_kernel(
     # Rows without keys: any number will do.
     of_row = tl.where(total > 0.0, highest + tl.log2(total), 0.0)
     heads: tl.constexpr = spec.heads
-    store_rows(normalizer, of_row - LIFT, batch, head, row, rows, heads, form)
+    store_rows(normalizer, of_row, batch, head, row, rows, heads, form)
 
 
 @triton.jit
@@ -615,7 +626,7 @@ def forward_step(
     else:
         # Normalised already: e^t is p itself.
         higher_t = highest_t
-        exp_t = UNLIFT * mixed_tile(
+        exp_t = mixed_tile(
             teacher, mixture, batch, head, row, rows, key, allowed, form, CHECK
         )
         t = tl.log2(tl.maximum(exp_t, TINY))
@@ -733,7 +744,7 @@ def forward_kernel(
     heads: tl.constexpr = spec.heads
     store_rows(
         normalizer,
-        highest_s + log_s - LIFT,
+        highest_s + log_s,
         batch,
         head,
         row,
@@ -742,7 +753,7 @@ def forward_kernel(
         form,
     )
     if mixture is None:
-        of_teacher = highest_t + log_t - LIFT
+        of_teacher = highest_t + log_t
         store_rows(
             teacher_normalizer, of_teacher, batch, head, row, rows, heads, form
         )
@@ -773,7 +784,7 @@ def slope_tile(
     form: tl.constexpr,
     CHECK: tl.constexpr,
 ):
-    """Slopes of divergences: in `scale * query @ key`, lifted; and in `p`."""
+    """Slopes of divergences: in `scale * query @ key`, and in `p`."""
     heads: tl.constexpr = form.student.heads
     cap: tl.constexpr = form.student.soft_cap
     s, unit = logits_tile(query, key_values, student.scale, cap, form)
@@ -963,13 +974,13 @@ def query_gradient_kernel(
                     part != 1,
                 )
     of_query, of_mixture = state
-    of_query *= (scale * UNLIFT) * of_row[:, None]
+    of_query *= scale / lift(query_values.dtype) * of_row[:, None]
     store_tile(gradient, of_query, batch, head, row)
     if mixture is not None:
         of_head = tl.program_id(1) * tl.num_programs(0) + tile
         tl.store(
             mixture_gradient + of_head * TEACHER_HEADS + teacher_head,
-            of_mixture * (UNLIFT / LOG2_E),
+            of_mixture / LOG2_E,
             mask=teacher_head < TEACHER_HEADS,
         )
 
@@ -1113,7 +1124,13 @@ def key_gradient_kernel(
                     form,
                     part != 1,
                 )
-    store_tile(gradient, of_key * (scale * UNLIFT), batch, key_head, key)
+    store_tile(
+        gradient,
+        of_key * (scale / lift(key_values.dtype)),
+        batch,
+        key_head,
+        key,
+    )
 
 
 class Call(NamedTuple):
