@@ -162,7 +162,7 @@ def _read_instances(path):
     """Returns names, and the numbers of those that each file shows."""
     data = read_json(path, dict)
 
-    def rows(name, **kinds):
+    def rows(name, /, **kinds):
         for row in checked(data.get(name), list, f"`{name}`", path):
             checked(row, dict, f"An element of `{name}`", path)
             yield tuple(

@@ -33,7 +33,7 @@ class OpenMoji(PairSource):
     License: CC BY-SA 4.0. So is what is made from them, haystacks included.
 
     Args:
-        split: `"train"` (492 icons), `"validation"` (31) or `"test"` (91).
+        split: `"train"` (494 icons), `"validation"` (30) or `"test"` (90).
         image_size: Integer, height and width in pixels, even, at least 32.
             Defaults to `144`.
         cache_dir: Optional folder for the rasterised icons, made on first use.
@@ -127,7 +127,8 @@ def rasterised(codes, side, cache_dir):
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             np.save(file, np.stack(icons))
         os.replace(file.name, path)
-    return np.load(path)
+    with path.open("rb") as file:
+        return np.load(file)
 
 
 def _raster(path, side):
