@@ -39,7 +39,7 @@ if importlib.util.find_spec("tensorflow_datasets"):
     import wrapt  # tensorflow_datasets requires it.
 
     # Defining the builder registers it, but imports tensorflow_datasets, which
-    # takes a third of a second: so only once someone else imports that.
+    # takes a while: so only once someone else has imported that.
     @wrapt.when_imported("tensorflow_datasets")
     def _register(module):
         importlib.import_module("keras_laid.haystacks.builder")
