@@ -244,8 +244,8 @@ seven, is there an eight?" Half of the answers are yes. Needles are anywhere.
 Images are handwritten digits (scikit-learn's, from UCI "Optical Recognition of
 Handwritten Digits", CC BY 4.0), icons or photographs of COCO 2017. Training,
 validation and test splits share no drawing, no icon and no photograph. With
-`coco`, question files of the benchmark are splits of their own, whose images
-are in no other split.
+`coco`, question files of the benchmark are splits of their own, and those three
+hold none of their images.
 
 {ATTRIBUTION} The icons are rasterised, two on a grid; images made from them are
 under the same licence.

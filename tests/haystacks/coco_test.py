@@ -80,6 +80,10 @@ def test_too_few_images_are_counted(root):
         (lambda d: d.pop("images"), "`images` must be of type list.*None"),
         (lambda d: d.update(annotations=[3]), "element of `annotations` must"),
         (lambda d: d["images"][0].update(id="1"), "`id` of `images` must be"),
+        (
+            lambda d: d["images"][1].update(id=True),
+            "Received: True of type bool",
+        ),
         (lambda d: d["images"][0].pop("file_name"), "`file_name` of `images`"),
         (lambda d: d["categories"].pop(), "image and a category in the file"),
         (lambda d: d["images"].pop(), "an image and a category in the file"),
