@@ -87,7 +87,7 @@ class VisualHaystacks(tfds.core.GeneratorBasedBuilder):
 
     A user's own haystacks are a config:
     `tfds.load("visual_haystacks", builder_kwargs={"config":
-    HaystackConfig(source="openmoji", sizes=(200,))})`.
+    HaystackConfig(source="digits", sizes=(200,))})`.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -217,12 +217,18 @@ class VisualHaystacks(tfds.core.GeneratorBasedBuilder):
 
 def _published(folder):
     """Question files below a folder, by the name of their split."""
-    return {
-        re.sub(r"\W", "_", str(path.relative_to(folder).with_suffix(""))): (
-            read_questions(path)
-        )
-        for path in sorted(folder.rglob("*.json"))
-    }
+    questions = {}
+    for path in sorted(folder.rglob("*.json")):
+        name = str(path.relative_to(folder).with_suffix(""))
+        split = re.sub(r"\W", "_", name)
+        if split in questions or split in SPLITS:
+            raise ValueError(
+                "Question files are splits, and need names of their own. "
+                f"Received: {path}, which would be a second split {split!r}. "
+                "Rename it."
+            )
+        questions[split] = read_questions(path)
+    return questions
 
 
 def encoded(image, image_format):

@@ -157,6 +157,17 @@ def test_a_bad_question_file_stops_the_preparation(tmp_path):
         load(tmp_path, root, source="coco", sizes=(1,), image_size=32)
 
 
+@pytest.mark.parametrize(
+    "name", ["test.json", "single_needle_visual_haystack_oracle.json"]
+)
+def test_a_second_split_of_a_name_is_refused(tmp_path, name):
+    root = tmp_path / "coco"
+    make_coco(root)
+    (root / "questions" / name).write_text("[]")
+    with pytest.raises(ValueError, match="names of their own.*Rename it"):
+        load(tmp_path, root, source="coco", sizes=(1,), image_size=32)
+
+
 def test_configs_are_listed():
     assert "visual_haystacks" in tfds.list_builders()
     configs = VisualHaystacks.builder_configs
