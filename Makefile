@@ -38,5 +38,5 @@ $(GUIDE_ENV)/ready: pyproject.toml constraints.txt
 
 $(TEST_ENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(TEST_ENV)
-	$(TEST_ENV)/bin/pip install --quiet -c constraints.txt -e ".[jax,tensorflow,torch,test]"
+	$(TEST_ENV)/bin/pip install --quiet -c constraints.txt -e ".[jax,tensorflow,torch,haystacks,test]"
 	touch $@

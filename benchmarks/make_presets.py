@@ -21,11 +21,11 @@ from keras_laid.backbones.multi_image_pali_gemma import (
 )
 from keras_laid.distillation.position_stretching import PositionStretching
 from keras_laid.haystacks.dataset import Haystacks
-from keras_laid.haystacks.dataset import article
-from keras_laid.haystacks.dataset import question
 from keras_laid.haystacks.digits import NAMES
 from keras_laid.haystacks.digits import Digits
 from keras_laid.haystacks.evaluation import haystack_accuracy
+from keras_laid.haystacks.questions import article
+from keras_laid.haystacks.questions import question
 
 CAPTION_PROMPT = "What is in the image?"
 EPOCHS = 10  # Of a stage: a stage is saved, and can be resumed, this often.

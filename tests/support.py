@@ -1,12 +1,14 @@
 """What tests share: small models, gradients, and closeness across dtypes."""
 
 import io
+import json
 
 import keras
 import keras_hub
 import numpy as np
 import sentencepiece
 from keras import ops
+from PIL import Image
 
 from keras_laid import Digits
 from keras_laid import Haystacks
@@ -156,3 +158,62 @@ def assert_as_good_as(fast, plain, exact, name, factor=2.0, terms=0.0):
     allowed = factor * np.abs(plain - exact).max() + floor
     found = np.abs(fast - exact).max()
     assert found <= allowed, f"{name}: {found:.3g} > {allowed:.3g}"
+
+
+# What ten photographs show. The last of training is asked about in a file.
+COCO = {
+    "train2017": [{"dog", "cat"}, {"dog"}, {"bus"}, {"cat", "bus"}],
+    "val2017": [{"dog", "cat"}] * 2 + [{"dog"}] * 2 + [{"bus"}, {"cat", "bus"}],
+}
+
+
+def coco_entry(**changes):
+    """An entry of a question file about the photographs of `make_coco`."""
+    entry = {
+        "conversations": [
+            {
+                "from": "human",
+                "value": "For the image with a cat, is there a bus?",
+            },
+            {"from": "gpt", "value": "yes"},
+        ],
+        "id": "VKJ5QTnAcX",
+        "pos_image": ["train2017/000000000003.jpg"],
+        "neg_image": [],
+        "needle": "a cat",
+        "target": "a bus",
+    }
+    return {**entry, **changes}
+
+
+def make_coco(root):
+    """Writes a COCO 2017 root of ten small JPEGs, with a question file."""
+    rng = np.random.default_rng(0)
+    ids = {"dog": 18, "cat": 17, "bus": 6}
+    for folder in ("annotations", "questions/single_needle", *COCO):
+        (root / folder).mkdir(parents=True)
+    for folder, shown in COCO.items():
+        data = {
+            "info": {"year": 2017},
+            "categories": [
+                {"supercategory": "thing", "id": number, "name": name}
+                for name, number in ids.items()
+            ],
+            "images": [
+                {"id": i, "file_name": f"{i:012}.jpg", "height": 24}
+                for i in range(len(shown))
+            ],
+            "annotations": [
+                {"image_id": i, "category_id": ids[name], "iscrowd": 0}
+                for i, names in enumerate(shown)
+                for name in sorted(names)
+            ],
+        }
+        path = root / "annotations" / f"instances_{folder}.json"
+        path.write_text(json.dumps(data))
+        for image in data["images"]:
+            pixels = rng.integers(256, size=(24, 32, 3)).astype("uint8")
+            path = root / folder / image["file_name"]
+            Image.fromarray(pixels).save(path)
+    path = root / "questions/single_needle/visual_haystack_oracle.json"
+    path.write_text(json.dumps([coco_entry()]))

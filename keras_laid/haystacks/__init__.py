@@ -1,0 +1,52 @@
+"""Haystacks: questions about one image, or a few, among many.
+
+Where `tensorflow_datasets` is installed, importing this package makes
+`tfds.load("visual_haystacks/digits")` work. `VisualHaystacks` and
+`HaystackConfig`, its builder and its configs, are imported when they are asked
+for, and raise `ImportError` where it is not installed.
+"""
+
+import importlib
+import importlib.util
+
+from keras_laid.haystacks.coco import Coco
+from keras_laid.haystacks.dataset import Haystacks
+from keras_laid.haystacks.digits import Digits
+from keras_laid.haystacks.openmoji import OpenMoji
+from keras_laid.haystacks.question_files import Question
+from keras_laid.haystacks.question_files import read_questions
+from keras_laid.haystacks.questions import score
+from keras_laid.haystacks.sampling import Haystack
+from keras_laid.haystacks.sampling import PairSource
+from keras_laid.haystacks.sampling import draw_haystacks
+
+__all__ = [
+    "Coco",
+    "Digits",
+    "Haystack",
+    "HaystackConfig",
+    "Haystacks",
+    "OpenMoji",
+    "PairSource",
+    "Question",
+    "VisualHaystacks",
+    "draw_haystacks",
+    "read_questions",
+    "score",
+]
+
+if importlib.util.find_spec("tensorflow_datasets"):
+    import wrapt  # tensorflow_datasets requires it.
+
+    # Defining the builder registers it, but imports tensorflow_datasets, which
+    # takes a while: so only once someone else has imported that.
+    @wrapt.when_imported("tensorflow_datasets")
+    def _register(module):
+        importlib.import_module("keras_laid.haystacks.builder")
+
+
+def __getattr__(name):
+    if name in ("HaystackConfig", "VisualHaystacks"):
+        builder = importlib.import_module("keras_laid.haystacks.builder")
+        return getattr(builder, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,15 +3,9 @@
 import keras
 import numpy as np
 
-
-def article(name):
-    """`"a seven"`, `"an eight"`."""
-    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
-
-
-def question(anchor, target):
-    """The question of the Visual Haystacks benchmark, with one needle."""
-    return f"For the image with {article(anchor)}, is there {article(target)}?"
+from keras_laid.haystacks.questions import question
+from keras_laid.haystacks.sampling import draw_pairs
+from keras_laid.haystacks.sampling import draw_questions
 
 
 class Haystacks(keras.utils.PyDataset):
@@ -94,10 +88,11 @@ class Haystacks(keras.utils.PyDataset):
 
         rng = np.random.default_rng(seed)
         # A needle shows (anchor, other): the target or another thing.
-        draws = rng.random((num_questions, len(source.names))).argsort(axis=1)
-        self.anchors, self.targets, others = draws[:, :3].T
+        self.anchors, self.targets, others, self._palettes = draw_questions(
+            len(source.names), num_questions, rng
+        )
         says_yes = rng.permutation(num_questions) % 2 == 0
-        self.beside = np.where(says_yes, self.targets, others)
+        self.beside = np.where(says_yes, self.targets, others[:, 0])
         count = len(self)
         self._batch_sizes = rng.permutation(
             np.resize(np.asarray(self.sizes), count)
@@ -175,15 +170,14 @@ class Haystacks(keras.utils.PyDataset):
 
     def _images(self, which, size, needles, rng):
         """Images of shape `(batch, size, height, width, 3)`, scaled."""
-        kinds = len(self.source.names)
-        # Two different things a straw, none of them the anchor: draw from the
-        # kinds but one, then step over the anchor.
-        pairs = rng.random((len(which), size, kinds - 1)).argsort(axis=-1)
-        pairs = pairs[..., :2]
-        anchors = self.anchors[which]
-        pairs = pairs + (pairs >= anchors[:, None, None])
-        row = np.arange(len(which))
-        pairs[row, needles] = np.stack([anchors, self.beside[which]], axis=1)
+        pairs = draw_pairs(
+            self._palettes[which],
+            self.anchors[which],
+            self.beside[which, None],
+            needles[:, None],
+            size,
+            rng,
+        )
         images = self.source.render(pairs.reshape(-1, 2), rng)
         images = images.reshape(len(which), size, *images.shape[1:])
         return (images * self._scale + self._offset).astype("float32")

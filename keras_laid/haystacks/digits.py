@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from keras_laid.haystacks.sampling import PairSource
+
 NAMES = (
     "zero",
     "one",
@@ -23,7 +25,7 @@ SPLITS = {
 PATCH = 8  # Pixels on a side of a drawing.
 
 
-class Digits:
+class Digits(PairSource):
     """Images with two different handwritten digits each.
 
     The drawings are scikit-learn's 1,797 digits of 8 x 8 pixels (UCI "Optical

@@ -17,7 +17,7 @@ def preprocessor():
 class Labels:
     """A source whose images are their labels, to look into haystacks."""
 
-    names = tuple("abcdefgh")
+    names = tuple("abcdefghijklmnopqrst")
     image_size = 16
 
     def render(self, pairs, rng):
@@ -39,6 +39,7 @@ def test_one_needle_and_the_right_answer(preprocessor):
             anchor = haystacks.anchors[number]
             needles = (labels[row] == anchor).any(axis=-1)
             assert needles.sum() == 1
+            assert len(np.unique(labels[row])) <= 10
             (needle,) = labels[row][needles]
             assert needle[0] != needle[1]
             answer = haystacks.targets[number] in needle

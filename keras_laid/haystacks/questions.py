@@ -1,0 +1,76 @@
+"""The wording of the Visual Haystacks benchmark, and the rules of scoring."""
+
+import re
+
+ANSWERS = ("yes", "no")
+
+
+def article(name):
+    """`"a seven"`, `"an eight"`, `"a unicorn"`, `"an hourglass"`.
+
+    By spelling, with one exception for each sound: `"an one"` is what the
+    embedded presets were trained on.
+    """
+    vowel = name[0].lower() in "aeiou" and not name.startswith("uni")
+    return f"{'an' if vowel or name.startswith('hour') else 'a'} {name}"
+
+
+def question(anchor, target):
+    """The question of the Visual Haystacks benchmark, with one needle."""
+    return f"For the image with {article(anchor)}, is there {article(target)}?"
+
+
+def multi_needle_question(anchor, target, quantifier):
+    """The benchmark's question with several needles.
+
+    Args:
+        anchor: String, a name; every needle shows it.
+        target: String, the name asked for.
+        quantifier: `"all"` or `"any"` of the needles.
+
+    Returns:
+        A string.
+    """
+    return (
+        f"For all images with {article(anchor)}, "
+        f"do {quantifier} of them contain {article(target)}?"
+    )
+
+
+def score(answer, expected, rule="strict"):
+    """Whether an answer in words is right.
+
+    Both rules ignore case and punctuation, and look at whole words: `"not"` is
+    no `"no"`. The official one looks for the expected word and for nothing
+    else, so that `"yes or no"` is right whatever was asked. The strict one
+    wants it to be the only one of `"yes"` and `"no"` in the answer.
+
+    Args:
+        answer: String, what a model said.
+        expected: `"yes"` or `"no"`.
+        rule: `"strict"` or `"official"`. Defaults to `"strict"`.
+
+    Returns:
+        A boolean.
+
+    Raises:
+        ValueError: If `expected` or `rule` is none of those.
+
+    Reference:
+     - The benchmark's `utils.py`, which splits words with NLTK; here they are
+       split at spaces and punctuation, not at hyphens and slashes.
+    """
+    if expected not in ANSWERS:
+        raise ValueError(
+            f"`expected` must be one of {ANSWERS}. "
+            f"Received: expected={expected!r}"
+        )
+    words = re.split(r"[\s,;:!?()\[\]{}\"*]+|--", answer.lower())
+    said = {word.strip(".'`") for word in words} & set(ANSWERS)
+    if rule == "strict":
+        return said == {expected}
+    if rule == "official":
+        return expected in said
+    raise ValueError(
+        f"`rule` must be one of ('strict', 'official'). Received: rule={rule!r}"
+    )
