@@ -84,8 +84,8 @@ CHOICES = {
         (256, 0, Tiles(32, 64, 4, 2, by_key=True)),
     ],
 }
-# Wider rows, or tiles of many heads at once.
-SMALL = Tiles(64, 32, 4, 1)
+# For float32, and for tiles of several heads at once: rows of so many bytes.
+SMALL = [(512, Tiles(64, 32, 4, 1)), (1024, Tiles(32, 32, 4, 1))]
 
 
 def choose_tiles(kernel, width, count, item_size=2, mixed=False):
@@ -99,12 +99,11 @@ def choose_tiles(kernel, width, count, item_size=2, mixed=False):
         item_size: Bytes of a number of queries and keys.
         mixed: Whether tiles of several teacher heads are in use at once.
     """
-    if mixed and width > 128:
-        return SMALL
-    for limit, least, tiles in CHOICES[kernel]:
-        if width * item_size <= 2 * limit and count >= least:
-            return tiles
-    return SMALL
+    if item_size == 2 and not (mixed and width > 128):
+        for limit, least, tiles in CHOICES[kernel]:
+            if width <= limit and count >= least:
+                return tiles
+    return next(t for limit, t in SMALL if width * item_size <= limit)
 
 
 def row_bounds(places, tiles, window):
