@@ -6,7 +6,7 @@ Appends rows to `benchmarks/results/attention_divergence.csv`: value and
 gradients of student queries and keys, for every implementation that runs here,
 beside the platform's own attention, forward and backward, at the same shape.
 Each measurement has a process of its own, so that its peak memory is its own.
-Then draws all rows of the same backend and device.
+Then draws all rows, a picture for each backend and device.
 """
 
 import argparse
@@ -235,41 +235,48 @@ def write_row(row):
     print(row)
 
 
-def draw():
-    """Time and memory over length, from the rows of this machine."""
+def read_lines():
+    """Rows by platform, shape of heads and implementation."""
+    lines = {}
     with PATH.open() as file:
-        rows = [
-            row
-            for row in csv.DictReader(file)
-            if (row["backend"], row["device"]) == (BACKEND, device())
-        ]
-    shapes = sorted({(int(row["heads"]), int(row["head_dim"])) for row in rows})
-    figure, axes = plt.subplots(
-        2, len(shapes), figsize=(5 * len(shapes), 7), squeeze=False
-    )
-    for column, (heads, head_dim) in zip(axes.T, shapes, strict=True):
-        lines = {}
-        for row in rows:
-            if (int(row["heads"]), int(row["head_dim"])) == (heads, head_dim):
-                lines.setdefault(row["implementation"], []).append(row)
-        for name, points in lines.items():
-            lengths = [int(row["length"]) for row in points]
-            ms = [float(row["device_ms"] or row["ms"]) for row in points]
-            column[0].plot(lengths, ms, marker="o", label=name)
-            mib = [float(row["peak_mib"]) for row in points]
-            column[1].plot(lengths, mib, marker="o", label=name)
-        column[0].set_title(f"{heads} heads of {head_dim}, {BACKEND}")
-        column[0].set_ylabel("ms, value and gradients")
-        column[1].set_ylabel("peak temporary MiB")
-        column[1].set_xlabel("length in tokens")
-        column[0].legend()
-        for axis in column:
-            axis.set_xscale("log", base=2)
-            axis.set_yscale("log")
-            axis.grid(alpha=0.3)
-    name = device().lower().replace(" ", "_")
-    figure.tight_layout()
-    figure.savefig(PATH.with_name(f"{PATH.stem}_{BACKEND}_{name}.png"), dpi=120)
+        for row in csv.DictReader(file):
+            platform = row["backend"], row["device"]
+            shape = int(row["heads"]), int(row["head_dim"])
+            of_shape = lines.setdefault(platform, {}).setdefault(shape, {})
+            of_shape.setdefault(row["implementation"], []).append(row)
+    return lines
+
+
+def draw():
+    """Time and memory over length, a picture for each platform with rows."""
+    for (backend, device_name), shapes in read_lines().items():
+        figure, axes = plt.subplots(
+            2, len(shapes), figsize=(5 * len(shapes), 7), squeeze=False
+        )
+        for column, (shape, lines) in zip(
+            axes.T, sorted(shapes.items()), strict=True
+        ):
+            for name, rows in lines.items():
+                rows = sorted(rows, key=lambda row: int(row["length"]))
+                lengths = [int(row["length"]) for row in rows]
+                ms = [float(row["device_ms"] or row["ms"]) for row in rows]
+                column[0].plot(lengths, ms, marker="o", label=name)
+                mib = [float(row["peak_mib"]) for row in rows]
+                column[1].plot(lengths, mib, marker="o", label=name)
+            column[0].set_title(f"{shape[0]} heads of {shape[1]}")
+            column[0].legend()
+            column[1].set_xlabel("length in tokens")
+            for axis in column:
+                axis.set_xscale("log", base=2)
+                axis.set_yscale("log")
+                axis.grid(alpha=0.3)
+        axes[0, 0].set_ylabel("ms, value and gradients")
+        axes[1, 0].set_ylabel("peak temporary MiB")
+        figure.suptitle(f"{backend} on {device_name}")
+        figure.tight_layout()
+        name = "_".join([PATH.stem, backend, *device_name.lower().split()])
+        figure.savefig(PATH.with_name(f"{name}.png"), dpi=120)
+        plt.close(figure)
 
 
 def main():
@@ -292,7 +299,13 @@ def main():
         help="beyond, its maps do not fit",
     )
     parser.add_argument("--one", help="measure this one here, and print it")
+    parser.add_argument(
+        "--draw", action="store_true", help="only draw the rows there are"
+    )
     args = parser.parse_args()
+    if args.draw:
+        draw()
+        return
     if args.one:
         print(
             json.dumps(
