@@ -223,12 +223,12 @@ windows = {
     name: keras_laid.effective_window(by_size)
     for name, by_size in accuracy.items()
 }
-before, _ = windows["before"]
-after, after_is_censored = windows["after"]
+before, after = windows["before"].window, windows["after"].window
+after_is_at_least = windows["after"].censored == "above"
 spectral.plot_accuracy(
     output / "accuracy.png",
     accuracy,
-    {name: window for name, (window, _) in windows.items()},
+    {name: found.window for name, found in windows.items()},
     trained_on=args.images,
 )
 spectral.plot_terms(output / "terms.png", history.history, steps_per_epoch)
@@ -241,7 +241,7 @@ results = {
         "before": before,
         "after": after,
         "ratio": after / before,
-        "after_is_at_least": after_is_censored,
+        "after_is_at_least": after_is_at_least,
     },
     "history": history.history,
     "settings": vars(args),
@@ -274,6 +274,6 @@ for name, by_size in accuracy.items():
     print(f"{name:<10}" + "".join(f"{by_size[size]:7.2f}" for size in sizes))
 print(
     f"effective window: {before:.1f} images before, "
-    f"{'at least ' if after_is_censored else ''}{after:.1f} after, "
+    f"{'at least ' if after_is_at_least else ''}{after:.1f} after, "
     f"{after / before:.1f} times longer"
 )

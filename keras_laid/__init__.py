@@ -15,7 +15,8 @@ from keras_laid.distillation.group_optimizer import group_optimizer
 from keras_laid.distillation.position_stretching import PositionStretching
 from keras_laid.haystacks.dataset import Haystacks
 from keras_laid.haystacks.digits import Digits
-from keras_laid.haystacks.evaluation import effective_window
+from keras_laid.haystacks.effective_window import effective_window
+from keras_laid.haystacks.effective_window import effective_window_interval
 from keras_laid.haystacks.evaluation import haystack_accuracy
 from keras_laid.layers.gain_modulated_rotary_embedding import (
     GainModulatedRotaryEmbedding,
@@ -35,6 +36,7 @@ __all__ = [
     "PositionStretching",
     "attach_gain_modulation",
     "effective_window",
+    "effective_window_interval",
     "fold_gain_modulation",
     "group_optimizer",
     "haystack_accuracy",

@@ -131,6 +131,7 @@ def test_public_names():
         "PositionStretching",
         "attach_gain_modulation",
         "effective_window",
+        "effective_window_interval",
         "fold_gain_modulation",
         "group_optimizer",
         "haystack_accuracy",

@@ -1,6 +1,4 @@
-"""Accuracy over haystack size, and the effective window."""
-
-import itertools
+"""Accuracy over haystack size."""
 
 import numpy as np
 from keras import ops
@@ -70,46 +68,3 @@ def first_answer_is_right(logits, y, sample_weight):
     first = np.argmax(sample_weight > 0, axis=1)
     predicted = ops.convert_to_numpy(ops.argmax(logits, axis=-1))
     return predicted[row, first] == y[row, first]
-
-
-def effective_window(accuracy, share=0.85, chance=0.5):
-    """The longest haystack over which accuracy stays near the shortest's.
-
-    The relative rule: accuracy above chance must stay at least `share` of what
-    it is at the smallest size. Between two measured sizes accuracy is
-    interpolated linearly in the logarithm of the size; the first crossing
-    counts, whatever follows.
-
-    Args:
-        accuracy: Dictionary from haystack size, in images, to accuracy, 0 to 1.
-        share: Float in `(0, 1]`. Defaults to `0.85`, as in NoLiMa.
-        chance: Float, accuracy of guessing. Defaults to `0.5`.
-
-    Returns:
-        A tuple `(window, censored)`: the window in images, and whether accuracy
-        never fell below, so that the true window is at least that.
-
-    Raises:
-        ValueError: If `accuracy` is empty, or at the smallest size is not above
-            chance.
-
-    Reference:
-     - [Modarressi et al., 2025](https://arxiv.org/abs/2502.05167), NoLiMa:
-       effective length at 85% of the base score.
-    """
-    if not accuracy:
-        raise ValueError("`accuracy` must have at least one size. Received: {}")
-    sizes = sorted(accuracy)
-    base = accuracy[sizes[0]] - chance
-    if base <= 0:
-        raise ValueError(
-            "Accuracy at the smallest size must be above `chance`. Received: "
-            f"accuracy[{sizes[0]}]={accuracy[sizes[0]]}, chance={chance}"
-        )
-    threshold = chance + share * base
-    for near, far in itertools.pairwise(sizes):
-        if accuracy[far] < threshold:
-            fall = accuracy[near] - accuracy[far]
-            part = (accuracy[near] - threshold) / fall
-            return float(near * (far / near) ** part), False
-    return float(sizes[-1]), True
