@@ -222,12 +222,14 @@ def _make_criterion(accuracy, rule="relative", tokens_per_image=None, **given):
             f"`rule` must be one of {tuple(TAKES)}. Received: rule={rule!r}"
         )
     given = {name: value for name, value in given.items() if value is not None}
-    for name in given.keys() - set(TAKES[rule]):
-        raise ValueError(
-            f"`{name}` must be left out with rule={rule!r}, which takes "
-            f"{TAKES[rule] or 'no arguments'}. Received: {name}={given[name]}. "
-            f"Leave it out, or choose a rule that takes it."
-        )
+    for name in given:
+        if name not in TAKES[rule]:
+            raise ValueError(
+                f"`{name}` must be left out with rule={rule!r}, which takes "
+                f"{TAKES[rule] or 'no arguments'}. Received: "
+                f"{name}={given[name]}. Leave it out, or choose a rule that "
+                "takes it."
+            )
     if rule == "absolute" and "threshold" not in given:
         raise ValueError(
             "`threshold` must be given with rule='absolute'. Received: "

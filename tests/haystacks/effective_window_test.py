@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -71,13 +73,10 @@ def test_threshold_itself_passes():
     assert window == (2.0, "above")
 
 
-@given(
-    st.floats(0.01, 1), st.floats(0, 0.99), st.integers(1, 9), st.floats(0, 1)
-)
-def test_base_passes_however_it_is_rounded(base, chance, size, share):
-    if base > chance and share > 0:
-        window = effective_window({size: base}, share=share, chance=chance)
-        assert window == (size, "above")
+def test_base_passes_however_its_threshold_is_rounded():
+    for base, chance in itertools.combinations(np.arange(100, -1, -1) / 100, 2):
+        window = effective_window({3: base}, share=1, chance=chance)
+        assert window == (3.0, "above")
 
 
 # The rules of two benchmarks, by rows of their tables.
