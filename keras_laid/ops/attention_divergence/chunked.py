@@ -13,7 +13,7 @@ from keras_laid.ops.attention_divergence import definition
 
 # Each block's maps have shape (batch, heads, block, keys).
 ROWS = 128  # The most a block has.
-ELEMENTS = 2**19  # About how many rows times keys it has, over long prompts.
+ELEMENTS = 2**18  # About how many rows times keys it has, over long prompts.
 
 
 class Block(NamedTuple):
