@@ -1,6 +1,7 @@
 """One suite, run against every implementation, with an oracle in float64."""
 
 import argparse
+import importlib
 import importlib.util
 import os
 from typing import NamedTuple
@@ -24,6 +25,10 @@ from tests.support import has_gpu
 from tests.support import to_numpy
 from tests.support import value_and_grads
 
+# The package's attribute of this name is the op.
+divergence_module = importlib.import_module(
+    "keras_laid.ops.attention_divergence"
+)
 BACKEND = keras.backend.backend()
 NAMES = ("student_query", "student_key", "mixture")
 needs_jax = pytest.mark.skipif(BACKEND != "jax", reason="A kernel for JAX.")
@@ -454,6 +459,27 @@ def test_kernels_are_refused_where_they_cannot_run(implementation):
         attention_divergence(
             *arguments(Case("odd")), implementation=implementation
         )
+
+
+@pytest.mark.parametrize(
+    ("capability", "fits"),
+    [("8.6", False), ("9.0", True), ("12.0", False), ("gfx942", False)],
+)
+def test_kernels_are_refused_on_chips_without_room(capability, fits):
+    reason = divergence_module.why_not_capability(capability)
+    assert (reason is None) == fits
+    assert fits or capability in reason
+
+
+def test_kernels_refuse_dtypes_that_they_do_not_take():
+    attention, teacher, *_ = arguments(Case("odd"))
+    sides = (
+        attention,
+        teacher._replace(query=ops.cast(teacher.query, "float16")),
+    )
+    why_not = divergence_module.why_not_inputs
+    assert "some are float32" in why_not(*sides, ("float16",))
+    assert why_not(*sides, ("float16", "float32")) is None
 
 
 @pytest.mark.parametrize(

@@ -31,26 +31,47 @@ def why_not_pallas(student, teacher, mask, distance, mixture):
 
     if jax.default_backend() != "gpu":
         return f"it runs on GPUs, and JAX runs on {jax.default_backend()}."
-    dtype = keras.backend.standardize_dtype(student.query.dtype)
-    if dtype == "float32":
-        return "it takes queries and keys of 16 bits, and these are float32."
-    return why_not_shapes(student, teacher)
+    return why_not_capability(
+        jax.devices()[0].compute_capability
+    ) or why_not_inputs(student, teacher, ("bfloat16", "float16"))
 
 
 def why_not_triton(student, teacher, mask, distance, mixture):
     if keras.backend.backend() != "torch":
         return f"it needs torch, not {keras.backend.backend()}."
-    if student.query.device.type != "cuda":
-        return f"it runs on CUDA, not on {student.query.device.type}."
+    device = student.query.device
+    if device.type != "cuda":
+        return f"it runs on CUDA, not on {device.type}."
     if importlib.util.find_spec("triton") is None:
         return "the package `triton` is not installed."
-    return why_not_shapes(student, teacher)
+    import torch
+
+    major, minor = torch.cuda.get_device_capability(device)
+    return why_not_capability(f"{major}.{minor}") or why_not_inputs(
+        student, teacher, ("bfloat16", "float16", "float32")
+    )
 
 
-def why_not_shapes(student, teacher):
-    width = max(student.query.shape[3], teacher.query.shape[3])
-    if width > WIDEST:
-        return f"head dims must be at most {WIDEST}, and one is {width}."
+def why_not_capability(capability):
+    """Other chips lack memory for the tiles, or what reads them."""
+    if capability.split(".")[0] not in ("9", "10"):
+        return (
+            "its tiles fit GPUs of compute capability 9 and 10, and this one "
+            f"has {capability}."
+        )
+    return None
+
+
+def why_not_inputs(student, teacher, dtypes):
+    for side in (student, teacher):
+        dtype = keras.backend.standardize_dtype(side.query.dtype)
+        if dtype not in dtypes:
+            return f"queries must be one of {dtypes}, and some are {dtype}."
+        if side.query.shape[3] > WIDEST:
+            return (
+                f"head dims must be at most {WIDEST}, and one is "
+                f"{side.query.shape[3]}."
+            )
     return None
 
 
@@ -89,7 +110,8 @@ def attention_divergence(
             `(student_heads, teacher_heads)` whose rows sum to 1: `p` of student
             head `s` is `sum_t mixture[s, t] * p_t`. `None` pairs equal heads.
         implementation: `None` for the first that can, or one of `"pallas"`
-            (fused, JAX on GPUs), `"triton"` (fused, torch on CUDA), `"chunked"`
+            (fused, JAX) and `"triton"` (fused, torch), both on NVIDIA GPUs of
+            compute capability 9 and 10 such as the H100, `"chunked"`
             (anywhere, holds some rows of the maps at a time) and
             `"definition"` (holds whole maps).
 

@@ -660,7 +660,7 @@ def attention_divergence(student, teacher, mask, distance, mixture):
             kernel,
             max(spec.width for spec in specs),
             own.size // own.shape[-1],
-            own.dtype.itemsize,
+            max(side.query.dtype.itemsize for side in (student, teacher)),
             mixture is not None,
         )
         if chosen.in_registers:

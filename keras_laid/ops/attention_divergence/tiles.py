@@ -88,7 +88,7 @@ CHOICES = {
 SMALL = [(512, Tiles(64, 32, 4, 1)), (1024, Tiles(32, 32, 4, 1))]
 
 
-def choose_tiles(kernel, width, count, item_size=2, mixed=False):
+def choose_tiles(kernel, width, count, item_size, mixed):
     """Wider heads leave less of the chip's memory for a tile.
 
     Args:
@@ -96,7 +96,7 @@ def choose_tiles(kernel, width, count, item_size=2, mixed=False):
         width: The wider head dim.
         count: Rows of all heads and examples, or keys where a program keeps
             those. Where there are few, small tiles keep all of a GPU busy.
-        item_size: Bytes of a number of queries and keys.
+        item_size: Bytes of a number of queries and keys, the wider model's.
         mixed: Whether tiles of several teacher heads are in use at once.
     """
     if item_size == 2 and not (mixed and width > 128):

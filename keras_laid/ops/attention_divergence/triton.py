@@ -1143,6 +1143,7 @@ class Call(NamedTuple):
     teacher_scale: float
     window: int | None
     exponent: float
+    item_size: int  # Bytes of a number, the wider model's.
 
     def form(self, kernel, own, mixture):
         """How a kernel is compiled, whose programs keep tiles of `own`."""
@@ -1156,7 +1157,7 @@ class Call(NamedTuple):
                 kernel,
                 max(self.student.width, self.teacher.width),
                 batch * length * heads,
-                own.element_size(),
+                self.item_size,
                 mixture is not None,
             ),
             over_rows=kernel == "key",
@@ -1390,5 +1391,6 @@ def attention_divergence(student, teacher, mask, distance, mixture):
         float(teacher.scale),
         mask.window,
         float(distance.exponent),
+        max(side.query.element_size() for side in (student, teacher)),
     )
     return Divergence.apply(*student[:2], mixture, *teacher[:2], call)
