@@ -2,6 +2,8 @@
 
 import math
 
+from keras.optimizers.schedules import LearningRateSchedule
+
 from keras_laid.backbones import decoder
 from keras_laid.backbones.multi_image_pali_gemma import (
     MultiImagePaliGemmaCausalLM,
@@ -10,9 +12,12 @@ from keras_laid.backbones.multi_image_pali_gemma import (
 
 def check_numbers(term_weights, temperature):
     for name, weight in term_weights.items():
+        if isinstance(weight, LearningRateSchedule):
+            continue
         if not (weight >= 0 and math.isfinite(weight)):
             raise ValueError(
-                f"`{name}_weight` must be a finite number, 0 or more. "
+                f"`{name}_weight` must be a finite number, 0 or more, or a "
+                "`keras.optimizers.schedules.LearningRateSchedule`. "
                 f"Received: {name}_weight={weight}"
             )
     if not any(term_weights.values()):

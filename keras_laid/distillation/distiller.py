@@ -60,10 +60,13 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         student: Another, with the same image tokens and tokenizer.
         distance_weighting: A `keras_laid.DistanceWeighting`. Defaults to
             `DistanceWeighting()`.
-        attention_weight: Float, 0 or more. Defaults to `1.0`.
-        query_key_weight: Float, 0 or more. Defaults to `0.0`; keep it small.
-        logits_weight: Float, 0 or more. Defaults to `1.0`.
-        supervised_weight: Float, 0 or more. Defaults to `1.0`.
+        attention_weight: Float, 0 or more, or a
+            `keras.optimizers.schedules.LearningRateSchedule` of training steps,
+            to fade the term in or out; so are the next three. Defaults to
+            `1.0`.
+        query_key_weight: Defaults to `0.0`; keep it small.
+        logits_weight: Defaults to `1.0`.
+        supervised_weight: Defaults to `1.0`.
         temperature: Float greater than 0, of the logits term. Defaults to
             `1.0`.
         layer_map: `"last"`, `"uniform"`, or pairs of indices
@@ -285,13 +288,18 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
                 y, y_pred, sample_weight=sample_weight
             )
         terms["loss"] = sum(self.losses) + sum(
-            weight * terms[name]
+            self.weight_now(name) * terms[name]
             for name, weight in self.term_weights.items()
             if weight
         )
         if training:
             self.step.assign(self.step + 1)
         return y_pred, terms
+
+    def weight_now(self, name):
+        """The weight of a term at the present step."""
+        weight = self.term_weights[name]
+        return weight(self.step) if callable(weight) else weight
 
     def attention_terms(self, x, sample_weight, student, teacher):
         """Attention and query/key terms, averaged over the layer pairs."""

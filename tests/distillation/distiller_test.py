@@ -188,6 +188,21 @@ def test_loss_is_the_weighted_sum_of_its_terms(preprocessor):
     np.testing.assert_allclose(logs["kl"], logs["logits"], rtol=1e-6)
 
 
+def test_a_term_fades_out_by_a_schedule(preprocessor):
+    fade = keras.optimizers.schedules.PolynomialDecay(2.0, 2)  # To 1e-4.
+    distiller = make_distiller(preprocessor, attention_weight=fade)
+    batch = make_haystacks(preprocessor, sizes=(2,))[0]
+    weights = []
+    for _ in range(4):
+        distiller.reset_metrics()
+        logs = distiller.train_on_batch(*batch, return_dict=True)
+        rest = logs["loss"] - logs["logits"] - logs["supervised"]
+        weights.append(rest / logs["attention"])
+    np.testing.assert_allclose(
+        weights, [2.0, 1.00005, 1e-4, 1e-4], rtol=1e-3, atol=1e-4
+    )
+
+
 @pytest.mark.parametrize(
     ("term", "needs_teacher"),
     [

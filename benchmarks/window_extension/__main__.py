@@ -1,0 +1,160 @@
+"""Trains every method of a config on several seeds, and keeps the rows.
+
+    KERAS_BACKEND=jax python -m benchmarks.window_extension --config short --tune
+    KERAS_BACKEND=jax python -m benchmarks.window_extension --config short
+
+The first tries each learning rate on one seed and measures on the validation
+split; the second takes each method's best and measures on the test split. Rows
+are appended to `benchmarks/results/window_extension.csv`: settings, accuracy by
+haystack size, commit, machine and versions. Runs that have a row already are
+passed over, so that the script can be stopped and started again, and several
+can share the work.
+"""
+
+import argparse
+import csv
+import fcntl
+import pathlib
+import time
+
+import keras
+import keras_hub
+
+import keras_laid
+from benchmarks.compare_methods import commit
+from benchmarks.compare_methods import machine
+from benchmarks.window_extension import methods as study
+from benchmarks.window_extension.settings import names_of_configs
+from benchmarks.window_extension.settings import read_settings
+
+RESULTS = pathlib.Path(__file__).parents[1] / "results/window_extension.csv"
+RUNS = pathlib.Path("runs/window_extension")
+SIZES = (1, 2, 5, 10, 20, 50, 100, 150)
+QUESTIONS = 256  # At each size.
+TUNING_SEED = 100
+KEY = ("config", "method", "seed", "split", "learning_rate")
+
+
+def measure(model, split, seed, sizes=SIZES):
+    """Accuracy by size, on questions that depend on the seed alone."""
+    return keras_laid.haystack_accuracy(
+        model,
+        keras_laid.Digits(split),
+        model.preprocessor,
+        sizes,
+        QUESTIONS,
+        seed=seed,
+        verbose=False,
+    )
+
+
+def run(settings, name, seed, split, learning_rate):
+    """Trains and measures once; returns the row."""
+    row = dict(
+        config=settings.name,
+        method=name,
+        seed=seed,
+        split=split,
+        learning_rate=learning_rate,
+        steps=settings.steps,
+        commit=commit(),
+    )
+    keras.utils.set_random_seed(seed)
+    student = study.load(keras_laid.presets.STUDENT)
+    began = time.time()
+    study.train(study.METHODS[name], settings, seed, learning_rate, student)
+    row["seconds_training"] = round(time.time() - began)
+    folder = RUNS / settings.name
+    folder.mkdir(parents=True, exist_ok=True)
+    if study.METHODS[name].lora_rank is None:
+        student.backbone.save_weights(
+            folder / f"{name}_{seed}_{split}_{learning_rate:g}.weights.h5"
+        )
+    accuracy = measure(student, split, seed)
+    row |= {f"accuracy_{size}": value for size, value in accuracy.items()}
+    return row | dict(
+        questions=QUESTIONS,
+        keras_laid=keras_laid.__version__,
+        keras=keras.__version__,
+        keras_hub=keras_hub.__version__,
+        backend=keras.backend.backend(),
+        machine=machine(),
+    )
+
+
+def read_rows():
+    if not RESULTS.exists():
+        return []
+    with RESULTS.open() as file:
+        return list(csv.DictReader(file))
+
+
+def append_row(row):
+    """Adds a row; processes that share the work take turns."""
+    with RESULTS.open("a", newline="") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        writer = csv.DictWriter(file, list(row))
+        if not file.tell():
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def is_done(row):
+    key = [str(row[name]) for name in KEY]
+    return key in [[old[name] for name in KEY] for old in read_rows()]
+
+
+def best_learning_rate(settings, method):
+    """The rate with the best mean accuracy on the validation split."""
+    tried = {
+        float(row["learning_rate"]): sum(
+            float(row[f"accuracy_{size}"]) for size in SIZES
+        )
+        for row in read_rows()
+        if row["config"] == settings.name
+        and row["method"] == method
+        and row["split"] == "validation"
+    }
+    if len(tried) < len(settings.learning_rates):
+        raise ValueError(
+            "Every learning rate must have been tried. Received: "
+            f"config={settings.name!r}, method={method!r}, tried {list(tried)} "
+            f"of {settings.learning_rates}. Run with `--tune` first."
+        )
+    return max(tried, key=tried.get)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, choices=names_of_configs())
+    parser.add_argument("--methods", nargs="+", help="default: the config's")
+    parser.add_argument("--seeds", nargs="+", type=int, default=range(5))
+    parser.add_argument("--tune", action="store_true")
+    args = parser.parse_args()
+    settings = read_settings(args.config)
+    names = args.methods or settings.methods
+    if args.tune:
+        runs = [
+            (name, TUNING_SEED, "validation", rate)
+            for rate in settings.learning_rates
+            for name in names
+        ]
+    else:
+        runs = [
+            (name, seed, "test", best_learning_rate(settings, name))
+            for seed in args.seeds
+            for name in names
+        ]
+    for number, (name, seed, split, rate) in enumerate(runs, 1):
+        key = (settings.name, name, seed, split, rate)
+        if is_done(dict(zip(KEY, key, strict=True))):
+            continue
+        print(f"Run {number} of {len(runs)}: {key}", flush=True)
+        append_row(run(settings, name, seed, split, rate))
+
+
+if __name__ == "__main__":
+    main()

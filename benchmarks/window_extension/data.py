@@ -1,0 +1,104 @@
+"""Training questions of which few have labels."""
+
+import collections
+import itertools
+
+import keras
+import numpy as np
+
+import keras_laid
+
+IGNORED = -1  # The label of an unlabelled question.
+
+
+def make_data(settings, preprocessor, uses_unlabelled, stretching, seed):
+    """The training batches of one run.
+
+    With both kinds of questions, half of each batch is labelled.
+    """
+    kinds = []
+    if settings.labelled:
+        kinds.append(settings.labelled)
+    if settings.unlabelled and uses_unlabelled:
+        kinds.append(settings.unlabelled)
+    parts = [
+        keras_laid.Haystacks(
+            keras_laid.Digits("train", augment=True),
+            preprocessor,
+            num_questions=count,
+            sizes=settings.sizes,
+            batch_size=settings.batch_size // len(kinds),
+            stretching=stretching,
+            seed=seed + 1000 * number,
+        )
+        for number, count in enumerate(kinds)
+    ]
+    if not settings.labelled:
+        return Unlabelled(parts[0])
+    if len(parts) == 1:
+        return parts[0]
+    return PartlyLabelled(parts[0], Unlabelled(parts[1]))
+
+
+class Unlabelled(keras.utils.PyDataset):
+    """Haystacks without their answers.
+
+    In place of the response stands the same token for every question, and only
+    its first token, which no answer precedes, is marked.
+    """
+
+    def __init__(self, haystacks):
+        super().__init__()
+        self.haystacks = haystacks
+
+    def __len__(self):
+        return len(self.haystacks)
+
+    def __getitem__(self, index):
+        x, y, sample_weight = self.haystacks[index]
+        response = x["response_mask"] > 0
+        any_token = x["token_ids"][0][response[0]][0]
+        x["token_ids"] = np.where(response, any_token, x["token_ids"])
+        is_first = np.cumsum(sample_weight > 0, axis=1) == 1
+        return x, np.full_like(y, IGNORED), sample_weight * is_first
+
+    def on_epoch_end(self):
+        self.haystacks.on_epoch_end()
+
+
+class PartlyLabelled(keras.utils.PyDataset):
+    """Each unlabelled batch joined with a labelled one of its size, in turn."""
+
+    def __init__(self, labelled, unlabelled):
+        super().__init__()
+        self.labelled = labelled
+        self.unlabelled = unlabelled
+        by_size = collections.defaultdict(list)
+        for index in range(len(labelled)):
+            by_size[images_in(labelled, index)].append(index)
+        self._partner = []
+        turns = {size: itertools.cycle(of) for size, of in by_size.items()}
+        for index in range(len(unlabelled)):
+            size = images_in(unlabelled, index)
+            self._partner.append(next(turns[size]))
+
+    def __len__(self):
+        return len(self.unlabelled)
+
+    def __getitem__(self, index):
+        batches = (
+            self.labelled[self._partner[index]],
+            self.unlabelled[index],
+        )
+        return keras.tree.map_structure(
+            lambda *parts: np.concatenate(parts), *batches
+        )
+
+    def on_epoch_end(self):
+        self.labelled.on_epoch_end()
+        self.unlabelled.on_epoch_end()
+
+
+def images_in(data, index):
+    """How many images a haystack of a batch holds."""
+    return data[index][0]["images"].shape[1]

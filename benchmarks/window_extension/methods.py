@@ -1,0 +1,165 @@
+"""The methods compared, each as what it changes."""
+
+import dataclasses
+
+import keras
+import keras_hub
+
+import keras_laid
+from benchmarks.window_extension.data import IGNORED
+from benchmarks.window_extension.data import make_data
+
+WINDOW = 150  # Stretched positions range over so many images.
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One way to train a student; the whole of LAid where nothing is said.
+
+    Attributes:
+        stretching: Boolean, whether positions are stretched.
+        gains: Boolean, whether rotary frequencies have trainable gains.
+        lora_rank: Integer, or `None` to train all weights.
+        fixed_mixer: Boolean, whether the mixers stay as they start.
+        terms: Dictionary of further arguments of
+            `keras_laid.DistanceWeightedAttentionDistillation`.
+    """
+
+    stretching: bool = True
+    gains: bool = True
+    lora_rank: int | None = None
+    fixed_mixer: bool = False
+    strength: float = 4.0
+    terms: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def has_teacher(self):
+        return any(
+            self.terms.get(f"{term}_weight", 1.0)
+            for term in ("attention", "query_key", "logits")
+        )
+
+
+def laid(stretching=True, gains=True, fixed_mixer=False, strength=4.0, **terms):
+    """LAid with some of its parts changed."""
+    defaults = {
+        "attention_weight": 0.3,
+        "query_key_weight": 0.1,
+        "layer_map": "last",
+    }
+    return Method(
+        stretching=stretching,
+        gains=gains,
+        fixed_mixer=fixed_mixer,
+        strength=strength,
+        terms=defaults | terms,
+    )
+
+
+def kd(stretching):
+    return laid(
+        stretching, gains=False, attention_weight=0.0, query_key_weight=0.0
+    )
+
+
+def sft(stretching, lora_rank=None):
+    return dataclasses.replace(
+        laid(
+            stretching,
+            gains=False,
+            attention_weight=0.0,
+            query_key_weight=0.0,
+            logits_weight=0.0,
+        ),
+        lora_rank=lora_rank,
+    )
+
+
+METHODS = {
+    "sft": sft(stretching=False),
+    "sft_stretched": sft(stretching=True),
+    "sft_lora": sft(stretching=False, lora_rank=8),
+    "sft_lora_stretched": sft(stretching=True, lora_rank=8),
+    "kd": kd(stretching=False),
+    "kd_stretched": kd(stretching=True),
+    "laid": laid(stretching=False),
+    "laid_stretched": laid(),
+}
+
+
+def train(method, settings, seed, learning_rate, student, callbacks=()):
+    """Trains a student in place; returns the distiller."""
+    teacher = load(keras_laid.presets.TEACHER)
+    image_length = student.backbone.image_sequence_length
+    stretching = keras_laid.PositionStretching(WINDOW, image_length)
+    data = make_data(
+        settings,
+        student.preprocessor,
+        uses_unlabelled=method.has_teacher,
+        stretching=stretching if method.stretching else None,
+        seed=seed,
+    )
+    if method.lora_rank:
+        student.backbone.enable_lora(method.lora_rank)
+    if method.gains:
+        keras_laid.attach_gain_modulation(student)
+    supervised_weight = 1.0 if settings.labelled else 0.0
+    distiller = keras_laid.DistanceWeightedAttentionDistillation(
+        teacher=several_images(teacher),
+        student=several_images(student),
+        distance_weighting=keras_laid.DistanceWeighting(method.strength),
+        supervised_weight=supervised_weight,
+        **method.terms,
+    )
+    for mixer in distiller.mixers:
+        mixer.trainable = not method.fixed_mixer
+    steps = settings.steps
+    distiller.compile(
+        keras_laid.group_optimizer(
+            student=adamw(learning_rate, steps),
+            mixer=adamw(10 * learning_rate, steps),
+            gains=adamw(10 * learning_rate, steps),
+        ),
+        loss=keras.losses.SparseCategoricalCrossentropy(
+            from_logits=True,
+            ignore_class=IGNORED,
+            reduction="mean_with_sample_weight",
+        ),
+    )
+    fit(distiller, data, steps, callbacks)
+    if method.gains:
+        keras_laid.fold_gain_modulation(student)
+    return distiller
+
+
+def fit(model, data, steps, callbacks=()):
+    """Trains for a number of steps, over as many epochs as that takes."""
+    per_epoch = min(len(data), steps)
+    epochs, rest = divmod(steps, per_epoch)
+    if rest:
+        raise ValueError(
+            "The steps must make whole epochs. "
+            f"Received: steps={steps}, {per_epoch} batches an epoch."
+        )
+    model.fit(
+        data,
+        epochs=epochs,
+        steps_per_epoch=per_epoch,
+        verbose=2,
+        callbacks=list(callbacks),
+    )
+
+
+def adamw(learning_rate, steps):
+    schedule = keras.optimizers.schedules.CosineDecay(
+        0.0, steps, warmup_target=learning_rate, warmup_steps=steps // 20
+    )
+    return keras.optimizers.AdamW(schedule, weight_decay=0.01, clipnorm=1.0)
+
+
+def load(preset):
+    return keras_hub.models.PaliGemmaCausalLM.from_preset(preset)
+
+
+def several_images(model):
+    return keras_laid.MultiImagePaliGemmaCausalLM.from_causal_lm(model)

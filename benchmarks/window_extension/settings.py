@@ -1,0 +1,54 @@
+"""What a config of the study says."""
+
+import dataclasses
+import pathlib
+import tomllib
+
+CONFIGS = pathlib.Path(__file__).parent / "configs"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """A regime: the student, the data, the budget, and the methods compared.
+
+    Attributes:
+        name: String, the name of the config.
+        description: String, one sentence.
+        methods: List of names in `methods.METHODS`.
+        labelled: Integer, training questions with their answer.
+        unlabelled: Integer, further training questions without. Methods that
+            have a teacher use them too; the others cannot.
+        sizes: List of integers, images in a training haystack.
+        steps: Integer, training steps of every method.
+        batch_size: Integer, questions a step, of every method.
+        learning_rates: List of floats, tried for every method.
+        first_sizes: List of integers. If not empty, the student is first
+            trained with labels on haystacks of these sizes.
+        first_steps: Integer, how long.
+        first_batch_size: Integer.
+        curve: List of integers: training steps at which accuracy is measured
+            as well, on the validation split.
+    """
+
+    name: str
+    description: str
+    methods: list
+    labelled: int
+    sizes: list
+    unlabelled: int = 0
+    steps: int = 500
+    batch_size: int = 40
+    learning_rates: tuple = (7e-4, 1.5e-3, 3e-3)
+    first_sizes: tuple = ()
+    first_steps: int = 0
+    first_batch_size: int = 8
+    curve: tuple = ()
+
+
+def read_settings(name):
+    path = CONFIGS / f"{name}.toml"
+    return Settings(name=name, **tomllib.loads(path.read_text()))
+
+
+def names_of_configs():
+    return sorted(path.stem for path in CONFIGS.glob("*.toml"))
