@@ -112,7 +112,7 @@ class ImagePrompts:
         self._family = family(model)
         self._preprocessor = self._family.causal_lm.preprocessor
         self._first_logits = FirstLogits(
-            self._family.causal_lm, self._family.hidden_states
+            model.backbone, self._family.hidden_states
         )
         self._family.causal_lm.compile(sampler="greedy")
         self._lengths = {}  # From a number of images to tokens of a prompt.
@@ -250,14 +250,17 @@ class ImagePrompts:
 class FirstLogits(keras.Model):
     """Reads logits at one position, so that no others are ever stored."""
 
-    def __init__(self, causal_lm, hidden_states):
+    def __init__(self, backbone, hidden_states):
         super().__init__()
-        self.causal_lm = causal_lm  # Tracked: compiled steps get its weights.
+        # Tracked, so that compiled steps are given its weights. The task is
+        # not: its preprocessor cannot be compiled, and Keras compiles all or
+        # nothing.
+        self.backbone = backbone
         self.hidden_states = hidden_states
+        self.built = True  # Else Keras would first run it uncompiled.
 
     def call(self, data):
         x = self.hidden_states(data["inputs"])
         last = data["last"][:, None, None]
         x = ops.take_along_axis(x, last, axis=1)
-        logits = self.causal_lm.backbone.token_embedding(x, reverse=True)
-        return logits[:, 0]
+        return self.backbone.token_embedding(x, reverse=True)[:, 0]

@@ -34,11 +34,12 @@ def evaluate_haystacks(
 
     A model can be asked in three ways:
 
-    | `through` | the answer | what is right |
-    | --- | --- | --- |
-    | `"logits"` | the most likely first token of the whole vocabulary | that the right answer begins with it |
-    | `"choice"` | yes or no, whichever is more likely to begin the answer | the right one |
-    | `"generate"` | words, generated greedily | `rule` decides, see `keras_laid.haystacks.score` |
+    - `"logits"`: of the whole vocabulary, the most likely token after the
+      prompt must be the one that the right answer begins with.
+    - `"choice"`: only yes and no are compared; the right one must be more
+      likely to begin the answer.
+    - `"generate"`: it answers in words, greedily, and `rule` says which are
+      right; see `keras_laid.haystacks.score`.
 
     Nothing here is random: questions, images and their order are those of the
     haystacks, which are drawn with a seed. Their order does not matter.
@@ -46,9 +47,9 @@ def evaluate_haystacks(
     Example:
 
     ```python
-    haystacks = draw_haystacks(Digits("test"), 4096, sizes=(1, 10, 100), seed=1)
-    results = keras_laid.evaluate_haystacks(model, haystacks, output="runs/mine")
-    keras_laid.effective_window(results.accuracy)
+    haystacks = draw_haystacks(Digits("test"), 4096, sizes=(1, 10, 100))
+    results = evaluate_haystacks(model, haystacks, output="runs/mine")
+    effective_window(results.accuracy)
     ```
 
     Args:

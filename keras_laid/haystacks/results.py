@@ -50,9 +50,7 @@ class HaystackResults:
     @property
     def questions(self):
         """From size to how many questions were asked."""
-        return {
-            size: len(records) for size, records in self._by_size().items()
-        }
+        return {size: len(records) for size, records in self._by_size().items()}
 
     @property
     def compliance(self):
@@ -119,7 +117,9 @@ class HaystackResults:
             ValueError: If `bins` is not positive.
         """
         if bins < 1:
-            raise ValueError(f"`bins` must be at least 1. Received: bins={bins}")
+            raise ValueError(
+                f"`bins` must be at least 1. Received: bins={bins}"
+            )
         ranges = {}
         for size, records in self._by_size().items():
             parts = min(bins, size)
