@@ -62,7 +62,7 @@ def student():
 
 
 def test_logits_and_words_agree(student):
-    haystacks = digits(32, sizes=(2, 20))
+    haystacks = digits(32, sizes=(2, 5))
     logits, words = (
         evaluate(student, haystacks, through=through)
         for through in ("logits", "generate")
@@ -72,20 +72,21 @@ def test_logits_and_words_agree(student):
     ]
     assert logits.accuracy == words.accuracy
     assert 0.8 < logits.accuracy[2] <= 1.0
-    assert 0.5 < logits.compliance[20] <= 1.0
+    assert 0.9 < logits.compliance[5] <= 1.0
 
 
-@pytest.mark.parametrize("tokens_per_batch", [64, 10_000])
-def test_an_untrained_model_answers_neither_yes_nor_no(tokens_per_batch):
+def test_an_untrained_model_answers_neither_yes_nor_no():
     # Any token of the vocabulary could be said, so that chance is not 0.5.
     model = make_pali_gemma(None, make_preprocessor())
     haystacks = digits(20)
-    strict = evaluate(model, haystacks, tokens_per_batch=tokens_per_batch)
+    strict = evaluate(model, haystacks, tokens_per_batch=128)
     assert max(strict.accuracy.values()) < 0.3
     assert max(strict.compliance.values()) < 0.3
     choice = evaluate(model, haystacks, through="choice")
     assert {r["answer"] for r in choice.records} <= {"yes", "no"}
-    assert min(choice.accuracy.values()) > 0.3
+    assert min(choice.accuracy.values()) > max(strict.accuracy.values())
+    for record in choice.records:
+        assert record["right"] == (record["answer"] == record["expected"])
     assert choice.compliance is None
 
 
@@ -175,15 +176,11 @@ def test_several_needles_count_once_each():
 
 
 def test_order_does_not_matter(student):
-    haystacks = digits(40, sizes=(1, 2, 7))
+    haystacks = digits(40, sizes=(1, 3))
     shuffled = [haystacks[i] for i in np.random.default_rng(0).permutation(40)]
     one, other = evaluate(student, haystacks), evaluate(student, shuffled)
     assert one.accuracy == other.accuracy
     assert one.by_position() == other.by_position()
-    assert (
-        one.questions == {1: 14, 2: 13, 7: 13}
-        or sum(one.questions.values()) == 40
-    )
 
 
 def fake_results(right, size=1):
