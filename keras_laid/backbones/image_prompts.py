@@ -8,6 +8,7 @@ from keras_hub.models import Gemma3CausalLM
 from keras_hub.models import Gemma3CausalLMPreprocessor
 from keras_hub.models import PaliGemmaCausalLM
 
+from keras_laid.backbones.decoder import replaced_method
 from keras_laid.backbones.multi_image_pali_gemma import (
     MultiImagePaliGemmaCausalLM,
 )
@@ -168,11 +169,22 @@ class ImagePrompts:
             max_tokens: Integer, tokens of an answer.
         """
         self._preprocess(images, prompts)  # How long they are.
-        return self._family.causal_lm.generate(
-            {"images": images, "prompts": list(prompts)},
-            max_length=self._lengths[images.shape[1]] + max_tokens,
-            strip_prompt=True,
-        )
+        to_words = self._preprocessor.generate_postprocess
+
+        def to_first_words(outputs):
+            # Short prompts leave room for longer answers than long ones.
+            return to_words(
+                {name: x[:, :max_tokens] for name, x in outputs.items()}
+            )
+
+        with replaced_method(
+            self._preprocessor, "generate_postprocess", to_first_words
+        ):
+            return self._family.causal_lm.generate(
+                {"images": images, "prompts": list(prompts)},
+                max_length=self._lengths[images.shape[1]] + max_tokens,
+                strip_prompt=True,
+            )
 
     def fingerprint(self):
         """A string that tells models and their weights apart.

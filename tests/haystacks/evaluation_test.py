@@ -1,8 +1,6 @@
 import csv
 import io
 import json
-import subprocess
-import sys
 
 import keras
 import keras_hub
@@ -15,10 +13,10 @@ from keras_laid import Digits
 from keras_laid import HaystackEvaluation
 from keras_laid import draw_haystacks
 from keras_laid import evaluate_haystacks
+from keras_laid.backbones.image_prompts import ImagePrompts
 from keras_laid.haystacks import Haystack
 from keras_laid.haystacks import HaystackResults
 from keras_laid.haystacks.digits import NAMES
-from keras_laid.haystacks.evaluation import PROMPTS
 from tests.support import make_haystacks
 from tests.support import make_multi_image
 from tests.support import make_pali_gemma
@@ -123,15 +121,12 @@ def test_prompts_by_name_and_of_ones_own():
 
 
 def test_a_long_prompt_is_not_cut(student):
-    # The preset's preprocessor has room for 16 tokens.
-    haystacks = digits(8, sizes=(1,))
-    plain = evaluate(student, haystacks)
-    long = evaluate(student, haystacks, prompt=PROMPTS["official"])
-    longer = evaluate(
-        student, haystacks, prompt="and what " * 40 + "{question}"
-    )
-    answers = [r.records for r in (plain, long, longer)]
-    assert answers[0] != answers[1] != answers[2]
+    # The preset's preprocessor has room for 16 tokens, what differs comes last.
+    prompts = ImagePrompts(student)
+    images = np.stack([digits(1)[0].images] * 2)
+    texts = ["and what " * 40 + question for question in ("a six", "a two")]
+    one, other = prompts.first_logits(images, texts)
+    assert np.abs(one - other).max() > 1e-3
     assert student.preprocessor.sequence_length == 16
 
 
@@ -345,7 +340,7 @@ def test_refuses_answers_of_other_weights(tmp_path):
     one = evaluate(model, haystacks, output=tmp_path)
     assert evaluate(model, haystacks, output=tmp_path) == one
     kernel = model.backbone.transformer_layers[-1].trainable_variables[0]
-    kernel.assign(kernel * 1.01)
+    kernel.assign(kernel + 0.01)
     with pytest.raises(ValueError, match="Received: model=.*weights"):
         evaluate(model, haystacks, output=tmp_path)
 
@@ -581,7 +576,7 @@ def test_gemma3_both_ways():
         assert one["answer"].strip() == other["answer"].strip()
     assert model.preprocessor.max_images_per_prompt == 2
     # All images are seen: without one, the model says something else.
-    prompts = keras_laid.backbones.image_prompts.ImagePrompts(model)
+    prompts = ImagePrompts(model)
     images = np.stack([h.images for h in haystacks if len(h.images) == 5])
     texts = [prompts.fill("{question}", 5, question="is there?")] * len(images)
     seen = prompts.first_logits(images, texts)
@@ -593,14 +588,3 @@ def test_gemma3_both_ways():
     for word in ("yes", "no"):
         texts = {prompts.text(t).strip() for t in prompts.first_tokens(word)}
         assert texts == {word, word.capitalize()}
-
-
-def test_no_picture_is_drawn_without_need():
-    code = (
-        "import sys, keras_laid\n"
-        "keras_laid.evaluate_haystacks(lambda i, p: ['yes'] * len(p),"
-        " keras_laid.draw_haystacks(keras_laid.Digits('test'), 4, (1,)),"
-        " through='generate', verbose=False)\n"
-        "assert 'matplotlib' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
