@@ -23,9 +23,10 @@ from keras_laid.distillation.position_stretching import PositionStretching
 from keras_laid.haystacks.dataset import Haystacks
 from keras_laid.haystacks.digits import NAMES
 from keras_laid.haystacks.digits import Digits
-from keras_laid.haystacks.evaluation import haystack_accuracy
+from keras_laid.haystacks.evaluation import evaluate_haystacks
 from keras_laid.haystacks.questions import article
 from keras_laid.haystacks.questions import question
+from keras_laid.haystacks.sampling import draw_haystacks
 
 CAPTION_PROMPT = "What is in the image?"
 EPOCHS = 10  # Of a stage: a stage is saved, and can be resumed, this often.
@@ -214,21 +215,21 @@ def make(name, recipe, preprocessor, runs, presets, seed):
         train(model, stage, data, str(runs / f"{name}_{number}"))
         pali_gemma.backbone.save_weights(weights)
         sizes = (1, 5, 10, 20, 50, 100, 150)
-        accuracy = haystack_accuracy(
-            model, Digits("validation"), preprocessor, sizes, 256
-        )
+        accuracy = measure(pali_gemma, "validation", sizes, 256, seed=0)
         print(f"{name}, stage {number}, validation: {accuracy}")
     pali_gemma.save_to_preset(str(presets / name))
-    accuracy = haystack_accuracy(
-        pali_gemma,
-        Digits("test"),
-        preprocessor,
-        sizes=(1, 2, 5, 10, 20, 50, 100, 150),
-        num_questions=1024,
-        seed=1,
-    )
+    sizes = (1, 2, 5, 10, 20, 50, 100, 150)
+    accuracy = measure(pali_gemma, "test", sizes, 1024, seed=1)
     card = write_card(name, pali_gemma.backbone, recipe, accuracy, seed)
     (presets / name / "README.md").write_text(card)
+
+
+def measure(model, split, sizes, num_questions, seed):
+    """Accuracy by size, from `num_questions` questions of each."""
+    haystacks = draw_haystacks(
+        Digits(split), num_questions * len(sizes), sizes, seed=seed
+    )
+    return evaluate_haystacks(model, haystacks).accuracy
 
 
 def write_card(name, backbone, recipe, accuracy, seed):

@@ -125,14 +125,13 @@ haystacks = keras_laid.Haystacks(
 
 def measure(name, model):
     print(f"Accuracy of the {name}:", flush=True)
-    return keras_laid.haystack_accuracy(
+    results = keras_laid.evaluate_haystacks(
         model,
-        test_digits,
-        preprocessor,
-        sizes,
-        test_questions,
-        seed=args.seed + 1,
+        keras_laid.draw_haystacks(
+            test_digits, test_questions * len(sizes), sizes, seed=args.seed + 1
+        ),
     )
+    return results.accuracy
 
 
 sample, _, _ = keras_laid.Haystacks(

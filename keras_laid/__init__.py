@@ -13,11 +13,13 @@ from keras_laid.distillation.distiller import (
 )
 from keras_laid.distillation.group_optimizer import group_optimizer
 from keras_laid.distillation.position_stretching import PositionStretching
+from keras_laid.haystacks.callback import HaystackEvaluation
 from keras_laid.haystacks.dataset import Haystacks
 from keras_laid.haystacks.digits import Digits
 from keras_laid.haystacks.effective_window import effective_window
 from keras_laid.haystacks.effective_window import effective_window_interval
-from keras_laid.haystacks.evaluation import haystack_accuracy
+from keras_laid.haystacks.evaluation import evaluate_haystacks
+from keras_laid.haystacks.sampling import draw_haystacks
 from keras_laid.layers.gain_modulated_rotary_embedding import (
     GainModulatedRotaryEmbedding,
 )
@@ -30,16 +32,18 @@ __all__ = [
     "DistanceWeightedAttentionDistillation",
     "DistanceWeighting",
     "GainModulatedRotaryEmbedding",
+    "HaystackEvaluation",
     "Haystacks",
     "HeadMixer",
     "MultiImagePaliGemmaCausalLM",
     "PositionStretching",
     "attach_gain_modulation",
+    "draw_haystacks",
     "effective_window",
     "effective_window_interval",
+    "evaluate_haystacks",
     "fold_gain_modulation",
     "group_optimizer",
-    "haystack_accuracy",
     "presets",
     "rotary_positions",
 ]

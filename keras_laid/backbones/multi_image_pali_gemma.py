@@ -81,6 +81,11 @@ class MultiImagePaliGemmaCausalLM(PaliGemmaCausalLM):
         return cls(causal_lm.backbone, causal_lm.preprocessor)
 
     def call(self, inputs, training=None, mask=None):
+        x = self.hidden_states(inputs)
+        return self.backbone.token_embedding(x, reverse=True)
+
+    def hidden_states(self, inputs):
+        """What logits are read from, of shape `(batch, length, hidden)`."""
         backbone = self.backbone
         image_embeddings = self.encode_images(inputs["images"])
         text_embeddings = self.embed_text(inputs["token_ids"])
@@ -93,8 +98,7 @@ class MultiImagePaliGemmaCausalLM(PaliGemmaCausalLM):
                     response_mask=inputs["response_mask"],
                 )
         # Only the text is read out: the images' logits would cost the most.
-        x = x[:, ops.shape(image_embeddings)[1] :]
-        return backbone.token_embedding(backbone.layer_norm(x), reverse=True)
+        return backbone.layer_norm(x[:, ops.shape(image_embeddings)[1] :])
 
     # KerasHub's own three read arrays and tf.data only, for preprocessing. The
     # batches of a `PyDataset` are taken as preprocessed.

@@ -16,6 +16,7 @@ from keras_laid.haystacks.openmoji import OpenMoji
 from keras_laid.haystacks.question_files import Question
 from keras_laid.haystacks.question_files import read_questions
 from keras_laid.haystacks.questions import score
+from keras_laid.haystacks.results import HaystackResults
 from keras_laid.haystacks.sampling import Haystack
 from keras_laid.haystacks.sampling import PairSource
 from keras_laid.haystacks.sampling import draw_haystacks
@@ -25,6 +26,7 @@ __all__ = [
     "Digits",
     "Haystack",
     "HaystackConfig",
+    "HaystackResults",
     "Haystacks",
     "OpenMoji",
     "PairSource",

@@ -271,7 +271,7 @@ def _check_accuracy(accuracy):
     if not accuracy:
         raise ValueError(
             "`accuracy` must have at least one size. Received: accuracy={}. "
-            "Measure some with `haystack_accuracy`."
+            "Measure some with `evaluate_haystacks`."
         )
     for size, value in accuracy.items():
         if not isinstance(size, numbers.Real) or not size > 0:
@@ -300,7 +300,7 @@ def _make_counts(questions, sizes):
             raise ValueError(
                 "`questions` must be integers above 0. Received: "
                 f"{count!r} at size {size}. Pass how many were asked, "
-                "`num_questions` of `haystack_accuracy`."
+                "`questions` of what `evaluate_haystacks` returns."
             )
     return np.array([questions[size] for size in sizes])
 

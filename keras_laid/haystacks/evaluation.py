@@ -1,70 +1,305 @@
-"""Accuracy over haystack size."""
+"""Asks a model questions about haystacks, and counts what it gets right."""
 
+import keras
 import numpy as np
-from keras import ops
 from tqdm import tqdm
 
-from keras_laid.backbones.multi_image_pali_gemma import (
-    MultiImagePaliGemmaCausalLM,
-)
-from keras_laid.haystacks.dataset import Haystacks
+from keras_laid.backbones.image_prompts import ImagePrompts
+from keras_laid.haystacks.answer_log import AnswerLog
+from keras_laid.haystacks.coco import read_image
+from keras_laid.haystacks.questions import ANSWERS
+from keras_laid.haystacks.questions import PROMPTS
+from keras_laid.haystacks.questions import RULES
+from keras_laid.haystacks.questions import complies
+from keras_laid.haystacks.questions import score
+from keras_laid.haystacks.results import HaystackResults
+
+WAYS = ("logits", "choice", "generate")
+TEXT_LENGTH = 32  # About how many tokens a question takes.
 
 
-def haystack_accuracy(
+def evaluate_haystacks(
     model,
-    source,
-    preprocessor,
-    sizes,
-    num_questions=512,
+    haystacks,
+    through="logits",
+    rule="strict",
+    prompt="question",
+    max_answer_tokens=8,
     tokens_per_batch=8192,
-    seed=0,
+    root=None,
+    output=None,
     verbose=True,
 ):
-    """Measures how often a model answers single-needle questions rightly.
+    """Measures how often a model answers questions about haystacks rightly.
 
-    Scoring is strict: of the whole vocabulary, the most likely first token of
-    the response must be that of the right answer.
+    A model can be asked in three ways:
+
+    - `"logits"`: of the whole vocabulary, the most likely token after the
+      prompt must be the one that the right answer begins with.
+    - `"choice"`: only yes and no are compared; the right one must be more
+      likely to begin the answer.
+    - `"generate"`: it answers in words, greedily, and `rule` says which are
+      right; see `keras_laid.haystacks.score`.
+
+    Nothing here is random: questions, images and their order are those of the
+    haystacks, which are drawn with a seed. Their order does not matter.
+
+    Example:
+
+    ```python
+    haystacks = draw_haystacks(Digits("test"), 4096, sizes=(1, 10, 100))
+    results = evaluate_haystacks(model, haystacks, output="runs/mine")
+    effective_window(results.accuracy)
+    ```
 
     Args:
-        model: A `keras_hub.models.PaliGemmaCausalLM` or
-            `keras_laid.MultiImagePaliGemmaCausalLM`.
-        source: Source of images, such as `keras_laid.Digits("test")`.
-        preprocessor: The preprocessor of the model's preset.
-        sizes: Sequence of integers, numbers of images.
-        num_questions: Integer, questions for each size.
-        tokens_per_batch: Integer, about how many tokens one forward pass
-            holds.
-        seed: Integer; questions depend on it alone.
+        model: A `keras_hub.models.PaliGemmaCausalLM`, a
+            `keras_laid.MultiImagePaliGemmaCausalLM` or a
+            `keras_hub.models.Gemma3CausalLM`, with its preprocessor; or a
+            function of a list of images for each question (as the haystacks
+            hold them) and a list of prompts, which returns a list of strings.
+        haystacks: Iterable of `keras_laid.haystacks.Haystack`, of any sizes in
+            any order: `draw_haystacks(...)`, `question.haystack(rng)` of
+            `read_questions`, or `Haystack.from_example(example)` of the
+            dataset. No more than a batch of each size is held at a time.
+        through: `"logits"`, `"choice"` or `"generate"`, the only one for a
+            function. Defaults to `"logits"`.
+        rule: `"strict"`, or `"official"` with `through="generate"` alone, the
+            benchmark's own, by which "yes or no" is always right. Defaults to
+            `"strict"`.
+        prompt: `"question"`, the question alone; `"official"`, the benchmark's
+            own prompt; or a string with `{question}` and maybe `{images}` in
+            it, such as `"answer en {question}\\n"`. Images stand first unless
+            it says where. Defaults to `"question"`.
+        max_answer_tokens: Integer, for `through="generate"`. Defaults to `8`.
+        tokens_per_batch: Integer, about how many tokens of images and text one
+            batch holds; at least one question. Defaults to `8192`.
+        root: Folder that paths are relative to, for haystacks of paths.
+        output: Optional folder. `answers.jsonl` gets a line for each question
+            as soon as it is answered; called again with the same folder, the
+            questions answered already are skipped. At the end come
+            `results.csv`, `results.json`, `accuracy.png` and `positions.png`.
         verbose: Boolean, whether to show a progress bar.
 
     Returns:
-        A dictionary from size to accuracy, 0 to 1, chance being 0.5.
+        A `keras_laid.haystacks.HaystackResults`.
+
+    Raises:
+        ValueError: If an argument is none of those above; if there are no
+            haystacks; if the family of the model is unknown, the model has no
+            preprocessor or its answers cannot be told apart by their first
+            token; if images have the wrong size; or if `output` holds answers
+            of another model, to other questions or asked otherwise.
+
+    Reference:
+     - [Wu et al., 2025](https://arxiv.org/abs/2407.13766). The official prompt
+       is that of `solvers/base_solver.py`, the official rule that of
+       `run_eval` in `utils.py`, both of
+       https://github.com/visual-haystacks/vhs_benchmark, commit 1a9abb5. It
+       takes the order of images from an unseeded generator; here they are
+       shuffled when haystacks are drawn.
     """
-    # Without a preprocessor: these batches are preprocessed.
-    model = MultiImagePaliGemmaCausalLM(model.backbone)
-    accuracy = {}
-    for size in tqdm(sizes, desc="haystacks", disable=not verbose):
-        length = size * model.backbone.image_sequence_length
-        haystacks = Haystacks(
-            source,
-            preprocessor,
-            num_questions,
-            sizes=(size,),
-            batch_size=max(1, min(num_questions, tokens_per_batch // length)),
-            seed=seed,
-        )
-        right = 0
-        for index in range(len(haystacks)):
-            x, y, sample_weight = haystacks[index]
-            logits = model.predict_on_batch(x)
-            right += np.sum(first_answer_is_right(logits, y, sample_weight))
-        accuracy[size] = float(right / num_questions)
-    return accuracy
+    asking = Asking(model, through, rule, prompt, max_answer_tokens, root)
+    return asking.evaluate(haystacks, tokens_per_batch, output, verbose)
 
 
-def first_answer_is_right(logits, y, sample_weight):
-    """Whether the first marked token of each row is predicted: `(batch,)`."""
-    row = np.arange(len(y))
-    first = np.argmax(sample_weight > 0, axis=1)
-    predicted = ops.convert_to_numpy(ops.argmax(logits, axis=-1))
-    return predicted[row, first] == y[row, first]
+class Asking:
+    """A model and a way to ask it; see `evaluate_haystacks`."""
+
+    def __init__(
+        self,
+        model,
+        through="logits",
+        rule="strict",
+        prompt="question",
+        max_answer_tokens=8,
+        root=None,
+    ):
+        for name, value, choices in (
+            ("through", through, WAYS),
+            ("rule", rule, RULES),
+        ):
+            if value not in choices:
+                raise ValueError(
+                    f"`{name}` must be one of {choices}. "
+                    f"Received: {name}={value!r}"
+                )
+        if rule == "official" and through != "generate":
+            raise ValueError(
+                "The official rule reads words, which only `through="
+                f"'generate'` makes. Received: rule={rule!r}, "
+                f"through={through!r}. Pass `through='generate'`, or leave "
+                "out `rule`."
+            )
+        self.template = PROMPTS.get(prompt, prompt)
+        if "{question}" not in self.template:
+            raise ValueError(
+                f"`prompt` must be one of {tuple(PROMPTS)}, or hold "
+                f"'{{question}}'. Received: prompt={prompt!r}"
+            )
+        if max_answer_tokens < 1:
+            raise ValueError(
+                "`max_answer_tokens` must be at least 1. "
+                f"Received: max_answer_tokens={max_answer_tokens}"
+            )
+        self.through = through
+        self.rule = rule
+        self.max_answer_tokens = max_answer_tokens
+        self.root = root
+        self.function, self.prompts = None, None
+        if callable(model) and not isinstance(model, keras.Model):
+            if through != "generate":
+                raise ValueError(
+                    "A function answers in words. Received: a function and "
+                    f"through={through!r}. Pass `through='generate'`."
+                )
+            self.function = model
+        else:
+            self.prompts = ImagePrompts(model)
+            self.first_tokens = self._first_tokens()
+
+    def evaluate(self, haystacks, tokens_per_batch, output, verbose):
+        """Asks all, each size in batches of its own."""
+        log = AnswerLog(output, self.settings())
+        waiting = {}  # From a size to numbered haystacks.
+        filled = set()  # Sizes of which a whole batch has been asked.
+        total = len(haystacks) if hasattr(haystacks, "__len__") else None
+        numbered = enumerate(haystacks)
+        with tqdm(
+            desc="haystacks", total=total, disable=not verbose
+        ) as progress:
+
+            def ask(batch, rows):
+                log.add(self._ask(batch, rows))
+                progress.update(len(batch))
+
+            for index, haystack in numbered:
+                if log.has(index, haystack):
+                    progress.update()
+                    continue
+                size = len(haystack.images)
+                rows = self._rows(size, tokens_per_batch)
+                batch = waiting.setdefault(size, [])
+                batch.append((index, haystack))
+                if len(batch) == rows:
+                    ask(waiting.pop(size), rows)
+                    filled.add(size)
+            for size, batch in sorted(waiting.items()):
+                # As many rows as before, so that nothing is compiled anew.
+                rows = self._rows(size, tokens_per_batch)
+                ask(batch, rows if size in filled else len(batch))
+        results = HaystackResults(log.records(), log.settings)
+        if output is not None:
+            results.save(output)
+        return results
+
+    def settings(self):
+        """What answers depend on, besides the haystacks."""
+        settings = {
+            "through": self.through,
+            "rule": self.rule,
+            "prompt": self.template,
+        }
+        if self.through == "generate":
+            settings["max_answer_tokens"] = self.max_answer_tokens
+        if self.prompts is not None:
+            settings["model"] = self.prompts.fingerprint()
+        return settings
+
+    def _rows(self, size, tokens_per_batch):
+        image_length = self.prompts.image_length if self.prompts else 256
+        return max(1, tokens_per_batch // (size * image_length + TEXT_LENGTH))
+
+    def _ask(self, batch, rows):
+        """Answers a batch of haystacks of one size: a list of records."""
+        haystacks = [haystack for _, haystack in batch]
+        size = len(haystacks[0].images)
+        if self.function is not None:
+            texts = [
+                self.template.format(images="", question=haystack.question)
+                for haystack in haystacks
+            ]
+            images = [haystack.images for haystack in haystacks]
+            answers = list(self.function(images, texts))
+            if len(answers) != len(texts):
+                raise ValueError(
+                    "The function must return one answer a prompt. Received: "
+                    f"{len(answers)} answers to {len(texts)} prompts."
+                )
+            judged = self._judge_words(answers, haystacks)
+        else:
+            padded = haystacks + haystacks[-1:] * (rows - len(haystacks))
+            images = np.stack([self._images(h.images) for h in padded])
+            texts = [
+                self.prompts.fill(self.template, size, question=h.question)
+                for h in padded
+            ]
+            judged = self._judge(images, texts, haystacks)
+        return [
+            AnswerLog.record(index, haystack, *verdict)
+            for (index, haystack), verdict in zip(batch, judged, strict=True)
+        ]
+
+    def _judge(self, images, texts, haystacks):
+        """What a model answers, whether it is right, and whether it complies.
+
+        `images` and `texts` may have more rows than there are haystacks.
+        """
+        if self.through == "generate":
+            answers = self.prompts.generate(
+                images, texts, self.max_answer_tokens
+            )
+            return self._judge_words(answers[: len(haystacks)], haystacks)
+        logits = self.prompts.first_logits(images, texts)[: len(haystacks)]
+        if self.through == "choice":
+            yes, no = (
+                np.logaddexp.reduce(logits[:, sorted(self.first_tokens[a])], 1)
+                for a in ANSWERS
+            )
+            answers = np.where(yes > no, "yes", "no").tolist()
+            return [
+                (answer, answer == haystack.answer, None)
+                for answer, haystack in zip(answers, haystacks, strict=True)
+            ]
+        either = set().union(*self.first_tokens.values())
+        return [
+            (
+                self.prompts.text(token),
+                token in self.first_tokens[haystack.answer],
+                token in either,
+            )
+            for token, haystack in zip(
+                logits.argmax(axis=1).tolist(), haystacks, strict=True
+            )
+        ]
+
+    def _judge_words(self, answers, haystacks):
+        return [
+            (
+                answer,
+                score(answer, haystack.answer, self.rule),
+                complies(answer, self.rule),
+            )
+            for answer, haystack in zip(answers, haystacks, strict=True)
+        ]
+
+    def _images(self, images):
+        if not isinstance(images[0], str):
+            return images
+        if self.root is None:
+            raise ValueError(
+                "`root` must be given for haystacks of paths. Received: "
+                f"root=None and images[0]={images[0]!r}. Pass the folder that "
+                "the paths are relative to."
+            )
+        height, _ = self.prompts.image_size
+        return np.stack([read_image(self.root, p, height) for p in images])
+
+    def _first_tokens(self):
+        tokens = {word: self.prompts.first_tokens(word) for word in ANSWERS}
+        if tokens["yes"] & tokens["no"]:
+            raise ValueError(
+                "Yes and no must begin with different tokens. Received: a "
+                f"tokenizer with {tokens}. Pass `through='generate'`."
+            )
+        return tokens

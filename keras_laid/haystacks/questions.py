@@ -3,6 +3,13 @@
 import re
 
 ANSWERS = ("yes", "no")
+RULES = ("strict", "official")
+# By name, what is asked of a model, with the question in it.
+PROMPTS = {
+    "question": "{question}",
+    "official": "You are given a set of images. Please answer the following "
+    "question in Yes or No: {question}",
+}
 
 
 def article(name):
@@ -65,12 +72,40 @@ def score(answer, expected, rule="strict"):
             f"`expected` must be one of {ANSWERS}. "
             f"Received: expected={expected!r}"
         )
-    words = re.split(r"[\s,;:!?()\[\]{}\"*]+|--", answer.lower())
-    said = {word.strip(".'`") for word in words} & set(ANSWERS)
-    if rule == "strict":
+    said = _said(answer)
+    if _is_strict(rule):
         return said == {expected}
-    if rule == "official":
-        return expected in said
-    raise ValueError(
-        f"`rule` must be one of ('strict', 'official'). Received: rule={rule!r}"
-    )
+    return expected in said
+
+
+def complies(answer, rule="strict"):
+    """Whether an answer in words is yes or no at all, be it right or wrong.
+
+    By the official rule it holds `"yes"`, `"no"` or both, by the strict one
+    only one of them.
+
+    Args:
+        answer: String, what a model said.
+        rule: `"strict"` or `"official"`. Defaults to `"strict"`.
+
+    Returns:
+        A boolean.
+
+    Raises:
+        ValueError: If `rule` is none of those.
+    """
+    said = _said(answer)
+    return len(said) == 1 if _is_strict(rule) else bool(said)
+
+
+def _said(answer):
+    words = re.split(r"[\s,;:!?()\[\]{}\"*]+|--", answer.lower())
+    return {word.strip(".'`") for word in words} & set(ANSWERS)
+
+
+def _is_strict(rule):
+    if rule not in RULES:
+        raise ValueError(
+            f"`rule` must be one of {RULES}. Received: rule={rule!r}"
+        )
+    return rule == "strict"

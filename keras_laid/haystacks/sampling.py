@@ -34,6 +34,25 @@ class Haystack:
     needles: tuple
     images: object
 
+    @classmethod
+    def from_example(cls, example):
+        """Makes one from an example of the dataset `visual_haystacks`.
+
+        Args:
+            example: Dictionary of NumPy values, of `tfds.as_numpy` or
+                `tfds.data_source`.
+        """
+        texts = ("question", "answer", "anchor", "target")
+        return cls(
+            needles=tuple(int(needle) for needle in example["needles"]),
+            images=example["images"],
+            **{name: _decoded(example[name]) for name in texts},
+        )
+
+
+def _decoded(text):
+    return text.decode() if isinstance(text, bytes) else str(text)
+
 
 def draw_questions(kinds, count, rng):
     """Draws what questions are about, from names numbered `0` to `kinds - 1`.

@@ -1,35 +1,590 @@
+import csv
+import io
+import json
+
+import keras
+import keras_hub
 import numpy as np
 import pytest
+import sentencepiece
 
+import keras_laid
 from keras_laid import Digits
-from keras_laid import haystack_accuracy
-from keras_laid.haystacks.evaluation import first_answer_is_right
+from keras_laid import HaystackEvaluation
+from keras_laid import draw_haystacks
+from keras_laid import evaluate_haystacks
+from keras_laid.backbones.image_prompts import ImagePrompts
+from keras_laid.haystacks import Haystack
+from keras_laid.haystacks import HaystackResults
+from keras_laid.haystacks.digits import NAMES
+from tests.support import make_haystacks
+from tests.support import make_multi_image
 from tests.support import make_pali_gemma
 from tests.support import make_preprocessor
 
 
-def test_only_the_first_token_of_the_answer_counts():
-    y = np.array([[5, 7, 1], [5, 8, 1], [5, 8, 1]])
-    weight = np.array([[0, 1, 1]] * 3)
-    logits = np.zeros((3, 3, 10), "float32")
-    logits[0, 1, 7] = logits[1, 1, 7] = logits[2, 1, 9] = 1.0
-    np.testing.assert_array_equal(
-        first_answer_is_right(logits, y, weight), [True, False, False]
+def digits(num_questions=24, sizes=(1, 3), seed=0, **kwargs):
+    return list(
+        draw_haystacks(
+            Digits("test"), num_questions, sizes, seed=seed, **kwargs
+        )
     )
 
 
-@pytest.mark.parametrize("tokens_per_batch", [64, 10_000])
-def test_an_untrained_model_answers_nothing(tokens_per_batch):
-    # Strict scoring: any other token than the right answer is wrong.
+def evaluate(model, haystacks, **kwargs):
+    return evaluate_haystacks(model, haystacks, verbose=False, **kwargs)
+
+
+def knower(haystacks, answer):
+    """A function that answers by looking its question's images up."""
+    known = {h.images.tobytes(): h for h in haystacks}
+
+    def function(images, prompts):
+        return [answer(known[np.asarray(i).tobytes()]) for i in images]
+
+    return function
+
+
+def opposite(answer):
+    return "no" if answer == "yes" else "yes"
+
+
+@pytest.fixture(scope="module")
+def student():
+    return keras_hub.models.PaliGemmaCausalLM.from_preset(
+        keras_laid.presets.STUDENT
+    )
+
+
+# What is right.
+
+
+def test_logits_and_words_agree(student):
+    haystacks = digits(32, sizes=(2, 5))
+    logits, words = (
+        evaluate(student, haystacks, through=through)
+        for through in ("logits", "generate")
+    )
+    assert [r["answer"].strip() for r in logits.records] == [
+        r["answer"].strip() for r in words.records
+    ]
+    assert logits.accuracy == words.accuracy
+    assert 0.8 < logits.accuracy[2] <= 1.0
+    assert 0.9 < logits.compliance[5] <= 1.0
+
+
+def test_an_untrained_model_answers_neither_yes_nor_no():
+    # Any token of the vocabulary could be said, so that chance is not 0.5.
+    model = make_pali_gemma(None, make_preprocessor())
+    haystacks = digits(20)
+    strict = evaluate(model, haystacks, tokens_per_batch=128)
+    assert max(strict.accuracy.values()) < 0.3
+    assert max(strict.compliance.values()) < 0.3
+    choice = evaluate(model, haystacks, through="choice")
+    assert {r["answer"] for r in choice.records} <= {"yes", "no"}
+    assert min(choice.accuracy.values()) > max(strict.accuracy.values())
+    for record in choice.records:
+        assert record["right"] == (record["answer"] == record["expected"])
+    assert choice.compliance is None
+
+
+def test_yes_or_no_is_right_for_the_official_rule_alone():
+    haystacks = digits()
+
+    def both(images, prompts):
+        return ["Yes or no."] * len(prompts)
+
+    strict = evaluate(both, haystacks, through="generate")
+    assert set(strict.accuracy.values()) == {0.0}
+    assert set(strict.compliance.values()) == {0.0}
+    official = evaluate(both, haystacks, through="generate", rule="official")
+    assert set(official.accuracy.values()) == {1.0}
+    assert set(official.compliance.values()) == {1.0}
+
+
+def test_prompts_by_name_and_of_ones_own():
+    asked = []
+
+    def function(images, prompts):
+        asked.extend(prompts)
+        return ["yes"] * len(prompts)
+
+    haystack = digits(1)[0]
+    for prompt in ("question", "official", "{images}answer en {question}\n"):
+        evaluate(function, [haystack], through="generate", prompt=prompt)
+    assert asked == [
+        haystack.question,
+        "You are given a set of images. Please answer the following question "
+        f"in Yes or No: {haystack.question}",
+        f"answer en {haystack.question}\n",
+    ]
+
+
+def test_a_long_prompt_is_not_cut(student):
+    # The preset's preprocessor has room for 16 tokens, what differs comes last.
+    prompts = ImagePrompts(student)
+    images = np.stack([digits(1)[0].images] * 2)
+    texts = ["and what " * 40 + question for question in ("a six", "a two")]
+    one, other = prompts.first_logits(images, texts)
+    assert np.abs(one - other).max() > 1e-3
+    assert student.preprocessor.sequence_length == 16
+
+
+# What is counted.
+
+
+def test_positions_and_sizes():
+    haystacks = digits(400, sizes=(1, 2, 5, 12))
+
+    def first_half(haystack):
+        middle = (haystack.needles[0] + 0.5) / len(haystack.images)
+        right = middle < 0.5
+        return haystack.answer if right else opposite(haystack.answer)
+
+    results = evaluate(
+        knower(haystacks, first_half), haystacks, through="generate"
+    )
+    assert results.questions == {1: 100, 2: 100, 5: 100, 12: 100}
+    positions = results.by_position(bins=4)
+    assert [len(parts) for parts in positions.values()] == [1, 2, 4, 4]
+    assert [p.accuracy for p in positions[2]] == [1.0, 0.0]
+    assert [p.accuracy for p in positions[12]] == [1.0, 1.0, 0.0, 0.0]
+    for size, parts in positions.items():
+        assert sum(part.questions for part in parts) == 100
+        assert parts[0].low == 0.0 and parts[-1].high == 1.0
+        right = sum((p.accuracy or 0) * p.questions for p in parts)
+        assert right / 100 == pytest.approx(results.accuracy[size])
+    in_first_part = sum(
+        h.needles[0] < 3 for h in haystacks if len(h.images) == 12
+    )
+    assert positions[12][0].questions == in_first_part
+
+
+def test_several_needles_count_once_each():
+    haystacks = digits(30, sizes=(6,), needles=(2,))
+    results = evaluate(
+        knower(haystacks, lambda h: h.answer), haystacks, through="generate"
+    )
+    parts = results.by_position(bins=3)[6]
+    assert sum(part.questions for part in parts) == 60
+    assert results.questions == {6: 30}
+
+
+def test_order_does_not_matter(student):
+    haystacks = digits(40, sizes=(1, 3))
+    shuffled = [haystacks[i] for i in np.random.default_rng(0).permutation(40)]
+    one, other = evaluate(student, haystacks), evaluate(student, shuffled)
+    assert one.accuracy == other.accuracy
+    assert one.by_position() == other.by_position()
+
+
+def fake_results(right, size=1):
+    records = tuple(
+        dict(index=i, size=size, needles=[0], right=bool(r), complied=True)
+        for i, r in enumerate(right)
+    )
+    return HaystackResults(records, {"through": "logits"})
+
+
+def test_intervals_cover_as_often_as_they_say():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(400):
+        results = fake_results(rng.random(100) < 0.8)
+        low, high = results.intervals(0.9, resamples=400)[1]
+        covered += low <= 0.8 <= high
+    assert 0.84 < covered / 400 < 0.96
+
+
+def test_intervals_follow_confidence_and_seed():
+    results = fake_results(np.arange(100) % 4 > 0)
+    narrow, wide = (results.intervals(c)[1] for c in (0.5, 0.99))
+    assert wide[0] < narrow[0] < 0.75 < narrow[1] < wide[1]
+    assert results.intervals(seed=1) == results.intervals(seed=1)
+    # A normal distribution's, to within what 100 questions can show.
+    low, high = results.intervals()[1]
+    assert high - low == pytest.approx(2 * 1.96 * 0.0433, abs=0.021)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda r: r.intervals(1.0), "`confidence` must be in"),
+        (lambda r: r.intervals(resamples=0), "`resamples` must be"),
+        (lambda r: r.by_position(0), "`bins` must be"),
+    ],
+)
+def test_results_refuse(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(fake_results([True]))
+
+
+# What is kept.
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_goes_on_after_an_interruption(tmp_path):
+    haystacks = digits(60, sizes=(1, 4))
+    asked = []
+
+    def function(images, prompts):
+        if stop and len(asked) >= 20:
+            raise Interrupted
+        asked.extend(prompts)
+        return [("yes", "no")[len(p) % 2] for p in prompts]
+
+    def run(output):
+        return evaluate(
+            function,
+            haystacks,
+            through="generate",
+            tokens_per_batch=10 * 1056,  # 36 questions of 1 image, 10 of 4.
+            output=output,
+        )
+
+    stop = False
+    whole = run(tmp_path / "whole")
+    asked.clear()
+    stop = True
+    with pytest.raises(Interrupted):
+        run(tmp_path / "cut")
+    path = tmp_path / "cut" / "answers.jsonl"
+    answered = len(path.read_text().splitlines())
+    assert 0 < answered < 60
+    assert not (tmp_path / "cut" / "results.csv").exists()
+    with path.open("a") as file:
+        file.write('{"index": 59, "size"')  # The crash came while writing.
+    stop = False
+    asked.clear()
+    resumed = run(tmp_path / "cut")
+    assert len(asked) == 60 - answered
+    assert resumed == whole
+    asked.clear()
+    assert run(tmp_path / "cut") == whole
+    assert not asked
+    for name in ("results.csv", "results.json"):
+        one, other = (tmp_path / run / name for run in ("whole", "cut"))
+        assert one.read_text() == other.read_text()
+
+
+def test_files(tmp_path):
+    haystacks = digits(40, sizes=(1, 4))
+    results = evaluate(
+        knower(haystacks, lambda h: h.answer),
+        haystacks,
+        through="generate",
+        output=tmp_path,
+    )
+    with (tmp_path / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["size"] for row in rows] == ["1", "4"]
+    assert [float(row["accuracy"]) for row in rows] == [1.0, 1.0]
+    assert [int(row["questions"]) for row in rows] == [20, 20]
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert content["settings"]["rule"] == "strict"
+    assert len(content["positions"]["4"]) == 4
+    for name in ("accuracy.png", "positions.png"):
+        assert (tmp_path / name).stat().st_size > 5000
+    record = json.loads((tmp_path / "answers.jsonl").read_text().split("\n")[0])
+    assert record == results.records[record["index"]]
+    assert keras_laid.effective_window(results.accuracy).censored == "above"
+
+
+def begin(tmp_path, haystacks):
+    function = knower(haystacks, lambda h: "yes")
+    evaluate(function, haystacks, through="generate", output=tmp_path)
+    return function
+
+
+def test_refuses_answers_to_other_questions(tmp_path):
+    haystacks = digits()
+    function = begin(tmp_path, haystacks)
+    arguments = dict(through="generate", output=tmp_path)
+    for others in (
+        digits(seed=1),
+        haystacks[1:],
+        # The same questions about other drawings.
+        list(draw_haystacks(Digits("validation"), 24, (1, 3), seed=0)),
+    ):
+        with pytest.raises(ValueError, match="with the haystacks it was begun"):
+            evaluate(function, others, **arguments)
+    with pytest.raises(ValueError, match="has 4 more. Pass all"):
+        evaluate(function, haystacks[:20], **arguments)
+
+
+def test_refuses_answers_to_another_way_of_asking(tmp_path):
+    haystacks = digits()
+    function = begin(tmp_path, haystacks)
+    for change in (
+        dict(prompt="official"),
+        dict(rule="official"),
+        dict(max_answer_tokens=9),
+    ):
+        with pytest.raises(ValueError, match="go on as it was begun"):
+            evaluate(
+                function,
+                haystacks,
+                through="generate",
+                output=tmp_path,
+                **change,
+            )
+
+
+def test_refuses_answers_of_other_weights(tmp_path):
+    haystacks = digits(4)
     preprocessor = make_preprocessor()
-    accuracy = haystack_accuracy(
-        make_pali_gemma(None, preprocessor),
-        Digits("test"),
-        preprocessor,
-        sizes=(1, 2),
-        num_questions=20,
-        tokens_per_batch=tokens_per_batch,
+    model = make_pali_gemma(None, preprocessor)
+    one = evaluate(model, haystacks, output=tmp_path)
+    assert evaluate(model, haystacks, output=tmp_path) == one
+    kernel = model.backbone.transformer_layers[-1].trainable_variables[0]
+    kernel.assign(kernel + 0.01)
+    with pytest.raises(ValueError, match="Received: model=.*weights"):
+        evaluate(model, haystacks, output=tmp_path)
+
+
+def test_refuses_a_broken_record(tmp_path):
+    haystacks = digits()
+    function = begin(tmp_path, haystacks)
+    path = tmp_path / "answers.jsonl"
+    path.write_text("not JSON\n" + path.read_text())
+    with pytest.raises(ValueError, match="line 1 of .*Delete the line"):
+        evaluate(function, haystacks, through="generate", output=tmp_path)
+
+
+# What is refused.
+
+
+def yes(images, prompts):
+    return ["yes"] * len(prompts)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(through="telepathy"), "`through` must be one of"),
+        (dict(rule="lenient", through="generate"), "`rule` must be one of"),
+        (dict(rule="official"), "The official rule reads words"),
+        (dict(prompt="Well?"), "`prompt` must be one of"),
+        (dict(through="logits"), "A function answers in words"),
+        (dict(through="generate", max_answer_tokens=0), "must be at least 1"),
+    ],
+)
+def test_refuses_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(yes, digits(), **arguments)
+
+
+def test_refuses_models_and_haystacks_it_cannot_ask():
+    haystacks = digits(4)
+    with pytest.raises(ValueError, match="one of .*PaliGemmaCausalLM.*Gemma3"):
+        evaluate(keras.Sequential(), haystacks)
+    with pytest.raises(ValueError, match="must have a preprocessor"):
+        evaluate(make_pali_gemma(), haystacks)
+    model = make_pali_gemma(None, make_preprocessor())
+    with pytest.raises(ValueError, match="stand before all text"):
+        evaluate(model, haystacks, prompt="{question}{images}")
+    with pytest.raises(ValueError, match="must have the size that the model"):
+        evaluate(model, draw_haystacks(Digits("test", 32), 4, (1,)))
+    with pytest.raises(ValueError, match="at least one haystack"):
+        evaluate(model, iter(()))
+    paths = Haystack("Q?", "yes", "a", "b", (0,), ["val2017/1.jpg"])
+    with pytest.raises(ValueError, match="`root` must be given"):
+        evaluate(model, [paths])
+    with pytest.raises(ValueError, match="one answer a prompt"):
+        evaluate(lambda images, prompts: [], haystacks, through="generate")
+
+
+# During training.
+
+
+class Wrapper(keras.Model):
+    """A model in training with a student, as distillers have."""
+
+    def __init__(self, student):
+        super().__init__()
+        self.student = student
+
+    def call(self, inputs):
+        return self.student(inputs)
+
+
+def compiled(model):
+    model.compile(
+        keras.optimizers.SGD(0.5),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    return model
+
+
+@pytest.mark.parametrize("kind", ["itself", "student", "distiller"])
+def test_callback_sees_current_weights(kind, tmp_path, capsys):
+    preprocessor = make_preprocessor()
+    student = make_multi_image(None, preprocessor)
+    # Learned in an epoch: always the answer that the data always have.
+    data = make_haystacks(preprocessor, num_questions=32)
+    if kind == "distiller":
+        model = keras_laid.DistanceWeightedAttentionDistillation(
+            teacher=make_multi_image(None, preprocessor, seed=1),
+            student=student,
+        )
+        model.compile(keras.optimizers.SGD(0.5))
+    else:
+        model = compiled(student if kind == "itself" else Wrapper(student))
+    haystacks = digits(16)
+    evaluation = HaystackEvaluation(haystacks, every=2)
+    seen = []
+
+    class Watch(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            seen.append(evaluation.results)
+
+    log = tmp_path / "log.csv"
+    history = model.fit(
+        data,
+        epochs=3,
+        verbose=0,
+        callbacks=[evaluation, Watch(), keras.callbacks.CSVLogger(log)],
+    )
+    after = evaluate(student, haystacks)
+    # Epochs 1 and 3 are evaluated, and weights had changed in between.
+    assert seen[0] is seen[1] and seen[1] is not seen[2]
+    assert seen[2].records == after.records
+    assert [r["answer"] for r in seen[0].records] != [
+        r["answer"]
+        for r in evaluate(
+            make_pali_gemma(None, preprocessor), haystacks
+        ).records
+    ]
+    for size, accuracy in after.accuracy.items():
+        found = history.history[f"haystack_accuracy_{size}"]
+        assert len(found) == 2 and found[1] == accuracy
+    assert "effective_window" in history.history
+    assert "haystack_accuracy_3" in log.read_text().split("\n")[0]
+    assert capsys.readouterr().out.count("haystack accuracy by images") == 2
+
+
+def test_callback_reports_the_window_and_reads_a_function(student, capsys):
+    evaluation = HaystackEvaluation(
+        lambda: draw_haystacks(Digits("test"), 32, (1, 2)),
+        model=student,
         verbose=False,
     )
-    assert accuracy.keys() == {1, 2}
-    assert max(accuracy.values()) <= 0.65
+    evaluation.set_model(keras.Sequential())
+    evaluation.on_train_begin()
+    logs = {}
+    evaluation.on_epoch_end(0, logs)
+    assert logs["effective_window"] == pytest.approx(
+        keras_laid.effective_window(evaluation.results.accuracy).window
+    )
+    assert logs["haystack_accuracy_1"] > 0.8
+    assert capsys.readouterr().out == ""
+
+
+def test_callback_refuses():
+    with pytest.raises(ValueError, match="readable in every epoch"):
+        HaystackEvaluation(draw_haystacks(Digits("test"), 4, (1,)))
+    with pytest.raises(ValueError, match="`every` must be at least 1"):
+        HaystackEvaluation([], every=0)
+
+
+# Other families.
+
+
+def make_gemma3(image_size=16):
+    """A tiny Gemma 3 with images, and one preset's worth of vocabulary."""
+    from keras_hub.src.models.gemma3.gemma3_vision_encoder import (
+        Gemma3VisionEncoder,
+    )
+
+    questions = [
+        f"For the image with a {a}, is there a {b}?"
+        for a in NAMES
+        for b in NAMES
+    ]
+    proto = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(questions + ["yes", "no", "Yes", "No"] * 20),
+        model_writer=proto,
+        model_type="bpe",
+        vocab_size=150,
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        pad_piece="<pad>",
+        eos_piece="<eos>",
+        bos_piece="<bos>",
+        unk_piece="<unk>",
+        user_defined_symbols=[
+            "<start_of_image>",
+            "<end_of_image>",
+            "<img>",
+            "<start_of_turn>",
+            "<end_of_turn>",
+            "\n\n",
+        ],
+        minloglevel=2,
+    )
+    tokenizer = keras_hub.models.Gemma3Tokenizer(proto=proto.getvalue())
+    preprocessor = keras_hub.models.Gemma3CausalLMPreprocessor(
+        tokenizer=tokenizer,
+        image_converter=keras_hub.layers.Gemma3ImageConverter(
+            image_size=(image_size, image_size), scale=1 / 127.5, offset=-1.0
+        ),
+        sequence_length=40,
+        max_images_per_prompt=2,
+        num_vision_tokens_per_image=4,
+    )
+    keras.utils.set_random_seed(0)
+    backbone = keras_hub.models.Gemma3Backbone(
+        vocabulary_size=tokenizer.vocabulary_size(),
+        image_size=image_size,
+        num_layers=2,
+        num_query_heads=2,
+        num_key_value_heads=1,
+        hidden_dim=16,
+        intermediate_dim=24,
+        head_dim=8,
+        vision_encoder=Gemma3VisionEncoder(
+            image_size=image_size,
+            patch_size=4,
+            pool_size=2,
+            num_layers=1,
+            num_heads=2,
+            hidden_dim=8,
+            intermediate_dim=16,
+            output_dim=16,
+        ),
+    )
+    return keras_hub.models.Gemma3CausalLM(
+        backbone=backbone, preprocessor=preprocessor
+    )
+
+
+def test_gemma3_both_ways():
+    model = make_gemma3()
+    # More images than its own preprocessor takes.
+    haystacks = digits(12, sizes=(1, 3, 5))
+    prompt = "{images}{question}"
+    logits = evaluate(model, haystacks, prompt=prompt)
+    words = evaluate(model, haystacks, through="generate", max_answer_tokens=1)
+    assert logits.questions == words.questions == {1: 4, 3: 4, 5: 4}
+    for one, other in zip(logits.records, words.records, strict=True):
+        assert one["answer"].strip() == other["answer"].strip()
+    assert model.preprocessor.max_images_per_prompt == 2
+    # All images are seen: without one, the model says something else.
+    prompts = ImagePrompts(model)
+    images = np.stack([h.images for h in haystacks if len(h.images) == 5])
+    texts = [prompts.fill("{question}", 5, question="is there?")] * len(images)
+    seen = prompts.first_logits(images, texts)
+    for place in range(5):
+        blank = images.copy()
+        blank[:, place] = 128
+        assert np.abs(prompts.first_logits(blank, texts) - seen).max() > 1e-6
+    # Any spelling of an answer that is one token.
+    for word in ("yes", "no"):
+        texts = {prompts.text(t).strip() for t in prompts.first_tokens(word)}
+        assert texts == {word, word.capitalize()}

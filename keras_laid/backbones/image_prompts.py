@@ -1,0 +1,278 @@
+"""Prompts with several images, as each family of KerasHub wants them."""
+
+import zlib
+
+import keras
+from keras import ops
+from keras_hub.models import Gemma3CausalLM
+from keras_hub.models import Gemma3CausalLMPreprocessor
+from keras_hub.models import PaliGemmaCausalLM
+
+from keras_laid.backbones.decoder import replaced_method
+from keras_laid.backbones.multi_image_pali_gemma import (
+    MultiImagePaliGemmaCausalLM,
+)
+
+LENGTH_STEP = 16  # Sequences are padded to multiples, to compile few shapes.
+
+
+class PaliGemmaPrompts:
+    """All images stand before the text; their tokens are no part of it."""
+
+    causal_lm_class = PaliGemmaCausalLM
+    placeholder = ""
+
+    def __init__(self, model):
+        self.causal_lm = MultiImagePaliGemmaCausalLM.from_causal_lm(model)
+        self.image_length = model.backbone.image_sequence_length
+        self.hidden_states = self.causal_lm.hidden_states
+
+    def first_length(self, images):
+        """A first guess of how long a prompt with `images` images is."""
+        return LENGTH_STEP
+
+    def set_images(self, images):
+        """Prepares for prompts with `images` images each."""
+
+
+class Gemma3Prompts:
+    """A placeholder in the text stands for each image."""
+
+    causal_lm_class = Gemma3CausalLM
+    preprocessor_class = Gemma3CausalLMPreprocessor
+    placeholder = "<start_of_image>"
+
+    def __init__(self, model):
+        # The numbers of images and tokens are set for each batch. The
+        # preprocessor is the user's, who has others in mind.
+        theirs = model.preprocessor
+        self.image_length = theirs.num_vision_tokens_per_image
+        self.causal_lm = self.causal_lm_class(
+            backbone=model.backbone,
+            preprocessor=self.preprocessor_class(
+                tokenizer=theirs.tokenizer,
+                image_converter=theirs.image_converter,
+                sequence_length=theirs.sequence_length,
+                add_start_token=theirs.add_start_token,
+                add_end_token=theirs.add_end_token,
+                max_images_per_prompt=theirs.max_images_per_prompt,
+                num_vision_tokens_per_image=self.image_length,
+            ),
+        )
+        self.hidden_states = model.backbone
+
+    def first_length(self, images):
+        # An image also has a start, an end and line breaks.
+        length = images * (self.image_length + 4) + 2 * LENGTH_STEP
+        return -(-length // LENGTH_STEP) * LENGTH_STEP
+
+    def set_images(self, images):
+        self.causal_lm.preprocessor.max_images_per_prompt = images
+
+
+FAMILIES = (PaliGemmaPrompts, Gemma3Prompts)
+
+
+class ImagePrompts:
+    """Asks a KerasHub model about several images at once.
+
+    It shares the layers and weights of the model, and leaves it as it is.
+
+    Args:
+        model: A `keras_hub.models.CausalLM` of one of the families above, with
+            its preprocessor.
+
+    Attributes:
+        image_length: Integer, tokens of an image.
+        image_size: Tuple of integers, height and width of images in pixels.
+
+    Raises:
+        ValueError: If the family is unknown, or the model has no preprocessor
+            for images.
+    """
+
+    def __init__(self, model):
+        family = next(
+            (f for f in FAMILIES if isinstance(model, f.causal_lm_class)), None
+        )
+        if family is None:
+            names = [f.causal_lm_class.__name__ for f in FAMILIES]
+            raise ValueError(
+                "The model must be of a family whose prompts are known to hold "
+                f"several images, one of {names} of KerasHub. "
+                f"Received: {type(model).__name__}. Pass a function of images "
+                "and prompts for any other."
+            )
+        if model.preprocessor is None or not model.preprocessor.image_converter:
+            raise ValueError(
+                "The model must have a preprocessor with an image converter. "
+                f"Received: {type(model).__name__} with "
+                f"preprocessor={model.preprocessor}. Pass the model of a "
+                "preset, or set `model.preprocessor`."
+            )
+        self._family = family(model)
+        self._preprocessor = self._family.causal_lm.preprocessor
+        self._first_logits = FirstLogits(
+            model.backbone, self._family.hidden_states
+        )
+        self._family.causal_lm.compile(sampler="greedy")
+        self._lengths = {}  # From a number of images to tokens of a prompt.
+        self.image_length = self._family.image_length
+        size = model.backbone.image_size
+        self.image_size = (size, size) if isinstance(size, int) else tuple(size)
+
+    def fill(self, template, images, **texts):
+        """A prompt: images, where the template says `{images}`, and texts.
+
+        Args:
+            template: String. Without `{images}`, these stand first.
+            images: Integer, how many.
+            **texts: Strings for the other names in the template.
+
+        Returns:
+            A string.
+
+        Raises:
+            ValueError: If images stand elsewhere than the family has them.
+        """
+        if "{images}" not in template:
+            template = "{images}" + template
+        placeholder = self._family.placeholder
+        if not placeholder and not template.startswith("{images}"):
+            raise ValueError(
+                "The images of a PaliGemma stand before all text. Received: "
+                f"{template!r}. Leave out '{{images}}'."
+            )
+        return template.format(images=placeholder * images, **texts)
+
+    def first_logits(self, images, prompts):
+        """Logits of the first token after each prompt.
+
+        Args:
+            images: `uint8` array of shape `(batch, images, height, width, 3)`.
+            prompts: Sequence of strings, made by `fill`.
+
+        Returns:
+            A float array of shape `(batch, vocabulary)`.
+        """
+        inputs, lengths = self._preprocess(images, prompts)
+        return self._first_logits.predict_on_batch(
+            {"inputs": inputs, "last": lengths - 1}
+        )
+
+    def generate(self, images, prompts, max_tokens):
+        """Greedy answers in words: a list of strings, without the prompts.
+
+        Args:
+            images: As in `first_logits`.
+            prompts: As in `first_logits`.
+            max_tokens: Integer, tokens of an answer.
+        """
+        self._preprocess(images, prompts)  # How long they are.
+        to_words = self._preprocessor.generate_postprocess
+
+        def to_first_words(outputs):
+            # Short prompts leave room for longer answers than long ones.
+            return to_words(
+                {name: x[:, :max_tokens] for name, x in outputs.items()}
+            )
+
+        with replaced_method(
+            self._preprocessor, "generate_postprocess", to_first_words
+        ):
+            return self._family.causal_lm.generate(
+                {"images": images, "prompts": list(prompts)},
+                max_length=self._lengths[images.shape[1]] + max_tokens,
+                strip_prompt=True,
+            )
+
+    def fingerprint(self):
+        """A string that tells models and their weights apart.
+
+        A few numbers of each variable are read, so that it is quick for a
+        large model; whatever trains a variable changes them.
+        """
+        backbone = self._family.causal_lm.backbone
+        checksum = 0
+        for variable in backbone.weights:
+            row = variable[(0,) * (len(variable.shape) - 1)]
+            numbers = ops.convert_to_numpy(ops.cast(row, "float32"))
+            checksum = zlib.crc32(numbers.tobytes(), checksum)
+        return f"{type(backbone).__name__}, weights {checksum:08x}"
+
+    def first_tokens(self, word):
+        """What an answer can begin with.
+
+        Args:
+            word: String in lower case.
+
+        Returns:
+            A set of integers: the first token of the word, and single tokens
+            that are the word in capitals or after a space.
+        """
+        spellings = (word, word.capitalize(), word.upper())
+        tokens = {self._tokenize(word)[0]}
+        for spelling in (*spellings, *(f" {s}" for s in spellings)):
+            first = self._tokenize(spelling)[0]
+            if self.text(first).strip().lower() == word:
+                tokens.add(first)
+        return tokens
+
+    def text(self, token):
+        """A token as a string."""
+        return self._preprocessor.tokenizer.detokenize([int(token)])
+
+    def _tokenize(self, text):
+        tokens = self._preprocessor.tokenizer(text)
+        return [int(token) for token in ops.convert_to_numpy(tokens)]
+
+    def _preprocess(self, images, prompts):
+        """Inputs of the model, and how long the prompts in them are."""
+        self._check_images(images)
+        count = images.shape[1]
+        self._family.set_images(count)
+        length = self._lengths.get(count, self._family.first_length(count))
+        while True:
+            inputs = self._preprocessor.generate_preprocess(
+                {"images": images, "prompts": list(prompts)},
+                sequence_length=length,
+            )
+            inputs = {
+                name: ops.convert_to_numpy(value)
+                for name, value in inputs.items()
+            }
+            lengths = inputs["padding_mask"].sum(axis=1).astype("int32")
+            if lengths.max() < length:
+                self._lengths[count] = length
+                return inputs, lengths
+            length += LENGTH_STEP  # A full row may have been cut.
+
+    def _check_images(self, images):
+        made = self._preprocessor.image_converter.image_size
+        if (made or images.shape[2:4]) != self.image_size:
+            raise ValueError(
+                "Images must have the size that the model takes, unless its "
+                "preprocessor resizes them. Received: images of shape "
+                f"{images.shape[2:]}, image_converter.image_size={made}, where "
+                f"the model takes {self.image_size}. Pass `image_size` to "
+                "their source."
+            )
+
+
+class FirstLogits(keras.Model):
+    """Reads logits at one position, so that no others are ever stored."""
+
+    def __init__(self, backbone, hidden_states):
+        super().__init__()
+        # Tracked, so that compiled steps are given its weights. The task is
+        # not: its preprocessor cannot be compiled, and Keras compiles all or
+        # nothing.
+        self.backbone = backbone
+        self.hidden_states = hidden_states
+        self.built = True  # Else Keras would first run it uncompiled.
+
+    def call(self, data):
+        x = self.hidden_states(data["inputs"])
+        last = data["last"][:, None, None]
+        x = ops.take_along_axis(x, last, axis=1)
+        return self.backbone.token_embedding(x, reverse=True)[:, 0]

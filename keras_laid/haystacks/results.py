@@ -1,0 +1,211 @@
+"""What an evaluation found: accuracy by size and by position of the needle."""
+
+import csv
+import dataclasses
+import json
+import pathlib
+from typing import NamedTuple
+
+import keras
+import numpy as np
+
+RESAMPLES = 2000
+
+
+class PositionRange(NamedTuple):
+    """Accuracy where needles are in one part of the haystack.
+
+    Attributes:
+        low: Float, where the part begins, `0` being the first image.
+        high: Float, where it ends, `1` being the end of the last image.
+        accuracy: Float, 0 to 1, or `None` where no question was asked.
+        questions: Integer, how many were asked.
+    """
+
+    low: float
+    high: float
+    accuracy: float | None
+    questions: int
+
+
+@dataclasses.dataclass(frozen=True)
+class HaystackResults:
+    """What `keras_laid.evaluate_haystacks` found.
+
+    Attributes:
+        records: Tuple of dictionaries, one a question: `index`, `size`,
+            `needles`, `question`, `expected`, `images` (a checksum), `answer`,
+            `right` and `complied`.
+        settings: Dictionary of how the questions were asked.
+    """
+
+    records: tuple
+    settings: dict
+
+    @property
+    def accuracy(self):
+        """From size to the share of right answers, 0 to 1; chance is 0.5."""
+        return self._mean("right")
+
+    @property
+    def questions(self):
+        """From size to how many questions were asked."""
+        return {size: len(records) for size, records in self._by_size().items()}
+
+    @property
+    def compliance(self):
+        """From size to the share of answers that were yes or no at all.
+
+        `None` with `through="choice"`, which leaves no other answer.
+        """
+        if self.settings["through"] == "choice":
+            return None
+        return self._mean("complied")
+
+    def intervals(self, confidence=0.95, resamples=RESAMPLES, seed=0):
+        """How sure each accuracy is, given how many questions were asked.
+
+        The percentile bootstrap: questions of a size are drawn with
+        replacement, as many as were asked. An accuracy of exactly 0 or 1 does
+        not vary, so that its interval is too narrow where questions are few.
+
+        Args:
+            confidence: Float in `(0, 1)`. Defaults to `0.95`.
+            resamples: Integer. Defaults to `2000`.
+            seed: Integer. Defaults to `0`.
+
+        Returns:
+            A dictionary from size to a tuple `(low, high)`.
+
+        Raises:
+            ValueError: If `confidence` or `resamples` is out of its range.
+        """
+        if not 0 < confidence < 1:
+            raise ValueError(
+                "`confidence` must be in (0, 1). "
+                f"Received: confidence={confidence}"
+            )
+        if resamples < 1:
+            raise ValueError(
+                f"`resamples` must be at least 1. Received: {resamples}"
+            )
+        rng = np.random.default_rng(seed)
+        tails = ((1 - confidence) / 2, (1 + confidence) / 2)
+        intervals = {}
+        accuracy = self.accuracy
+        for size, count in self.questions.items():
+            # Of answers that are right or wrong, only their number counts.
+            right = rng.binomial(count, accuracy[size], resamples)
+            low, high = np.quantile(right / count, tails).tolist()
+            intervals[size] = (low, high)
+        return intervals
+
+    def by_position(self, bins=5):
+        """Accuracy by size and by where the needle was.
+
+        Haystacks are cut into equal parts, `bins` of them or as many as there
+        are images. A question with several needles counts once for each.
+
+        Args:
+            bins: Integer, at least 1. Defaults to `5`.
+
+        Returns:
+            A dictionary from size to a tuple of `PositionRange`s, first to
+            last.
+
+        Raises:
+            ValueError: If `bins` is not positive.
+        """
+        if bins < 1:
+            raise ValueError(
+                f"`bins` must be at least 1. Received: bins={bins}"
+            )
+        ranges = {}
+        for size, records in self._by_size().items():
+            parts = min(bins, size)
+            right = np.zeros(parts, int)
+            asked = np.zeros(parts, int)
+            for record in records:
+                for needle in record["needles"]:
+                    # The middle of image 0 of 10 is at 0.05.
+                    part = (2 * needle + 1) * parts // (2 * size)
+                    asked[part] += 1
+                    right[part] += record["right"]
+            ranges[size] = tuple(
+                PositionRange(
+                    low=part / parts,
+                    high=(part + 1) / parts,
+                    accuracy=right[part] / n if n else None,
+                    questions=n,
+                )
+                for part, n in enumerate(asked.tolist())
+            )
+        return ranges
+
+    def save(self, folder):
+        """Writes tables and plots.
+
+        Args:
+            folder: Where to write `results.csv`, with a row for each size;
+                `results.json`, with positions, settings and versions too;
+                `accuracy.png` and `positions.png`.
+        """
+        # Here, since matplotlib takes a second to import.
+        from keras_laid.haystacks import plots
+
+        folder = pathlib.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = self._rows()
+        with (folder / "results.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+        (folder / "results.json").write_text(
+            json.dumps(
+                {
+                    "sizes": rows,
+                    "positions": {
+                        size: [part._asdict() for part in parts]
+                        for size, parts in self.by_position().items()
+                    },
+                    "settings": self.settings,
+                    "versions": {
+                        "keras": keras.__version__,
+                        "backend": keras.backend.backend(),
+                    },
+                },
+                indent=2,
+            )
+            + "\n"
+        )
+        plots.plot_accuracy(folder / "accuracy.png", {"": self})
+        plots.plot_positions(folder / "positions.png", self)
+
+    def _rows(self):
+        """A dictionary for each size, for CSV and JSON."""
+        accuracy, compliance = self.accuracy, self.compliance
+        intervals = self.intervals()
+        return [
+            {
+                "size": size,
+                "questions": count,
+                "accuracy": accuracy[size],
+                "low": intervals[size][0],
+                "high": intervals[size][1],
+                "compliance": compliance and compliance[size],
+            }
+            for size, count in self.questions.items()
+        ]
+
+    def _by_size(self):
+        """Records of each size, smallest first."""
+        groups = {}
+        for record in sorted(self.records, key=lambda r: r["size"]):
+            groups.setdefault(record["size"], []).append(record)
+        return groups
+
+    def _mean(self, name):
+        return {
+            size: sum(record[name] for record in records) / len(records)
+            for size, records in self._by_size().items()
+        }
