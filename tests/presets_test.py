@@ -137,6 +137,8 @@ def test_public_names():
         "haystack_accuracy",
         "presets",
         "rotary_positions",
+        "self_extend",
+        "yarn",
     ]
     for name in keras_laid.__all__:
         assert getattr(keras_laid, name).__doc__
