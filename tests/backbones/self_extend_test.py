@@ -51,12 +51,12 @@ def paper_distances(positions, group_size, neighbor_window):
 
 
 @CONFIGS
-@pytest.mark.parametrize("given", [False, True], ids=["ordinary", "positions"])
-@pytest.mark.parametrize("gains", [False, True], ids=["plain", "gains"])
-@pytest.mark.parametrize("yarned", [False, True], ids=["alone", "yarn"])
+@pytest.mark.parametrize(
+    "given, gains, yarned",
+    [(0, 0, 0), (1, 0, 0), (0, 1, 0), (1, 1, 1)],
+    ids=["plain", "positions", "gains", "all_and_yarn"],
+)
 def test_attention_is_the_definition(config, given, gains, yarned):
-    if yarned and not (given and gains):
-        pytest.skip("with YaRN, positions and gains are tried together")
     model = support.make_model(config)
     gain, frequency, scale = np.ones(4), FREQUENCY, 1.0
     if gains:
