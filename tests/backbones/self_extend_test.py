@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from keras_laid import attach_gain_modulation
-from keras_laid import fold_gain_modulation
 from keras_laid import rotary_positions
 from keras_laid import self_extend
 from keras_laid import yarn
@@ -138,18 +137,6 @@ def test_positions_may_be_given_inside_or_outside(inner):
         found = support.logits_of(model, inputs)
     np.testing.assert_allclose(found, expected, atol=1e-6)
     assert np.abs(found - ordinary).max() > 1e-2
-
-
-def test_gains_of_each_head_are_those_of_the_folded_model():
-    model, inputs = support.make_model(), support.make_inputs()
-    for gain in attach_gain_modulation(model, per_head=True):
-        gain.log_gain.assign(np.linspace(-1, 1, 8).reshape(2, 4))
-    with self_extend(model, **SETTINGS):
-        found = support.logits_of(model, inputs)
-    fold_gain_modulation(model)
-    with self_extend(model, **SETTINGS):
-        folded = support.logits_of(model, inputs)
-    np.testing.assert_allclose(found, folded, atol=5e-5)
 
 
 def test_sliding_windows_are_left_alone():
