@@ -11,18 +11,27 @@ from keras_laid.backbones import decoder
 
 
 @contextlib.contextmanager
-def yarn(model, factor, original_length, beta_fast=32.0, beta_slow=1.0):
+def yarn(
+    model,
+    factor,
+    original_length,
+    beta_fast=32.0,
+    beta_slow=1.0,
+    ramp="index",
+):
     """Scope in which a model's rotary embeddings are interpolated by YaRN.
 
     A frequency that turns fewer than `beta_slow` times over `original_length`
     is divided by `factor`, one that turns more than `beta_fast` times is kept,
-    and between the two the share that is kept grows linearly with the number
-    of turns. Queries and keys are multiplied by `0.1 * ln(factor) + 1` each.
-    Nothing is trained. With `factor=1` no output changes, bit for bit.
+    and between the two the share that is kept follows a ramp. Queries and keys
+    are multiplied by `0.1 * ln(factor) + 1` each. Nothing is trained. With
+    `factor=1` no output changes, bit for bit.
 
-    The ramp is the paper's equation. `keras_hub.layers.RotaryEmbedding` with
-    `rope_type="yarn"` follows the authors' program instead, whose ramp is
-    linear in the index of the frequency.
+    The ramp of the authors' program, and of those made after it, is linear in
+    the index of the frequency, between whole indices, and starts at the highest
+    frequency at the latest. That of the paper's equation is linear in turns.
+    They part most where `original_length` is short: where no frequency turns
+    `beta_fast` times, the equation keeps none.
 
     Decoder layers with a sliding window are left alone: they see no further in
     a longer prompt. Positions of any kind, cached decoding, gains and
@@ -44,6 +53,9 @@ def yarn(model, factor, original_length, beta_fast=32.0, beta_slow=1.0):
             `original_length`. Defaults to `32.0`.
         beta_slow: Float greater than 0, in turns over `original_length`.
             Defaults to `1.0`.
+        ramp: `"index"`, the authors' program, as in
+            `keras_hub.layers.RotaryEmbedding` with `rope_type="yarn"`, or
+            `"turns"`, the paper's equation. Defaults to `"index"`.
 
     Raises:
         ValueError: On entry, if the model is of another kind, has no layer
@@ -60,9 +72,10 @@ def yarn(model, factor, original_length, beta_fast=32.0, beta_slow=1.0):
 
     Reference:
      - [Peng et al., 2023](https://arxiv.org/abs/2309.00071), "NTK-by-parts"
-       interpolation and the attention temperature.
+       interpolation and the attention temperature, and their
+       [program](https://github.com/jquesnelle/yarn).
     """
-    _check_arguments(factor, original_length, beta_fast, beta_slow)
+    _check_arguments(factor, original_length, beta_fast, beta_slow, ramp)
     layers = decoder.full_attention_layers(model)
     for layer in layers:
         _check_unscaled(layer.rope_layer)
@@ -71,13 +84,15 @@ def yarn(model, factor, original_length, beta_fast=32.0, beta_slow=1.0):
         stack.callback(decoder.forget_compiled, model)
         for layer in layers:
             rope = layer.rope_layer
-            frequencies = functools.partial(
-                interpolated_frequencies,
-                rope._get_inverse_freq,
-                factor=factor,
+            shares = functools.partial(
+                SHARES_KEPT[ramp],
                 original_length=original_length,
                 beta_fast=beta_fast,
                 beta_slow=beta_slow,
+                max_wavelength=rope.max_wavelength,
+            )
+            frequencies = functools.partial(
+                interpolated_frequencies, rope._get_inverse_freq, factor, shares
             )
             cos_and_sin = functools.partial(
                 scaled_cos_and_sin, rope._compute_cos_sin_embedding, temperature
@@ -93,15 +108,39 @@ def yarn(model, factor, original_length, beta_fast=32.0, beta_slow=1.0):
         yield
 
 
-def interpolated_frequencies(
-    get_inverse_freq, features, factor, original_length, beta_fast, beta_slow
-):
+def interpolated_frequencies(get_inverse_freq, factor, shares_kept, features):
     """Inverse frequencies in radians a token, of shape `(features // 2,)`."""
     frequency = get_inverse_freq(features)
-    turns = original_length * frequency / (2 * math.pi)
-    kept = ops.clip((turns - beta_slow) / (beta_fast - beta_slow), 0, 1)
     # (1 - kept) / factor + kept, so that a factor of 1 is 1 exactly.
-    return frequency * (1 - (1 - kept) * (1 - 1 / factor))
+    return frequency * (1 - (1 - shares_kept(frequency)) * (1 - 1 / factor))
+
+
+def shares_kept_by_turns(
+    frequency, original_length, beta_fast, beta_slow, max_wavelength
+):
+    """0 to 1 for each frequency: the paper's equation."""
+    del max_wavelength
+    turns = original_length * frequency / (2 * math.pi)
+    return ops.clip((turns - beta_slow) / (beta_fast - beta_slow), 0, 1)
+
+
+def shares_kept_by_index(
+    frequency, original_length, beta_fast, beta_slow, max_wavelength
+):
+    """0 to 1 for each frequency: the authors' program."""
+    count = frequency.shape[0]
+
+    def index_of(turns):
+        wavelength = original_length / (2 * math.pi * turns)
+        return count * math.log(wavelength) / math.log(max_wavelength)
+
+    first = max(math.floor(index_of(beta_fast)), 0)
+    last = min(math.ceil(index_of(beta_slow)), 2 * count - 1)
+    index = ops.arange(count, dtype="float32")
+    return 1 - ops.clip((index - first) / max(last - first, 0.001), 0, 1)
+
+
+SHARES_KEPT = {"index": shares_kept_by_index, "turns": shares_kept_by_turns}
 
 
 def scaled_cos_and_sin(compute, scale, *args, **kwargs):
@@ -112,7 +151,12 @@ def scaled_cos_and_sin(compute, scale, *args, **kwargs):
     )
 
 
-def _check_arguments(factor, original_length, beta_fast, beta_slow):
+def _check_arguments(factor, original_length, beta_fast, beta_slow, ramp):
+    if ramp not in SHARES_KEPT:
+        raise ValueError(
+            f"`ramp` must be one of {list(SHARES_KEPT)}. "
+            f"Received: ramp={ramp!r}"
+        )
     if not (factor >= 1 and math.isfinite(factor)):
         raise ValueError(
             f"`factor` must be finite and at least 1. Received: factor={factor}"

@@ -13,6 +13,7 @@ from keras_laid import yarn
 from keras_laid.backbones import decoder
 from keras_laid.backbones.attention_capture import captured_attention
 from tests.backbones import extension_support as support
+from tests.backbones.yarn_test import PAPER
 from tests.backbones.yarn_test import SETTINGS as YARN
 from tests.backbones.yarn_test import paper_frequencies
 from tests.support import PALI_GEMMA_2
@@ -68,7 +69,7 @@ def test_attention_is_the_definition(config, given, gains, yarned):
     with contextlib.ExitStack() as stack:
         if yarned:
             stack.enter_context(yarn(model, **YARN))
-            frequency = paper_frequencies(8, **YARN)
+            frequency = paper_frequencies(8, **PAPER)
             scale = (0.1 * np.log(YARN["factor"]) + 1) ** 2
         stack.enter_context(
             rotary_positions(model, positions if given else None)

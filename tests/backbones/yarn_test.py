@@ -5,6 +5,7 @@ import contextlib
 import keras
 import numpy as np
 import pytest
+from keras_hub.layers import RotaryEmbedding
 
 from keras_laid import attach_gain_modulation
 from keras_laid import rotary_positions
@@ -21,7 +22,8 @@ CONFIGS = pytest.mark.parametrize(
     "config", support.CONFIGS, ids=["pali_gemma", "pali_gemma_2"]
 )
 # In the range where frequencies of 8 features are kept, mixed and divided.
-SETTINGS = dict(factor=6.0, original_length=40, beta_fast=4.0, beta_slow=0.3)
+PAPER = dict(factor=6.0, original_length=40, beta_fast=4.0, beta_slow=0.3)
+SETTINGS = dict(PAPER, ramp="turns")
 
 
 def paper_frequencies(
@@ -51,14 +53,41 @@ def paper_frequencies(
         dict(factor=2.5, original_length=8192, beta_fast=20.0, beta_slow=2.0),
     ],
 )
-def test_frequencies_are_the_papers(settings):
+def test_frequencies_are_the_papers_or_kerashubs(settings):
     model = make_multi_image(head_dim=32)
     rope = decoder.attention_layers(model)[0].rope_layer
+    with yarn(model, ramp="turns", **settings):
+        turns = to_numpy(rope._get_inverse_freq(32))
     with yarn(model, **settings):
-        found = to_numpy(rope._get_inverse_freq(32))
+        index = to_numpy(rope._get_inverse_freq(32))
     np.testing.assert_allclose(
-        found, paper_frequencies(32, **settings), rtol=1e-5
+        turns, paper_frequencies(32, **settings), rtol=1e-5
     )
+    settings = dict(
+        settings,
+        scaling_factor=settings["factor"],
+        original_max_position_embeddings=settings["original_length"],
+    )
+    del settings["factor"], settings["original_length"]
+    kerashub = RotaryEmbedding(rope_type="yarn", **settings)
+    np.testing.assert_allclose(
+        index, to_numpy(kerashub._get_inverse_freq(32)), rtol=1e-5
+    )
+    assert np.abs(index / turns - 1).max() > 1e-2
+
+
+def test_rotation_and_temperature_are_kerashubs():
+    model = make_multi_image(head_dim=32)
+    rope = decoder.attention_layers(model)[0].rope_layer
+    x = np.random.default_rng(0).normal(size=(2, 40, 3, 32)).astype("float32")
+    kerashub = RotaryEmbedding(
+        rope_type="yarn",
+        scaling_factor=30.0,
+        original_max_position_embeddings=36,
+    )
+    with yarn(model, factor=30.0, original_length=36):
+        found = to_numpy(rope(x))
+    np.testing.assert_allclose(found, to_numpy(kerashub(x)), atol=1e-5)
 
 
 @CONFIGS
@@ -84,7 +113,7 @@ def test_attention_is_the_definition(config, given, gains):
         x,
         mask,
         positions[:, :, None] - positions[:, None, :],
-        paper_frequencies(8, **SETTINGS),
+        paper_frequencies(8, **PAPER),
         scale=(0.1 * np.log(6.0) + 1) ** 2,
         gain=gain,
     )
@@ -96,8 +125,10 @@ def test_attention_is_the_definition(config, given, gains):
 def test_factor_of_one_changes_no_bit(config):
     model, inputs = support.make_model(config), support.make_inputs()
     before = support.logits_of(model, inputs)
-    with yarn(model, factor=1, original_length=36):
-        np.testing.assert_array_equal(support.logits_of(model, inputs), before)
+    for ramp in ("index", "turns"):
+        with yarn(model, factor=1, original_length=36, ramp=ramp):
+            found = support.logits_of(model, inputs)
+        np.testing.assert_array_equal(found, before)
 
 
 @CONFIGS
@@ -181,6 +212,7 @@ def test_captured_queries_are_interpolated():
         (dict(original_length=3.5), r"`original_length` must.*3\.5"),
         (dict(beta_slow=5.0), r"`beta_slow` must.*beta_slow=5\.0"),
         (dict(beta_slow=0.0), r"`beta_slow` must.*beta_slow=0\.0"),
+        (dict(ramp="linear"), r"`ramp` must.*'index', 'turns'.*'linear'"),
     ],
 )
 def test_arguments_out_of_range_are_refused(arguments, message):
