@@ -7,6 +7,8 @@ from keras_laid.backbones.multi_image_pali_gemma import (
     MultiImagePaliGemmaCausalLM,
 )
 from keras_laid.backbones.rotary_positions import rotary_positions
+from keras_laid.backbones.self_extend import self_extend
+from keras_laid.backbones.yarn import yarn
 from keras_laid.distillation.distance_weighting import DistanceWeighting
 from keras_laid.distillation.distiller import (
     DistanceWeightedAttentionDistillation,
@@ -46,4 +48,6 @@ __all__ = [
     "group_optimizer",
     "presets",
     "rotary_positions",
+    "self_extend",
+    "yarn",
 ]

@@ -133,6 +133,8 @@ def test_public_names():
         "group_optimizer",
         "presets",
         "rotary_positions",
+        "self_extend",
+        "yarn",
     ]
     for name in keras_laid.__all__:
         assert getattr(keras_laid, name).__doc__

@@ -5,6 +5,7 @@ import contextlib
 from keras import ops
 
 from keras_laid.backbones import decoder
+from keras_laid.backbones.self_extend import SelfExtendedAttention
 from keras_laid.ops.attention import Attention
 from keras_laid.ops.attention import AttentionMask
 
@@ -43,6 +44,12 @@ def captured_attention(model, layers):
 def capturing(layer, index, captured):
     """The layer's `_compute_attention`, writing down what it is given."""
     compute_attention = layer._compute_attention
+    if isinstance(compute_attention, SelfExtendedAttention):
+        raise ValueError(
+            "Attention cannot be captured inside `self_extend`: its maps are "
+            "not those of one set of queries and keys. "
+            f"Received: layers with {index}. Capture outside of the scope."
+        )
     normalizer = (
         layer.head_dim
         if layer.query_head_dim_normalize

@@ -23,6 +23,32 @@ def attention_layers(model):
     return [block.attention for block in backbone_of(model).transformer_layers]
 
 
+def full_attention_layers(model):
+    """Those without a sliding window, of which there must be one."""
+    layers = [
+        layer
+        for layer in attention_layers(model)
+        if not layer.use_sliding_window_attention
+    ]
+    if not layers:
+        raise ValueError(
+            "The model must have a decoder layer without a sliding window: "
+            "those with one see no further in a longer prompt. "
+            f"Received: {model.name!r}, with sliding windows in all layers"
+        )
+    return layers
+
+
+def forget_compiled(model):
+    """Drops a model's and its backbone's compiled functions."""
+    for part in (model, backbone_of(model)):
+        part.train_function = None
+        part.test_function = None
+        part.predict_function = None
+    if hasattr(model, "generate_function"):
+        model.generate_function = None
+
+
 @contextlib.contextmanager
 def replaced_method(layer, name, function):
     """Scope in which `layer.name` is `function`, for this one layer."""

@@ -9,6 +9,7 @@ from keras_hub.models import PaliGemmaBackbone
 
 from keras_laid.backbones.decoder import attention_layers
 from keras_laid.backbones.decoder import backbone_of
+from keras_laid.backbones.decoder import forget_compiled
 from keras_laid.layers.gain_modulated_rotary_embedding import (
     GainModulatedRotaryEmbedding,
 )
@@ -346,16 +347,11 @@ def _scale_kernel(dense, feature_gains):
 
 def _forget_compiled(model):
     """Drops what a model and its backbone remember of their old variables."""
-    backbone = backbone_of(model)
-    for part in (model, backbone):
-        part.train_function = None
-        part.test_function = None
-        part.predict_function = None
-    if hasattr(model, "generate_function"):
-        model.generate_function = None
+    forget_compiled(model)
     if keras.config.backend() == "torch":
         # `zero_grad` goes through the list of parameters that each layer made
         # when it was built.
+        backbone = backbone_of(model)
         for block in backbone.transformer_layers:
             block.attention._track_variables()
             block._track_variables()

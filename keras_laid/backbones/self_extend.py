@@ -1,0 +1,213 @@
+"""SelfExtend: longer prompts by grouping far positions, untrained."""
+
+import contextlib
+import numbers
+
+from keras import ops
+
+from keras_laid.backbones import decoder
+
+
+@contextlib.contextmanager
+def self_extend(model, group_size, neighbor_window):
+    """Scope in which far tokens attend each other at grouped positions.
+
+    A query at position `i` attends a key at `j` in the ordinary way where
+    `|i - j| < neighbor_window`. Further keys are attended as if they were at a
+    distance of
+
+    `i // group_size - j // group_size + shift`, with
+    `shift = neighbor_window - neighbor_window // group_size`,
+
+    which joins the two at the window's edge: a prompt of `length` tokens has
+    distances up to about
+    `neighbor_window + (length - neighbor_window) / group_size`. The two maps
+    are merged before the softmax. Nothing is trained. With `group_size=1` only
+    rounding differs.
+
+    The paper's models are causal. PaliGemma's prompt attends in both
+    directions: where the key is after the query, the distance is negative, and
+    so is the shift.
+
+    Decoder layers with a sliding window are left alone: they see no further in
+    a longer prompt. Positions of any kind, cached decoding, gains and
+    `keras_laid.yarn` work inside; attention is computed without a fused kernel,
+    three maps in memory at once. Attach and fold gains outside.
+
+    Compiled functions of `model` and its backbone are dropped on entry and on
+    exit. Those of another model that shares the backbone are not: enter with
+    the model that you call, or make that one inside. The model is left as it
+    was, also when the body raises.
+
+    Args:
+        model: A `keras_hub.models.PaliGemmaCausalLM`, a
+            `keras_hub.models.PaliGemmaBackbone`, or a
+            `keras_laid.MultiImagePaliGemmaCausalLM`.
+        group_size: Positive integer, in tokens. How many neighbouring far
+            tokens share a position.
+        neighbor_window: Positive integer, in tokens. Less than the longest
+            prompt of the model's training.
+
+    Raises:
+        ValueError: On entry, if the model is of another kind, has no layer
+            without a sliding window, or has its attention replaced by another
+            scope already, or if an argument is out of its range. The model is
+            then unchanged.
+
+    Example:
+
+    ```python
+    student = keras_hub.models.PaliGemmaCausalLM.from_preset("my_preset")
+    with keras_laid.self_extend(student, group_size=4, neighbor_window=1024):
+        student.generate({"images": images, "prompts": prompts})
+    ```
+
+    Reference:
+     - [Jin et al., 2024](https://arxiv.org/abs/2401.01325), section 3 and
+       algorithm 1.
+    """
+    for name, value in (
+        ("group_size", group_size),
+        ("neighbor_window", neighbor_window),
+    ):
+        if not isinstance(value, numbers.Integral) or value < 1:
+            raise ValueError(
+                f"`{name}` must be a positive integer, in tokens. "
+                f"Received: {name}={value!r}"
+            )
+    layers = decoder.full_attention_layers(model)
+    if any("_compute_attention" in vars(layer) for layer in layers):
+        raise ValueError(
+            "`self_extend` must be the outermost scope that changes a model's "
+            "attention, and cannot be nested. Received: a model inside another "
+            "`self_extend`, or whose attention is being captured."
+        )
+    with contextlib.ExitStack() as stack:
+        stack.callback(decoder.forget_compiled, model)
+        for layer in layers:
+            extended = SelfExtendedAttention(layer, group_size, neighbor_window)
+            for part, name, function in (
+                (layer.rope_layer, "call", extended.rotate),
+                (layer, "_compute_attention", extended),
+            ):
+                stack.enter_context(
+                    decoder.replaced_method(part, name, function)
+                )
+        decoder.forget_compiled(model)
+        yield
+
+
+class SelfExtendedAttention:
+    """A KerasHub layer's `_compute_attention`, by SelfExtend.
+
+    Queries and keys come rotated, keys maybe from a cache. Rotations add up:
+    one by the difference of two positions moves a token to the other.
+    """
+
+    def __init__(self, layer, group_size, neighbor_window):
+        self.layer = layer
+        self.group_size = group_size
+        self.neighbor_window = neighbor_window
+        self.call_rope = layer.rope_layer.call
+        self.rotated_at = None
+
+    def rotate(self, inputs, start_index=0, positions=None):
+        """The rotary embedding's `call`, which alone is told positions."""
+        self.rotated_at = start_index, positions
+        return self.call_rope(
+            inputs, start_index=start_index, positions=positions
+        )
+
+    def __call__(
+        self,
+        query,
+        key,
+        value,
+        attention_mask,
+        training=False,
+        cache_update_index=0,
+    ):
+        # b = batch (or 1), t = query, s = key, k = key head,
+        # g = query head of a key head, h = feature
+        layer = self.layer
+        query_at, key_at = self.positions(query, key)  # [b, t], [b, s]
+        shift = self.neighbor_window - self.neighbor_window // self.group_size
+        moved = self.grouping(query_at)
+        grouped_key = self.moved(key, self.grouping(key_at))
+        near = self.logits(query, key)  # [b, k, g, t, s]
+        before = self.logits(self.moved(query, moved + shift), grouped_key)
+        after = self.logits(self.moved(query, moved - shift), grouped_key)
+        distance = query_at[:, :, None] - key_at[:, None, :]
+        distance = distance[:, None, None]  # [b, 1, 1, t, s]
+        logits = ops.where(
+            ops.abs(distance) < self.neighbor_window,
+            near,
+            ops.where(distance > 0, before, after),
+        )
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, None, None]
+        maps = layer.softmax(logits, mask=attention_mask)
+        maps = ops.cast(maps, logits.dtype)
+        if layer.dropout:
+            maps = layer.dropout_layer(maps, training=training)
+        output = ops.einsum("bkgts,bskh->btkgh", maps, value)
+        return ops.reshape(output, ops.shape(query))
+
+    def positions(self, query, key):
+        """Where queries and keys are, `(batch or 1, length)` each."""
+        start_index, positions = self.rotated_at
+        self.rotated_at = None  # Under compilation it is valid once.
+        if positions is None:
+            query_at = ops.arange(ops.shape(query)[1], dtype="int32")
+            query_at = query_at + ops.cast(start_index, "int32")
+            key_at = ops.arange(ops.shape(key)[1], dtype="int32")
+            return query_at[None], key_at[None]
+        positions = ops.cast(positions, "int32")
+        if len(positions.shape) == 1:
+            positions = positions[None]
+        if positions.shape[1] != key.shape[1]:
+            raise ValueError(
+                "With a cache, positions must be those of all its tokens. "
+                f"Received: positions of {positions.shape[1]} tokens, a cache "
+                f"of {key.shape[1]}. Decode without `rotary_positions`."
+            )
+        return positions, positions
+
+    def grouping(self, position):
+        """By how many tokens a token moves to its group's position."""
+        return ops.floor_divide(position, self.group_size) - position
+
+    def moved(self, x, tokens):
+        """Rotates queries or keys from their positions by `tokens` more."""
+        frequency = self.layer.rope_layer._get_inverse_freq(x.shape[-1])
+        angle = ops.cast(tokens, "float32")[..., None] * frequency
+        cos, sin = (f(angle)[:, :, None] for f in (ops.cos, ops.sin))
+        # Unlike `RotaryEmbedding`, Gemma puts the two of a pair side by side.
+        pairs = ops.reshape(
+            ops.cast(x, "float32"), (*ops.shape(x)[:-1], x.shape[-1] // 2, 2)
+        )
+        first, second = pairs[..., 0], pairs[..., 1]
+        turned = ops.stack(
+            (first * cos - second * sin, second * cos + first * sin), axis=-1
+        )
+        return ops.cast(ops.reshape(turned, ops.shape(x)), x.dtype)
+
+    def logits(self, query, key):
+        layer = self.layer
+        normalizer = (
+            layer.head_dim
+            if layer.query_head_dim_normalize
+            else layer.hidden_dim // layer.num_query_heads
+        )
+        query = query * ops.cast(normalizer**-0.5, query.dtype)
+        groups = layer.num_query_heads // layer.num_key_value_heads
+        batch, length, _, features = ops.shape(query)
+        query = ops.reshape(
+            query,
+            (batch, length, layer.num_key_value_heads, groups, features),
+        )
+        logits = ops.einsum("btkgh,bskh->bkgts", query, key)
+        if layer.logit_soft_cap is not None:
+            logits = ops.tanh(logits / layer.logit_soft_cap)
+            logits = logits * layer.logit_soft_cap
+        return logits

@@ -1,0 +1,187 @@
+"""YaRN: longer prompts by interpolating rotary frequencies, untrained."""
+
+import contextlib
+import functools
+import math
+import numbers
+
+from keras import ops
+
+from keras_laid.backbones import decoder
+
+
+@contextlib.contextmanager
+def yarn(
+    model,
+    factor,
+    original_length,
+    beta_fast=32.0,
+    beta_slow=1.0,
+    ramp="index",
+):
+    """Scope in which a model's rotary embeddings are interpolated by YaRN.
+
+    A frequency that turns fewer than `beta_slow` times over `original_length`
+    is divided by `factor`, one that turns more than `beta_fast` times is kept,
+    and between the two the share that is kept follows a ramp. Queries and keys
+    are multiplied by `0.1 * ln(factor) + 1` each. Nothing is trained. With
+    `factor=1` no output changes, bit for bit.
+
+    The ramp of the authors' program, and of those made after it, is linear in
+    the index of the frequency, between whole indices, and starts at the highest
+    frequency at the latest. That of the paper's equation is linear in turns.
+    They part most where `original_length` is short: where no frequency turns
+    `beta_fast` times, the equation keeps none.
+
+    Decoder layers with a sliding window are left alone: they see no further in
+    a longer prompt. Positions of any kind, cached decoding, gains and
+    `keras_laid.self_extend` work inside. Attach and fold gains outside.
+
+    Compiled functions of `model` and its backbone are dropped on entry and on
+    exit. Those of another model that shares the backbone are not: enter with
+    the model that you call, or make that one inside. The model is left as it
+    was, also when the body raises.
+
+    Args:
+        model: A `keras_hub.models.PaliGemmaCausalLM`, a
+            `keras_hub.models.PaliGemmaBackbone`, or a
+            `keras_laid.MultiImagePaliGemmaCausalLM`.
+        factor: Float of at least 1. How many times longer prompts become.
+        original_length: Positive integer, in tokens, images included. The
+            longest prompt of the model's training.
+        beta_fast: Float greater than `beta_slow`, in turns over
+            `original_length`. Defaults to `32.0`.
+        beta_slow: Float greater than 0, in turns over `original_length`.
+            Defaults to `1.0`.
+        ramp: `"index"`, the authors' program, as in
+            `keras_hub.layers.RotaryEmbedding` with `rope_type="yarn"`, or
+            `"turns"`, the paper's equation. Defaults to `"index"`.
+
+    Raises:
+        ValueError: On entry, if the model is of another kind, has no layer
+            without a sliding window, or has scaled frequencies already, or if
+            an argument is out of its range. The model is then unchanged.
+
+    Example:
+
+    ```python
+    student = keras_hub.models.PaliGemmaCausalLM.from_preset("my_preset")
+    with keras_laid.yarn(student, factor=4.0, original_length=8192):
+        student.generate({"images": images, "prompts": prompts})
+    ```
+
+    Reference:
+     - [Peng et al., 2023](https://arxiv.org/abs/2309.00071), "NTK-by-parts"
+       interpolation and the attention temperature, and their
+       [program](https://github.com/jquesnelle/yarn).
+    """
+    _check_arguments(factor, original_length, beta_fast, beta_slow, ramp)
+    layers = decoder.full_attention_layers(model)
+    for layer in layers:
+        _check_unscaled(layer.rope_layer)
+    temperature = 0.1 * math.log(factor) + 1
+    with contextlib.ExitStack() as stack:
+        stack.callback(decoder.forget_compiled, model)
+        for layer in layers:
+            rope = layer.rope_layer
+            shares = functools.partial(
+                SHARES_KEPT[ramp],
+                original_length=original_length,
+                beta_fast=beta_fast,
+                beta_slow=beta_slow,
+                max_wavelength=rope.max_wavelength,
+            )
+            frequencies = functools.partial(
+                interpolated_frequencies, rope._get_inverse_freq, factor, shares
+            )
+            cos_and_sin = functools.partial(
+                scaled_cos_and_sin, rope._compute_cos_sin_embedding, temperature
+            )
+            for name, function in (
+                ("_get_inverse_freq", frequencies),
+                ("_compute_cos_sin_embedding", cos_and_sin),
+            ):
+                stack.enter_context(
+                    decoder.replaced_method(rope, name, function)
+                )
+        decoder.forget_compiled(model)
+        yield
+
+
+def interpolated_frequencies(get_inverse_freq, factor, shares_kept, features):
+    """Inverse frequencies in radians a token, of shape `(features // 2,)`."""
+    frequency = get_inverse_freq(features)
+    # (1 - kept) / factor + kept, so that a factor of 1 is 1 exactly.
+    return frequency * (1 - (1 - shares_kept(frequency)) * (1 - 1 / factor))
+
+
+def shares_kept_by_turns(
+    frequency, original_length, beta_fast, beta_slow, max_wavelength
+):
+    """0 to 1 for each frequency: the paper's equation."""
+    del max_wavelength
+    turns = original_length * frequency / (2 * math.pi)
+    return ops.clip((turns - beta_slow) / (beta_fast - beta_slow), 0, 1)
+
+
+def shares_kept_by_index(
+    frequency, original_length, beta_fast, beta_slow, max_wavelength
+):
+    """0 to 1 for each frequency: the authors' program."""
+    count = frequency.shape[0]
+
+    def index_of(turns):
+        wavelength = original_length / (2 * math.pi * turns)
+        return count * math.log(wavelength) / math.log(max_wavelength)
+
+    first = max(math.floor(index_of(beta_fast)), 0)
+    last = min(math.ceil(index_of(beta_slow)), 2 * count - 1)
+    index = ops.arange(count, dtype="float32")
+    return 1 - ops.clip((index - first) / max(last - first, 0.001), 0, 1)
+
+
+SHARES_KEPT = {"index": shares_kept_by_index, "turns": shares_kept_by_turns}
+
+
+def scaled_cos_and_sin(compute, scale, *args, **kwargs):
+    """Multiplied in float32 and rounded once: bfloat16 would round `scale`."""
+    return tuple(
+        ops.cast(ops.cast(x, "float32") * scale, x.dtype)
+        for x in compute(*args, **kwargs)
+    )
+
+
+def _check_arguments(factor, original_length, beta_fast, beta_slow, ramp):
+    if ramp not in SHARES_KEPT:
+        raise ValueError(
+            f"`ramp` must be one of {list(SHARES_KEPT)}. "
+            f"Received: ramp={ramp!r}"
+        )
+    if not (factor >= 1 and math.isfinite(factor)):
+        raise ValueError(
+            f"`factor` must be finite and at least 1. Received: factor={factor}"
+        )
+    if not isinstance(original_length, numbers.Integral) or original_length < 1:
+        raise ValueError(
+            "`original_length` must be a positive integer, in tokens. "
+            f"Received: original_length={original_length!r}"
+        )
+    if not 0 < beta_slow < beta_fast:
+        raise ValueError(
+            "`beta_slow` must be greater than 0 and less than `beta_fast`. "
+            f"Received: beta_fast={beta_fast}, beta_slow={beta_slow}"
+        )
+
+
+def _check_unscaled(rope):
+    if rope.scaling_factor != 1 or rope.rope_type != "linear":
+        raise ValueError(
+            "The model's rotary embeddings must be unscaled. "
+            f"Received: rope_type={rope.rope_type!r}, "
+            f"scaling_factor={rope.scaling_factor}"
+        )
+    if "_get_inverse_freq" in vars(rope):
+        raise ValueError(
+            "`yarn` scopes of one model cannot be nested. Received: a model "
+            "inside one. Leave it first."
+        )
