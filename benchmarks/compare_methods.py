@@ -64,9 +64,15 @@ def make_row(method, seed, output):
 
 
 def commit():
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
+    """The commit that runs, marked where code is changed, results apart."""
+    name = git("rev-parse", "--short=10", "HEAD")
+    changed = git("status", "--porcelain", "--", ".", f":!{RESULTS.parent}")
+    return f"{name}-dirty" if changed else name
+
+
+def git(*arguments):
     return subprocess.run(
-        command, check=True, capture_output=True, text=True
+        ["git", *arguments], check=True, capture_output=True, text=True
     ).stdout.strip()
 
 

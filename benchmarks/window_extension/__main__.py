@@ -1,7 +1,8 @@
 """Trains every method of a config on several seeds, and keeps the rows.
 
-    KERAS_BACKEND=jax python -m benchmarks.window_extension --config short --tune
-    KERAS_BACKEND=jax python -m benchmarks.window_extension --config short
+    export KERAS_BACKEND=jax
+    python -m benchmarks.window_extension --config short --tune
+    python -m benchmarks.window_extension --config short
 
 The first tries each learning rate on one seed and measures on the validation
 split; the second takes each method's best and measures on the test split. Rows
@@ -26,6 +27,7 @@ from benchmarks.compare_methods import machine
 from benchmarks.window_extension import methods as study
 from benchmarks.window_extension.settings import names_of_configs
 from benchmarks.window_extension.settings import read_settings
+from keras_laid.haystacks import draw_haystacks
 
 RESULTS = pathlib.Path(__file__).parents[1] / "results/window_extension.csv"
 RUNS = pathlib.Path("runs/window_extension")
@@ -35,17 +37,27 @@ TUNING_SEED = 100
 KEY = ("config", "method", "seed", "split", "learning_rate")
 
 
-def measure(model, split, seed, sizes=SIZES):
+def measure(student, split, seed, output, scope):
     """Accuracy by size, on questions that depend on the seed alone."""
-    return keras_laid.haystack_accuracy(
-        model,
-        keras_laid.Digits(split),
-        model.preprocessor,
-        sizes,
-        QUESTIONS,
-        seed=seed,
-        verbose=False,
-    )
+    accuracy = {}
+    for size in SIZES:
+        haystacks = draw_haystacks(
+            keras_laid.Digits(split),
+            QUESTIONS,
+            sizes=(size,),
+            seed=(seed, size),
+        )
+        image_tokens = size * student.backbone.image_sequence_length
+        length = image_tokens + student.preprocessor.sequence_length
+        with scope(student, length):
+            results = keras_laid.evaluate_haystacks(
+                study.several_images(student),
+                haystacks,
+                output=output / str(size),
+                verbose=False,
+            )
+        accuracy |= results.accuracy
+    return accuracy
 
 
 def run(settings, name, seed, split, learning_rate):
@@ -61,16 +73,16 @@ def run(settings, name, seed, split, learning_rate):
     )
     keras.utils.set_random_seed(seed)
     student = study.load(keras_laid.presets.STUDENT)
+    output = RUNS / settings.name / f"{name}_{seed}_{split}_{learning_rate}"
     began = time.time()
-    study.train(study.METHODS[name], settings, seed, learning_rate, student)
+    if name in study.METHODS:
+        method = study.METHODS[name]
+        study.train(method, settings, seed, learning_rate, student)
+        output.mkdir(parents=True, exist_ok=True)
+        student.backbone.save_weights(output / "student.weights.h5")
     row["seconds_training"] = round(time.time() - began)
-    folder = RUNS / settings.name
-    folder.mkdir(parents=True, exist_ok=True)
-    if study.METHODS[name].lora_rank is None:
-        student.backbone.save_weights(
-            folder / f"{name}_{seed}_{split}_{learning_rate:g}.weights.h5"
-        )
-    accuracy = measure(student, split, seed)
+    scope = study.UNTRAINED.get(name, study.UNTRAINED["untouched"])
+    accuracy = measure(student, split, seed, output, scope)
     row |= {f"accuracy_{size}": value for size, value in accuracy.items()}
     return row | dict(
         questions=QUESTIONS,
@@ -106,6 +118,8 @@ def is_done(row):
 
 def best_learning_rate(settings, method):
     """The rate with the best mean accuracy on the validation split."""
+    if method in study.UNTRAINED:
+        return 0.0
     tried = {
         float(row["learning_rate"]): sum(
             float(row[f"accuracy_{size}"]) for size in SIZES
@@ -141,6 +155,7 @@ def main():
             (name, TUNING_SEED, "validation", rate)
             for rate in settings.learning_rates
             for name in names
+            if name in study.METHODS
         ]
     else:
         runs = [

@@ -1,6 +1,8 @@
 """The methods compared, each as what it changes."""
 
+import contextlib
 import dataclasses
+import math
 
 import keras
 import keras_hub
@@ -10,6 +12,10 @@ from benchmarks.window_extension.data import IGNORED
 from benchmarks.window_extension.data import make_data
 
 WINDOW = 150  # Stretched positions range over so many images.
+# Tokens: what the embedded student was trained on, 5 images and the text; and
+# the neighbours that SelfExtend leaves alone, chosen on the validation split.
+ORIGINAL_LENGTH = 36
+NEIGHBOR_WINDOW = 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,8 +25,9 @@ class Method:
     Attributes:
         stretching: Boolean, whether positions are stretched.
         gains: Boolean, whether rotary frequencies have trainable gains.
-        lora_rank: Integer, or `None` to train all weights.
-        fixed_mixer: Boolean, whether the mixers stay as they start.
+        strength: Float, of the distance weighting.
+        lora_rank: Integer, or `None` to train all weights. With LoRA, four
+            times the learning rate is taken: it wants a larger one.
         terms: Dictionary of further arguments of
             `keras_laid.DistanceWeightedAttentionDistillation`.
     """
@@ -28,7 +35,6 @@ class Method:
     stretching: bool = True
     gains: bool = True
     lora_rank: int | None = None
-    fixed_mixer: bool = False
     strength: float = 4.0
     terms: dict = dataclasses.field(default_factory=dict)
 
@@ -40,7 +46,7 @@ class Method:
         )
 
 
-def laid(stretching=True, gains=True, fixed_mixer=False, strength=4.0, **terms):
+def laid(stretching=True, gains=True, strength=4.0, **terms):
     """LAid with some of its parts changed."""
     defaults = {
         "attention_weight": 0.3,
@@ -50,7 +56,6 @@ def laid(stretching=True, gains=True, fixed_mixer=False, strength=4.0, **terms):
     return Method(
         stretching=stretching,
         gains=gains,
-        fixed_mixer=fixed_mixer,
         strength=strength,
         terms=defaults | terms,
     )
@@ -74,6 +79,36 @@ def sft(stretching, lora_rank=None):
         lora_rank=lora_rank,
     )
 
+
+# Untrained, and at their best: a factor and a group size for each length.
+
+
+def yarn(student, length):
+    return keras_laid.yarn(
+        student,
+        factor=max(1.0, length / ORIGINAL_LENGTH),
+        original_length=ORIGINAL_LENGTH,
+    )
+
+
+def self_extend(student, length):
+    return keras_laid.self_extend(
+        student,
+        group_size=max(
+            1,
+            math.ceil(
+                (length - NEIGHBOR_WINDOW) / (ORIGINAL_LENGTH - NEIGHBOR_WINDOW)
+            ),
+        ),
+        neighbor_window=NEIGHBOR_WINDOW,
+    )
+
+
+UNTRAINED = {
+    "untouched": lambda student, length: contextlib.nullcontext(),
+    "yarn": yarn,
+    "self_extend": self_extend,
+}
 
 METHODS = {
     "sft": sft(stretching=False),
@@ -111,9 +146,9 @@ def train(method, settings, seed, learning_rate, student, callbacks=()):
         supervised_weight=supervised_weight,
         **method.terms,
     )
-    for mixer in distiller.mixers:
-        mixer.trainable = not method.fixed_mixer
     steps = settings.steps
+    if method.lora_rank:
+        learning_rate = 4 * learning_rate
     distiller.compile(
         keras_laid.group_optimizer(
             student=adamw(learning_rate, steps),

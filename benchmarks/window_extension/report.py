@@ -63,7 +63,9 @@ def window(accuracy):
 
 def make_table(of_config, methods):
     lines = [
-        "| method | seeds | " + " | ".join(map(str, SIZES)) + " | window ratio |",
+        "| method | seeds | "
+        + " | ".join(map(str, SIZES))
+        + " | window ratio |",
         "| --- | --- |" + " --- |" * (len(SIZES) + 1),
     ]
     for method in methods:

@@ -14,7 +14,7 @@ class Settings:
     Attributes:
         name: String, the name of the config.
         description: String, one sentence.
-        methods: List of names in `methods.METHODS`.
+        methods: List of names in `methods.METHODS` and `methods.UNTRAINED`.
         labelled: Integer, training questions with their answer.
         unlabelled: Integer, further training questions without. Methods that
             have a teacher use them too; the others cannot.
@@ -22,12 +22,6 @@ class Settings:
         steps: Integer, training steps of every method.
         batch_size: Integer, questions a step, of every method.
         learning_rates: List of floats, tried for every method.
-        first_sizes: List of integers. If not empty, the student is first
-            trained with labels on haystacks of these sizes.
-        first_steps: Integer, how long.
-        first_batch_size: Integer.
-        curve: List of integers: training steps at which accuracy is measured
-            as well, on the validation split.
     """
 
     name: str
@@ -38,11 +32,7 @@ class Settings:
     unlabelled: int = 0
     steps: int = 500
     batch_size: int = 40
-    learning_rates: tuple = (7e-4, 1.5e-3, 3e-3)
-    first_sizes: tuple = ()
-    first_steps: int = 0
-    first_batch_size: int = 8
-    curve: tuple = ()
+    learning_rates: tuple = (7e-4, 1.5e-3)
 
 
 def read_settings(name):
