@@ -13,8 +13,6 @@ can share the work.
 """
 
 import argparse
-import csv
-import fcntl
 import pathlib
 import time
 
@@ -25,12 +23,12 @@ import keras_laid
 from benchmarks.compare_methods import commit
 from benchmarks.compare_methods import machine
 from benchmarks.window_extension import methods as study
+from benchmarks.window_extension import rows
 from benchmarks.window_extension.settings import names_of_configs
 from benchmarks.window_extension.settings import read_settings
 from keras_laid.haystacks import draw_haystacks
 
 RESULTS = pathlib.Path(__file__).parents[1] / "results/window_extension.csv"
-RUNS = pathlib.Path("runs/window_extension")
 SIZES = (1, 2, 5, 10, 20, 50, 100, 150)
 QUESTIONS = 256  # At each size.
 TUNING_SEED = 100
@@ -73,7 +71,9 @@ def run(settings, name, seed, split, learning_rate):
     )
     keras.utils.set_random_seed(seed)
     student = study.load(keras_laid.presets.STUDENT)
-    output = RUNS / settings.name / f"{name}_{seed}_{split}_{learning_rate}"
+    output = (
+        rows.RUNS / settings.name / f"{name}_{seed}_{split}_{learning_rate}"
+    )
     began = time.time()
     if name in study.METHODS:
         method = study.METHODS[name]
@@ -94,28 +94,6 @@ def run(settings, name, seed, split, learning_rate):
     )
 
 
-def read_rows():
-    if not RESULTS.exists():
-        return []
-    with RESULTS.open() as file:
-        return list(csv.DictReader(file))
-
-
-def append_row(row):
-    """Adds a row; processes that share the work take turns."""
-    with RESULTS.open("a", newline="") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        writer = csv.DictWriter(file, list(row))
-        if not file.tell():
-            writer.writeheader()
-        writer.writerow(row)
-
-
-def is_done(row):
-    key = [str(row[name]) for name in KEY]
-    return key in [[old[name] for name in KEY] for old in read_rows()]
-
-
 def best_learning_rate(settings, method):
     """The rate with the best mean accuracy on the validation split."""
     if method in study.UNTRAINED:
@@ -124,7 +102,7 @@ def best_learning_rate(settings, method):
         float(row["learning_rate"]): sum(
             float(row[f"accuracy_{size}"]) for size in SIZES
         )
-        for row in read_rows()
+        for row in rows.read_rows(RESULTS)
         if row["config"] == settings.name
         and row["method"] == method
         and row["split"] == "validation"
@@ -165,10 +143,11 @@ def main():
         ]
     for number, (name, seed, split, rate) in enumerate(runs, 1):
         key = (settings.name, name, seed, split, rate)
-        if is_done(dict(zip(KEY, key, strict=True))):
+        if rows.is_done(RESULTS, dict(zip(KEY, key, strict=True)), KEY):
             continue
         print(f"Run {number} of {len(runs)}: {key}", flush=True)
-        append_row(run(settings, name, seed, split, rate))
+        row = run(settings, name, seed, split, rate)
+        rows.append_row(RESULTS, row)
 
 
 if __name__ == "__main__":

@@ -119,6 +119,15 @@ METHODS = {
     "kd_stretched": kd(stretching=True),
     "laid": laid(stretching=False),
     "laid_stretched": laid(),
+    # LAid with stretching, a part taken out of each.
+    "without_kl": laid(logits_weight=0.0),
+    "without_query_key": laid(query_key_weight=0.0),
+    "without_attention": laid(attention_weight=0.0),
+    "without_gain": laid(gains=False),
+    "without_distance_weighting": laid(strength=0.0),
+    # Other layers than the last ones: all of them, and the teacher's sharpest.
+    "all_layers": laid(layer_map="uniform"),
+    "sharpest_layer": laid(layer_map=[(2, 1)]),
 }
 
 

@@ -15,6 +15,8 @@ class Settings:
         name: String, the name of the config.
         description: String, one sentence.
         methods: List of names in `methods.METHODS` and `methods.UNTRAINED`.
+        ablation: List of names in `methods.METHODS`: LAid with stretching, and
+            with a part left out or changed.
         labelled: Integer, training questions with their answer.
         unlabelled: Integer, further training questions without. Methods that
             have a teacher use them too; the others cannot.
@@ -29,6 +31,7 @@ class Settings:
     methods: list
     labelled: int
     sizes: list
+    ablation: tuple = ()
     unlabelled: int = 0
     steps: int = 500
     batch_size: int = 40
