@@ -23,6 +23,43 @@ def attention_layers(model):
     return [block.attention for block in backbone_of(model).transformer_layers]
 
 
+def full_attention_layers(model, layers):
+    """Indices of decoder layers, checked.
+
+    Args:
+        model: As in `backbone_of`.
+        layers: Sequence of integers, from 0, or negative from the last.
+
+    Returns:
+        A list of integers from 0.
+
+    Raises:
+        ValueError: If `layers` is empty, or an index is out of range or that of
+            a layer with a sliding window.
+    """
+    attentions = attention_layers(model)
+    count = len(attentions)
+    if not len(layers) or any(not -count <= i < count for i in layers):
+        raise ValueError(
+            f"`layers` must be one or more indices of the model's {count} "
+            f"decoder layers. Received: layers={layers!r}. "
+            "Pass `(-1,)` for the last one."
+        )
+    chosen = [int(i) % count for i in layers]
+    full = [
+        index
+        for index, attention in enumerate(attentions)
+        if not attention.use_sliding_window_attention
+    ]
+    if not set(chosen) <= set(full):
+        raise ValueError(
+            "`layers` must be decoder layers with full attention, not with a "
+            f"sliding window. Received: layers={layers!r}. "
+            f"Those with full attention are {full}."
+        )
+    return chosen
+
+
 @contextlib.contextmanager
 def replaced_method(layer, name, function):
     """Scope in which `layer.name` is `function`, for this one layer."""
