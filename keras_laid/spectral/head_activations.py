@@ -3,24 +3,29 @@
 import numpy as np
 from keras import ops
 
+from keras_laid.ops.attention_divergence.definition import TINY
 from keras_laid.spectral.prompt_attention import prompt_attention
 
 
-def head_activations(model, inputs_by_size, layers=(-1,)):
+def head_activations(model, inputs_by_size, layers=(-1,), beyond=0.5):
     """Normalised key activation of each head, by haystack size.
 
-    For a row `i` of the prompt, with attention `a` and keys `k`:
+    For a row `i` of the prompt, with attention `a_ij` to image token `j` and
+    `c_j` the token's key less the mean key of the images:
 
-    `|sum over image tokens j of a_ij k_j| / sum over all tokens j of a_ij |k_j|`
+    `|sum over far j of a_ij c_j| / sum over all j of a_ij |c_j|`,
 
-    and the mean over rows. It is what the head reads from the images, as a share
-    of all that it attends: it falls where attention leaves the images, and where
-    it spreads over many whose keys differ, since these cancel each other. A head
-    that finds one image among many keeps its activation.
+    and the mean over rows. It is near 1 for a head that reads one far token or
+    several that are alike. It falls where attention spreads over tokens whose
+    keys differ, which cancel, to about 0 for even attention; and where it stays
+    near the question, as the haystack grows beyond. A head that finds an image
+    wherever it is has half of the tokens far, and so 0.5 at best.
 
-    The paper's figure 4 plots "normalised key activations" and gives no formula;
-    this one is ours. Keys alone would not do: PaliGemma has one key head for all
-    query heads, and its keys hardly change with the number of images.
+    The paper's figure 4 plots "normalised key activations" and gives no
+    formula; this one is ours. The norm of the keys alone would not do:
+    PaliGemma has one key head for all query heads. The mean key is taken off
+    since softmax ignores what all logits share. How much attention images get
+    in all does not count: it grows with their number, whatever a head does.
 
     Args:
         model: A `keras_laid.MultiImagePaliGemmaCausalLM` or
@@ -29,6 +34,8 @@ def head_activations(model, inputs_by_size, layers=(-1,)):
             of inputs.
         layers: Indices of decoder layers with full attention. Defaults to the
             last one.
+        beyond: Float in `[0, 1)`, the share of the image tokens, nearest first,
+            that are not far. With `0.0` all are far. Defaults to `0.5`.
 
     Returns:
         A dictionary from size to a float array of shape
@@ -36,15 +43,20 @@ def head_activations(model, inputs_by_size, layers=(-1,)):
 
     Raises:
         ValueError: If `layers` is empty, or an index is out of range or that of
-            a layer with a sliding window.
+            a layer with a sliding window; or if `beyond` is out of its range.
 
     Reference:
      - [Zhou et al., 2026](https://arxiv.org/abs/2512.21576), figure 4.
     """
+    if not 0 <= beyond < 1:
+        raise ValueError(
+            f"`beyond` must be in [0, 1). Received: beyond={beyond}. "
+            "Pass 0.5 for the farther half of the haystack."
+        )
     return {
         size: np.stack(
             [
-                ops.convert_to_numpy(activation_of(rows))
+                ops.convert_to_numpy(activation_of(rows, beyond))
                 for rows in prompt_attention(model, inputs, layers)
             ],
             axis=1,
@@ -92,15 +104,18 @@ def classify_heads(activations, keep=0.8):
     return np.where(end >= keep * start, "global", "local").reshape(heads)
 
 
-def activation_of(rows):
+def activation_of(rows, beyond):
     """Activations of shape `(batch, heads)`."""
     # b = batch, h = head, i = row, j = key, d = feature
-    maps = rows.maps()
-    key = rows.attention.key_of_each_head()
     images = rows.image_tokens
-    read = ops.einsum("bhij,bjhd->bhid", maps[..., :images], key[:, :images])
+    far = images - int(beyond * images)  # The farthest come first.
+    maps = rows.maps()[..., :images]
+    key = rows.attention.key_of_each_head()[:, :images]
+    key = key - ops.mean(key, axis=1, keepdims=True)
+    read = ops.einsum("bhij,bjhd->bhid", maps[..., :far], key[:, :far])
     attended = ops.einsum("bhij,bjh->bhi", maps, _length(key))
-    return ops.einsum("bhi,bi->bh", _length(read) / attended, rows.row_weight)
+    activation = _length(read) / ops.maximum(attended, TINY)
+    return ops.einsum("bhi,bi->bh", activation, rows.row_weight)
 
 
 def _length(x):

@@ -9,6 +9,7 @@ from keras_laid.spectral.plots import finish
 from keras_laid.spectral.plots import label_of
 from keras_laid.spectral.plots import styles_of
 
+FREQUENCY_TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 HEAD_COLORS = {"global": "tab:blue", "local": "tab:orange"}
 
 
@@ -33,6 +34,9 @@ def plot_spectra(path, frequency, powers, per="token", cutoff=None):
         yscale="log",
         xlim=(frequency[1], 0.5),
     )
+    ticks = [t for t in FREQUENCY_TICKS if frequency[1] <= t]
+    axes.set_xticks(ticks, ticks)
+    axes.minorticks_off()
     if cutoff is not None:
         axes.axvspan(frequency[1], cutoff, color="0.95", zorder=0)
         axes.set_title(
@@ -170,7 +174,6 @@ def plot_head_activations(path, activations, kinds):
         panels[0], activations.items(), strict=True
     ):
         sizes = sorted(by_size)
-        _, heads = kinds[name].shape
         for head, kind in enumerate(kinds[name].ravel()):
             values = [by_size[size].ravel()[head] for size in sizes]
             axes.plot(
@@ -181,17 +184,8 @@ def plot_head_activations(path, activations, kinds):
                 color=HEAD_COLORS[kind],
                 alpha=0.8,
             )
-            axes.annotate(
-                f"{head // heads}.{head % heads}",
-                (sizes[-1], values[-1]),
-                xytext=(4, 0),
-                textcoords="offset points",
-                fontsize=7,
-                color="0.45",
-                va="center",
-            )
         axes.set_xscale("log")
-        axes.set_xticks(sizes, sizes)
+        axes.set_xticks(sizes, sizes, fontsize=8, rotation=45)
         axes.minorticks_off()
         axes.set(title=label_of(name), xlabel="images", ylim=(0, 1))
     panels[0, 0].set_ylabel("key activation")
@@ -215,7 +209,7 @@ def plot_head_mixtures(path, mixtures):
     figure, panels = plt.subplots(
         1,
         len(mixtures),
-        figsize=(2.8 * len(mixtures) + 1, 2.6),
+        figsize=(2.8 * len(mixtures) + 1, 2.2),
         layout="constrained",
         squeeze=False,
     )
@@ -239,7 +233,7 @@ def plot_head_mixtures(path, mixtures):
             xlabel=f"teacher head, layer {teacher}",
             ylabel=f"student head, layer {student}",
         )
-    figure.colorbar(image, ax=panels[0].tolist(), label="weight")
+    figure.colorbar(image, ax=panels[0].tolist(), label="weight", shrink=0.7)
     finish(figure, path)
 
 
@@ -255,6 +249,7 @@ def plot_gains(path, wavelengths, gains):
     figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
     axes.axhline(1, color="0.8", linewidth=1)
     colors = plt.get_cmap("viridis")
+    extremes = [value for of_layer in gains.values() for value in of_layer.flat]
     for position, (layer, of_layer) in enumerate(gains.items()):
         color = colors(position / max(1, len(gains) - 1) * 0.9)
         heads = of_layer.reshape(-1, of_layer.shape[-1])
@@ -271,6 +266,7 @@ def plot_gains(path, wavelengths, gains):
         xlabel="wavelength of the rotary frequency, in tokens",
         ylabel="gain on the logits",
         xscale="log",
+        ylim=(min(0.9, *extremes) * 0.97, max(1.1, *extremes) * 1.03),
     )
     _outside_legend(axes)
     finish(figure, path)
