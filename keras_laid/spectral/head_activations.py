@@ -6,6 +6,9 @@ from keras import ops
 from keras_laid.ops.attention_divergence.definition import TINY
 from keras_laid.spectral.prompt_attention import prompt_attention
 
+# A head that never had more activation than this has none to keep.
+FAINT = 0.05
+
 
 def head_activations(model, inputs_by_size, layers=(-1,), beyond=0.5):
     """Normalised key activation of each head, by haystack size.
@@ -70,8 +73,10 @@ def classify_heads(activations, keep=0.67):
 
     A line is fitted to the mean activation over the logarithm of the size. A
     head is `"global"` (stable or rising) if the line is at the largest size at
-    least `keep` of what it is at the smallest, else `"local"` (declining). The
-    line is used, and not its ends' measured values, so that all sizes count.
+    least `keep` of what it is at the smallest, else `"local"` (declining). One
+    below 0.05 at the largest size is local too, however little it declined: it
+    never read far images. The line is used, and not its ends' measured values,
+    so that all sizes count.
     The paper names the two kinds and gives no rule; this one is ours. In its
     figure 4 local heads fall to about 0.4 / 0.7 = 0.57 of what they were: the
     default is between that and 1. Start at some images, such as 5: among a few
@@ -104,7 +109,8 @@ def classify_heads(activations, keep=0.67):
         np.log(sizes) - np.log(sizes[0]), means.reshape(len(sizes), -1), 1
     )
     end = start + slope * np.log(sizes[-1] / sizes[0])
-    return np.where(end >= keep * start, "global", "local").reshape(heads)
+    is_global = (end >= keep * start) & (end >= FAINT)
+    return np.where(is_global, "global", "local").reshape(heads)
 
 
 def activation_of(rows, beyond):

@@ -187,7 +187,7 @@ def plot_head_activations(path, activations, kinds):
         axes.set_xscale("log")
         axes.set_xticks(sizes, sizes, fontsize=8, rotation=45)
         axes.minorticks_off()
-        axes.set(title=label_of(name), xlabel="images", ylim=(0, 1))
+        axes.set(title=label_of(name), xlabel="images", ylim=(0, None))
     panels[0, 0].set_ylabel("key activation")
     lines = [
         plt.Line2D([], [], color=color, label=kind)

@@ -70,6 +70,8 @@ def test_agreement_is_band_by_band():
     bands = (0.0, 0.1, 0.4)
     found = spectral.signal_agreement([one, one], [one, other], bands)
     np.testing.assert_allclose(found, [[1.0, 1.0], [1.0, -1.0]], atol=1e-9)
+    found = spectral.signal_agreement(one, one - 10.0, bands)
+    np.testing.assert_allclose(found, [1.0, 1.0], atol=1e-9)
     shifted = np.cos(2 * np.pi * 3 / LENGTH * DISTANCE + np.pi / 2)
     found = spectral.signal_agreement(cosines(3 / LENGTH), shifted, (0, 0.1))
     np.testing.assert_allclose(found, [0.0], atol=1e-9)
