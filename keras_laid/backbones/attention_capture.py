@@ -2,6 +2,7 @@
 
 import contextlib
 
+import keras
 from keras import ops
 
 from keras_laid.backbones import decoder
@@ -39,6 +40,31 @@ def captured_attention(model, layers):
                 )
             )
         yield captured
+
+
+def run_capturing(model, inputs, layers):
+    """Runs a model once, without gradients, for its queries and keys.
+
+    Args:
+        model: As in `captured_attention`.
+        inputs: The model's inputs.
+        layers: As in `captured_attention`.
+
+    Returns:
+        A list of `keras_laid.ops.Attention`, one for each of `layers`.
+    """
+    with captured_attention(model, layers) as captured, no_gradients():
+        model(inputs)
+    return [captured[layer] for layer in layers]
+
+
+def no_gradients():
+    """Scope in which torch keeps no activations; the others never do."""
+    if keras.backend.backend() == "torch":
+        import torch
+
+        return torch.no_grad()
+    return contextlib.nullcontext()
 
 
 def capturing(layer, index, captured):

@@ -24,11 +24,11 @@ def attention_layers(model):
 
 
 def full_attention_layers(model):
-    """Those without a sliding window, of which there must be one."""
+    """Indices of the layers without a sliding window, of which one must be."""
     layers = [
-        layer
-        for layer in attention_layers(model)
-        if not layer.use_sliding_window_attention
+        index
+        for index, attention in enumerate(attention_layers(model))
+        if not attention.use_sliding_window_attention
     ]
     if not layers:
         raise ValueError(
@@ -47,6 +47,38 @@ def forget_compiled(model):
         part.predict_function = None
     if hasattr(model, "generate_function"):
         model.generate_function = None
+
+
+def chosen_layers(model, layers):
+    """Indices of layers without a sliding window, checked.
+
+    Args:
+        model: As in `backbone_of`.
+        layers: Sequence of integers, from 0, or negative from the last.
+
+    Returns:
+        A list of integers from 0.
+
+    Raises:
+        ValueError: If `layers` is empty, or an index is out of range or that of
+            a layer with a sliding window.
+    """
+    count = len(attention_layers(model))
+    if not len(layers) or any(not -count <= i < count for i in layers):
+        raise ValueError(
+            f"`layers` must be one or more indices of the model's {count} "
+            f"decoder layers. Received: layers={layers!r}. "
+            "Pass `(-1,)` for the last one."
+        )
+    chosen = [int(i) % count for i in layers]
+    full = full_attention_layers(model)
+    if not set(chosen) <= set(full):
+        raise ValueError(
+            "`layers` must be decoder layers with full attention, not with a "
+            f"sliding window. Received: layers={layers!r}. "
+            f"Those with full attention are {full}."
+        )
+    return chosen
 
 
 @contextlib.contextmanager

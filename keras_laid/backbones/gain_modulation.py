@@ -77,7 +77,7 @@ def attach_gain_modulation(model, layers=None, per_head=False, max_gain=4.0):
         raise ValueError(
             "The model must have no gains yet. "
             f"Received: {backbone.name!r}, with gains in layers "
-            f"{list(_gains_by_index(backbone))}. "
+            f"{list(gains_by_index(backbone))}. "
             "Call `fold_gain_modulation` first to keep their effect."
         )
     if type(backbone) is not PaliGemmaBackbone:
@@ -116,7 +116,7 @@ def fold_gain_modulation(model):
             model is then unchanged.
     """
     backbone = backbone_of(model)
-    gained = _gains_by_index(backbone)
+    gained = gains_by_index(backbone)
     if not gained:
         raise ValueError(
             "The model must have gains to fold. "
@@ -145,7 +145,7 @@ def gain_layers(model):
     Returns:
         A list of `GainModulatedRotaryEmbedding`, empty if there are no gains.
     """
-    return list(_gains_by_index(backbone_of(model)).values())
+    return list(gains_by_index(backbone_of(model)).values())
 
 
 @keras.saving.register_keras_serializable(package="keras_laid")
@@ -169,7 +169,7 @@ class GainModulatedPaliGemmaBackbone(PaliGemmaBackbone):
         _forget_compiled(self)
 
     def get_config(self):
-        gained = _gains_by_index(self)
+        gained = gains_by_index(self)
         first = next(iter(gained.values()))
         config = super().get_config()
         config["gain_modulation"] = {
@@ -297,8 +297,8 @@ def _replace_sublayer(layer, name, sublayer):
     layer._tracker.lock()
 
 
-def _gains_by_index(backbone):
-    """The gain layers, by the index of their decoder layer."""
+def gains_by_index(backbone):
+    """The gain layers, by the index of their decoder layer, from 0."""
     gained = {}
     for index, attention in enumerate(attention_layers(backbone)):
         if isinstance(attention.rope_layer, GainModulatedRotaryEmbedding):

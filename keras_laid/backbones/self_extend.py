@@ -75,7 +75,8 @@ def self_extend(model, group_size, neighbor_window):
                 f"`{name}` must be a positive integer, in tokens. "
                 f"Received: {name}={value!r}"
             )
-    layers = decoder.full_attention_layers(model)
+    attentions = decoder.attention_layers(model)
+    layers = [attentions[i] for i in decoder.full_attention_layers(model)]
     if any("_compute_attention" in vars(layer) for layer in layers):
         raise ValueError(
             "`self_extend` must be the outermost scope that changes a model's "

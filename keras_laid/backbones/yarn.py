@@ -76,7 +76,8 @@ def yarn(
        [program](https://github.com/jquesnelle/yarn).
     """
     _check_arguments(factor, original_length, beta_fast, beta_slow, ramp)
-    layers = decoder.full_attention_layers(model)
+    attentions = decoder.attention_layers(model)
+    layers = [attentions[i] for i in decoder.full_attention_layers(model)]
     for layer in layers:
         _check_unscaled(layer.rope_layer)
     temperature = 0.1 * math.log(factor) + 1

@@ -23,8 +23,8 @@ def resolve_layer_map(layer_map, student, teacher):
         ValueError: If a layer does not exist, has a sliding window, or a
             student layer is named twice.
     """
-    of_student = full_attention_layers("student", student)
-    of_teacher = full_attention_layers("teacher", teacher)
+    of_student = decoder.full_attention_layers(student)
+    of_teacher = decoder.full_attention_layers(teacher)
     if layer_map == "last":
         return ((of_student[-1], of_teacher[-1]),)
     if layer_map == "uniform":
@@ -51,20 +51,6 @@ def resolve_layer_map(layer_map, student, teacher):
             f"Received: layer_map={layer_map}"
         )
     return pairs
-
-
-def full_attention_layers(name, model):
-    layers = [
-        index
-        for index, layer in enumerate(decoder.attention_layers(model))
-        if not layer.use_sliding_window_attention
-    ]
-    if not layers:
-        raise ValueError(
-            f"The {name} must have a decoder layer without sliding-window "
-            f"attention. Received: {model.name}, which has none."
-        )
-    return layers
 
 
 def resolve_index(name, model, allowed, index):

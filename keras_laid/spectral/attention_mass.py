@@ -5,17 +5,19 @@ import itertools
 import numpy as np
 from keras import ops
 
-from keras_laid.backbones.attention_capture import attention_mask
-from keras_laid.backbones.attention_capture import captured_attention
-from keras_laid.backbones.decoder import attention_layers
-from keras_laid.ops.attention_divergence.definition import log_attention
+from keras_laid.backbones.decoder import backbone_of
+from keras_laid.spectral.prompt_attention import prompt_attention
+
+UNITS = ("token", "image")
 
 
 def attention_mass(model, inputs, edges, layers=(-1,)):
     """Share of the prompt's attention that falls on each range of distances.
 
     Means over the text tokens of the prompt, over heads, layers and examples.
-    Only their rows are computed: memory is linear in the length.
+    Distances are those in the sequence, from each row to each key, text
+    included. Only the rows of text are computed: memory is linear in the
+    length.
 
     Args:
         model: A `keras_laid.MultiImagePaliGemmaCausalLM` or
@@ -24,27 +26,21 @@ def attention_mass(model, inputs, edges, layers=(-1,)):
         edges: Increasing sequence of distances in tokens, 0 first. Range `i` is
             `edges[i] <= distance < edges[i + 1]`; what is farther than the
             last edge is counted nowhere.
-        layers: Indices of decoder layers. Defaults to the last one.
+        layers: Indices of decoder layers with full attention. Defaults to the
+            last one.
 
     Returns:
         A float array of shape `(len(edges) - 1,)` of shares in `[0, 1]`.
+
+    Raises:
+        ValueError: If `layers` is empty, or an index is out of range or that of
+            a layer with a sliding window.
     """
-    count = len(attention_layers(model))
-    layers = [layer % count for layer in layers]
-    with captured_attention(model, layers) as captured:
-        model(inputs)
-    length = inputs["token_ids"].shape[1]
     shares = []
-    for attention in captured.values():
-        key_length = attention.key.shape[1]
-        row_index = np.arange(key_length - length, key_length)
-        mask = attention_mask(inputs, key_length, row_index)
-        rows = attention._replace(query=attention.query[:, -length:])
-        maps = ops.convert_to_numpy(
-            ops.exp(log_attention(rows, mask.allowed()))
-        ).mean(axis=1)  # [batch, rows, keys], the mean over heads
-        distance = np.abs(row_index[:, None] - np.arange(key_length))
-        prompt = ops.convert_to_numpy(mask.bidirectional)[:, -length:]
+    for rows in prompt_attention(model, inputs, layers):
+        maps = ops.convert_to_numpy(ops.mean(rows.maps(), axis=1))
+        keys = np.arange(maps.shape[-1])
+        distance = np.abs(keys[rows.image_tokens :, None] - keys)
         by_row = np.stack(
             [
                 (maps * ((distance >= near) & (distance < far))).sum(axis=-1)
@@ -52,5 +48,71 @@ def attention_mass(model, inputs, edges, layers=(-1,)):
             ],
             axis=-1,
         )  # [batch, rows, ranges]
+        prompt = ops.convert_to_numpy(rows.row_weight) > 0
         shares.append(by_row[prompt].mean(axis=0))
     return np.mean(shares, axis=0)
+
+
+def attention_by_distance(model, inputs, layers=(-1,), per="token"):
+    """The prompt's attention to the images, as a signal over distance.
+
+    The mean over the text tokens of the prompt. Distance is counted back from
+    the first token of text, so that every row sees every distance; counted from
+    each row, the ends would be seen by some rows alone, and their taper would
+    show in the spectrum. Memory is linear in the length.
+
+    Example:
+
+    ```python
+    signal = spectral.attention_by_distance(model, inputs, per="image")
+    frequency, power = spectral.power_spectrum(signal)
+    ```
+
+    Args:
+        model: A `keras_laid.MultiImagePaliGemmaCausalLM` or
+            `keras_hub.models.PaliGemmaCausalLM`.
+        inputs: One batch of its inputs, without `"positions"`.
+        layers: Indices of decoder layers with full attention. Defaults to the
+            last one.
+        per: `"token"`, or `"image"` for the sum over the tokens of an image,
+            which leaves out the pattern that all images share. Defaults to
+            `"token"`.
+
+    Returns:
+        A float array of shape `(batch, layers, heads, distances)` of shares of
+        attention in `[0, 1]`. Index `i` is the distance `i + 1`, in tokens or
+        images. The sum over distances is the attention that images get; the
+        rest goes to the text.
+
+    Raises:
+        ValueError: If `layers` is empty, or an index is out of range or that of
+            a layer with a sliding window; if `per` is another word; or if the
+            inputs have positions of their own.
+    """
+    if per not in UNITS:
+        raise ValueError(f"`per` must be one of {UNITS}. Received: per={per!r}")
+    if inputs.get("positions") is not None:
+        raise ValueError(
+            "`inputs` must have no positions of their own: a spectrum needs "
+            "tokens at even distances. Received: inputs with 'positions'. "
+            "Draw the haystacks without `stretching`."
+        )
+    signal = np.stack(
+        [
+            ops.convert_to_numpy(signal_of(rows))
+            for rows in prompt_attention(model, inputs, layers)
+        ],
+        axis=1,
+    )
+    if per == "image":
+        tokens = backbone_of(model).image_sequence_length
+        signal = signal.reshape(*signal.shape[:-1], -1, tokens).sum(axis=-1)
+    return signal
+
+
+def signal_of(rows):
+    """Attention of shape `(batch, heads, distances)`, nearest first."""
+    # b = batch, h = head, i = row, j = key
+    to_images = rows.maps()[..., : rows.image_tokens]
+    signal = ops.einsum("bhij,bi->bhj", to_images, rows.row_weight)
+    return ops.flip(signal, axis=-1)

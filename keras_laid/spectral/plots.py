@@ -1,5 +1,7 @@
 """Pictures of numbers computed elsewhere. Nothing is computed here."""
 
+import itertools
+
 import matplotlib.pyplot as plt
 
 STYLES = {
@@ -7,11 +9,23 @@ STYLES = {
     "before": dict(color="tab:orange"),
     "after": dict(color="tab:blue"),
 }
-LABELS = {
-    "teacher": "teacher",
-    "before": "student before",
-    "after": "student after",
-}
+OTHER_COLORS = ("tab:green", "tab:purple", "tab:red", "tab:brown", "tab:pink")
+LABELS = {"before": "student before", "after": "student after"}
+
+
+def styles_of(names):
+    """A style for each name: its own in every picture, or the next colour."""
+    others = [name for name in names if name not in STYLES]
+    colors = itertools.cycle(OTHER_COLORS)
+    own = {
+        name: dict(color=color)
+        for name, color in zip(others, colors, strict=False)
+    }
+    return STYLES | own
+
+
+def label_of(name):
+    return LABELS.get(name, name)
 
 
 def plot_accuracy(path, accuracy, windows=None, trained_on=None):
@@ -19,13 +33,15 @@ def plot_accuracy(path, accuracy, windows=None, trained_on=None):
 
     Args:
         path: File to write.
-        accuracy: Dictionary from `"teacher"`, `"before"` and `"after"` to
-            dictionaries from size, in images, to accuracy.
+        accuracy: Dictionary from names of models to dictionaries from size, in
+            images, to accuracy. `"teacher"`, `"before"` and `"after"` have
+            styles of their own here and in every other picture.
         windows: Optional dictionary from the same names to effective windows,
             in images, drawn as marks on the axis.
         trained_on: Optional largest size trained on, in images.
     """
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    styles = styles_of([*accuracy, *(windows or {})])
     for name, by_size in accuracy.items():
         sizes = sorted(by_size)
         axes.plot(
@@ -33,12 +49,12 @@ def plot_accuracy(path, accuracy, windows=None, trained_on=None):
             [by_size[size] for size in sizes],
             marker="o",
             markersize=4,
-            label=LABELS[name],
-            **STYLES[name],
+            label=label_of(name),
+            **styles[name],
         )
     for name, window in (windows or {}).items():
         axes.axvline(
-            window, ymax=0.06, color=STYLES[name]["color"], linewidth=5
+            window, ymax=0.06, color=styles[name]["color"], linewidth=5
         )
     if windows:
         axes.text(
@@ -102,15 +118,16 @@ def plot_attention_mass(path, masses, edges, image_length):
 
     Args:
         path: File to write.
-        masses: Dictionary from `"teacher"`, `"before"` and `"after"` to what
+        masses: Dictionary from names of models to what
             `keras_laid.spectral.attention_mass` returned.
         edges: Edges of the ranges, in tokens.
         image_length: Integer, tokens an image has.
     """
     figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
     in_images = [edge / image_length for edge in edges]
+    styles = styles_of(masses)
     for name, mass in masses.items():
-        axes.stairs(mass, in_images, label=LABELS[name], **STYLES[name])
+        axes.stairs(mass, in_images, label=label_of(name), **styles[name])
     axes.set(
         xlabel="distance from the question, in images",
         ylabel="share of attention",

@@ -1,0 +1,67 @@
+"""How much of the attention logits each rotary frequency makes."""
+
+import numpy as np
+from keras import ops
+
+from keras_laid.backbones.rotary_frequencies import sum_over_pairs
+from keras_laid.spectral.prompt_attention import prompt_attention
+
+
+def frequency_shares(model, inputs, layers=(-1,)):
+    """Share of each rotary frequency in the logits' variance over the images.
+
+    A logit is a sum over rotary frequencies of the product of the query's and
+    the key's rotated pair. Over the image tokens, the variance of a row's
+    logits is the sum of the covariances of each frequency's part with the whole
+    logit; a frequency's share is its covariance, summed over the rows of the
+    prompt, divided by the variance, summed likewise. Covariances add up to the
+    whole, which variances and absolute values of the parts do not; and they
+    ignore what is the same for all keys, as softmax does. Sums come before the
+    ratio, so that rows whose logits hardly vary do not count as much as others.
+
+    Logits are taken before a soft cap, after which they are no sum. Keys of
+    text are left out: they differ from images in all frequencies, however long
+    the haystack. The covariance of the keys is all that is kept of them: memory
+    is linear in the length, and no logit is computed.
+
+    Args:
+        model: A `keras_laid.MultiImagePaliGemmaCausalLM` or
+            `keras_hub.models.PaliGemmaCausalLM`.
+        inputs: One batch of its inputs.
+        layers: Indices of decoder layers with full attention. Defaults to the
+            last one.
+
+    Returns:
+        A float array of shape `(batch, layers, heads, frequencies)` that sums
+        to 1 over frequencies, highest frequency first (see
+        `rotary_wavelengths`). A share is negative where a frequency works
+        against the others, which then exceed 1. NaN where no logit varies.
+
+    Raises:
+        ValueError: If `layers` is empty, or an index is out of range or that of
+            a layer with a sliding window.
+
+    Reference:
+     - [Su et al., 2021](https://arxiv.org/abs/2104.09864), equation 16: the
+       logit as a sum over pairs. The share is ours.
+    """
+    return np.stack(
+        [
+            ops.convert_to_numpy(shares_of(rows))
+            for rows in prompt_attention(model, inputs, layers)
+        ],
+        axis=1,
+    )
+
+
+def shares_of(rows):
+    """Shares of shape `(batch, heads, frequencies)`."""
+    # b = batch, i = row, j = key, h = head, d and e = features
+    query = ops.cast(rows.attention.query, "float32")
+    key = rows.attention.key_of_each_head()[:, : rows.image_tokens]
+    key = key - ops.mean(key, axis=1, keepdims=True)
+    key_covariance = ops.einsum("bjhd,bjhe->bhde", key, key)
+    with_logit = ops.einsum("bihe,bhde->bihd", query, key_covariance)
+    by_feature = ops.einsum("bihd,bi->bhd", query * with_logit, rows.row_weight)
+    by_frequency = sum_over_pairs(by_feature)
+    return by_frequency / ops.sum(by_frequency, axis=-1, keepdims=True)

@@ -1,0 +1,131 @@
+"""Figure 4: what each head still reads from images as the haystack grows."""
+
+import numpy as np
+from keras import ops
+
+from keras_laid.ops.attention_divergence.definition import TINY
+from keras_laid.spectral.prompt_attention import prompt_attention
+
+# A head that never had more activation than this has none to keep.
+FAINT = 0.05
+
+
+def head_activations(model, inputs_by_size, layers=(-1,), beyond=0.5):
+    """Normalised key activation of each head, by haystack size.
+
+    For a row `i` of the prompt, with attention `a_ij` to image token `j` and
+    `c_j` the token's key less the mean key of the images:
+
+    `|sum over far j of a_ij c_j| / sum over all j of a_ij |c_j|`,
+
+    and the mean over rows. It is near 1 for a head that reads one far token or
+    several that are alike. It falls where attention spreads over tokens whose
+    keys differ, which cancel, to about 0 for even attention; and where it stays
+    near the question, as the haystack grows beyond. A head that finds an image
+    wherever it is has half of the tokens far, and so 0.5 at best.
+
+    The paper's figure 4 plots "normalised key activations" and gives no
+    formula; this one is ours. The norm of the keys alone would not do:
+    PaliGemma has one key head for all query heads. The mean key is taken off
+    since softmax ignores what all logits share. How much attention images get
+    in all does not count: it grows with their number, whatever a head does.
+
+    Args:
+        model: A `keras_laid.MultiImagePaliGemmaCausalLM` or
+            `keras_hub.models.PaliGemmaCausalLM`.
+        inputs_by_size: Dictionary from haystack size, in images, to one batch
+            of inputs.
+        layers: Indices of decoder layers with full attention. Defaults to the
+            last one.
+        beyond: Float in `[0, 1)`, the share of the image tokens, nearest first,
+            that are not far. With `0.0` all are far. Defaults to `0.5`.
+
+    Returns:
+        A dictionary from size to a float array of shape
+        `(batch, layers, heads)` in `[0, 1]`.
+
+    Raises:
+        ValueError: If `layers` is empty, or an index is out of range or that of
+            a layer with a sliding window; or if `beyond` is out of its range.
+
+    Reference:
+     - [Zhou et al., 2026](https://arxiv.org/abs/2512.21576), figure 4.
+    """
+    if not 0 <= beyond < 1:
+        raise ValueError(
+            f"`beyond` must be in [0, 1). Received: beyond={beyond}. "
+            "Pass 0.5 for the farther half of the haystack."
+        )
+    return {
+        size: np.stack(
+            [
+                ops.convert_to_numpy(activation_of(rows, beyond))
+                for rows in prompt_attention(model, inputs, layers)
+            ],
+            axis=1,
+        )
+        for size, inputs in inputs_by_size.items()
+    }
+
+
+def classify_heads(activations, keep=0.67):
+    """Calls each head local or global, by how its activation goes with size.
+
+    A line is fitted to the mean activation over the logarithm of the size. A
+    head is `"global"` (stable or rising) if the line is at the largest size at
+    least `keep` of what it is at the smallest, else `"local"` (declining). One
+    below 0.05 at the largest size is local too, however little it declined: it
+    never read far images. The line is used, and not its ends' measured values,
+    so that all sizes count.
+    The paper names the two kinds and gives no rule; this one is ours. In its
+    figure 4 local heads fall to about 0.4 / 0.7 = 0.57 of what they were: the
+    default is between that and 1. Start at some images, such as 5: among a few
+    tokens there is little to cancel, and the activation of any head is high.
+
+    Args:
+        activations: Dictionary from haystack size to an array of shape
+            `(batch, layers, heads)`, from `head_activations`; of two sizes or
+            more.
+        keep: Float in `(0, 1]`. Defaults to `0.67`.
+
+    Returns:
+        An array of strings of shape `(layers, heads)`.
+
+    Raises:
+        ValueError: If there are fewer than two sizes, or if `keep` is out of
+            its range.
+    """
+    if len(activations) < 2:
+        raise ValueError(
+            "`activations` must have two sizes or more. Received: sizes "
+            f"{sorted(activations)}. Pass more to `head_activations`."
+        )
+    if not 0 < keep <= 1:
+        raise ValueError(f"`keep` must be in (0, 1]. Received: keep={keep}")
+    sizes = sorted(activations)
+    means = np.stack([activations[size].mean(axis=0) for size in sizes])
+    heads = means.shape[1:]
+    slope, start = np.polyfit(
+        np.log(sizes) - np.log(sizes[0]), means.reshape(len(sizes), -1), 1
+    )
+    end = start + slope * np.log(sizes[-1] / sizes[0])
+    is_global = (end >= keep * start) & (end >= FAINT)
+    return np.where(is_global, "global", "local").reshape(heads)
+
+
+def activation_of(rows, beyond):
+    """Activations of shape `(batch, heads)`."""
+    # b = batch, h = head, i = row, j = key, d = feature
+    images = rows.image_tokens
+    far = images - int(beyond * images)  # The farthest come first.
+    maps = rows.maps()[..., :images]
+    key = rows.attention.key_of_each_head()[:, :images]
+    key = key - ops.mean(key, axis=1, keepdims=True)
+    read = ops.einsum("bhij,bjhd->bhid", maps[..., :far], key[:, :far])
+    attended = ops.einsum("bhij,bjh->bhi", maps, _length(key))
+    activation = _length(read) / ops.maximum(attended, TINY)
+    return ops.einsum("bhi,bi->bh", activation, rows.row_weight)
+
+
+def _length(x):
+    return ops.sqrt(ops.sum(ops.square(x), axis=-1))

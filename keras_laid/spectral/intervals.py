@@ -1,0 +1,68 @@
+"""Means over examples, with bootstrap intervals."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+RESAMPLES = 2000
+
+
+class Interval(NamedTuple):
+    """A mean and its interval; arrays of one shape.
+
+    Attributes:
+        mean: Mean over examples.
+        low: Lower end.
+        high: Upper end.
+    """
+
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def mean_with_interval(values, confidence=0.95, seed=0):
+    """Mean over examples, with its bootstrap interval.
+
+    Examples are drawn with replacement 2,000 times; the interval is between the
+    percentiles of the means. Two models measured on the same examples are
+    compared best by the interval of the difference of their values.
+
+    Args:
+        values: Array of shape `(examples, ...)`, two examples or more.
+        confidence: Float in `(0, 1)`. Defaults to `0.95`.
+        seed: Integer. Defaults to `0`.
+
+    Returns:
+        An `Interval`, a named tuple `(mean, low, high)` of arrays of shape
+        `(...)`.
+
+    Raises:
+        ValueError: If there are fewer than two examples, if a value is not
+            finite, or if `confidence` is out of its range.
+    """
+    values = np.asarray(values, "float64")
+    if values.ndim == 0 or len(values) < 2:
+        raise ValueError(
+            "`values` must have two examples or more on its first axis. "
+            f"Received: values.shape={values.shape}. "
+            "Pass the value of each example, not their mean."
+        )
+    if not np.isfinite(values).all():
+        raise ValueError(
+            "`values` must be finite. Received: "
+            f"{np.sum(~np.isfinite(values))} of {values.size} that are not. "
+            "Leave out the examples without a value, and say how many."
+        )
+    if not 0 < confidence < 1:
+        raise ValueError(
+            f"`confidence` must be in (0, 1). Received: confidence={confidence}"
+        )
+    count = len(values)
+    rng = np.random.default_rng(seed)
+    # How often each example is drawn: [resamples, examples].
+    drawn = rng.multinomial(count, np.full(count, 1 / count), RESAMPLES)
+    means = np.tensordot(drawn / count, values, axes=1)
+    tail = 50 * (1 - confidence)
+    low, high = np.percentile(means, [tail, 100 - tail], axis=0)
+    return Interval(values.mean(axis=0), low, high)

@@ -1,0 +1,75 @@
+"""The attention of the prompt's text, in memory linear in the length."""
+
+from typing import Any
+from typing import NamedTuple
+
+import numpy as np
+from keras import ops
+
+from keras_laid.backbones import decoder
+from keras_laid.backbones.attention_capture import attention_mask
+from keras_laid.backbones.attention_capture import run_capturing
+from keras_laid.ops.attention import Attention
+from keras_laid.ops.attention_divergence.definition import log_attention
+
+
+class PromptAttention(NamedTuple):
+    """Attention of text rows to images and text, in one layer.
+
+    Attributes:
+        attention: A `keras_laid.ops.Attention` with queries of text alone.
+        allowed: Boolean tensor of shape `(batch, 1, rows, keys)`.
+        row_weight: Float tensor of shape `(batch, rows)`: rows of the prompt
+            have equal weights that sum to 1, the response and padding have 0.
+        image_tokens: Integer: the first so many keys are images.
+    """
+
+    attention: Attention
+    allowed: Any
+    row_weight: Any
+    image_tokens: int
+
+    def maps(self):
+        """Attention of shape `(batch, heads, rows, keys)`, 0 to 1."""
+        return ops.exp(log_attention(self.attention, self.allowed))
+
+
+def prompt_attention(model, inputs, layers):
+    """Runs a model and keeps the attention of its text.
+
+    A row is a text token, and there are few: what is kept, and all that is
+    computed from it, grows linearly with the number of images.
+
+    Args:
+        model: A `keras_laid.MultiImagePaliGemmaCausalLM` or
+            `keras_hub.models.PaliGemmaCausalLM`.
+        inputs: One batch of its inputs.
+        layers: Sequence of integers, indices of decoder layers with full
+            attention.
+
+    Returns:
+        A list of `PromptAttention`, one for each of `layers`.
+
+    Raises:
+        ValueError: If `layers` is empty, or an index is out of range or that of
+            a layer with a sliding window.
+    """
+    layers = decoder.chosen_layers(model, layers)
+    captured = run_capturing(model, inputs, layers)
+    length = inputs["token_ids"].shape[1]
+    key_length = captured[0].key.shape[1]
+    image_tokens = key_length - length
+    mask = attention_mask(
+        inputs, key_length, np.arange(image_tokens, key_length)
+    )
+    prompt = ops.cast(mask.bidirectional[:, image_tokens:], "float32")
+    row_weight = prompt / ops.sum(prompt, axis=1, keepdims=True)
+    return [
+        PromptAttention(
+            attention._replace(query=attention.query[:, image_tokens:]),
+            mask.allowed(),
+            row_weight,
+            image_tokens,
+        )
+        for attention in captured
+    ]

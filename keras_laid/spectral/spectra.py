@@ -1,0 +1,225 @@
+"""Spectra of signals over distance, and how two models agree in them.
+
+A signal is an array of shape `(..., distances)`, such as
+`attention_by_distance` returns. Frequencies are in cycles per step of distance:
+per token, or per image.
+"""
+
+import itertools
+from typing import NamedTuple
+
+import numpy as np
+
+from keras_laid.spectral.attention_mass import attention_by_distance
+
+HEADS = ("mean", "best")
+# Below this share of a signal's energy, rounding of float32 is all there is.
+ROUNDING = 1e-12
+
+
+class Spectrum(NamedTuple):
+    """Energy of signals by frequency.
+
+    Attributes:
+        frequency: Float array of shape `(distances // 2 + 1,)`, from 0 to 0.5
+            cycles per step.
+        power: Float array of shape `(..., distances // 2 + 1)`, not negative.
+    """
+
+    frequency: np.ndarray
+    power: np.ndarray
+
+
+def power_spectrum(signal):
+    """Energy of signals by frequency, one-sided.
+
+    Normalised so that Parseval's theorem holds: the sum over frequencies is the
+    sum of the squares of the signal. No window is applied, so that a signal
+    whose ends differ leaks towards high frequencies, as `1 / frequency ** 2`.
+
+    Args:
+        signal: Array of shape `(..., distances)`.
+
+    Returns:
+        A `Spectrum`, a named tuple `(frequency, power)`.
+
+    Raises:
+        ValueError: If there are fewer than two distances.
+    """
+    frequency, coefficients = _coefficients(signal)
+    return Spectrum(frequency, np.abs(coefficients) ** 2)
+
+
+def low_frequency_share(signal, cutoff):
+    """Share of a signal's energy at low frequencies: `0 < frequency <= cutoff`.
+
+    The constant part, at frequency 0, is left out of both sums: the mass of
+    attention fixes it. Attention to one needle is white and gives the share of
+    frequencies that are low, `2 * cutoff`, up to how they fall on the bins.
+    Attention that changes slowly, as one that decays over the whole window,
+    gives almost 1. It says nothing about how much attention there is: compare
+    `power_spectrum` too.
+
+    Args:
+        signal: Array of shape `(..., distances)`.
+        cutoff: Float in `[1 / distances, 0.5]`, in cycles per step of distance.
+
+    Returns:
+        A float array of shape `(...)` of shares in `[0, 1]`; NaN where the
+        signal is constant, as of a head that attends evenly.
+
+    Raises:
+        ValueError: If `cutoff` is out of its range, or if there are fewer than
+            two distances.
+    """
+    frequency, power = power_spectrum(signal)
+    if not frequency[1] <= cutoff <= 0.5:
+        raise ValueError(
+            "`cutoff` must be in [1 / distances, 0.5], in cycles per step of "
+            f"distance. Received: cutoff={cutoff}, distances="
+            f"{np.shape(signal)[-1]}. Pass a higher one, or a longer signal."
+        )
+    low = (frequency > 0) & (frequency <= cutoff)
+    varying = power[..., 1:].sum(axis=-1)
+    varying = _nan_if_rounding(varying, power.sum(axis=-1))
+    return power[..., low].sum(axis=-1) / varying
+
+
+def signal_agreement(one, other, bands):
+    """Cosine of two signals, band by band.
+
+    Both signals are filtered to a band; the cosine of what is left is 1 where
+    they rise and fall together, 0 where they have nothing in common, -1 where
+    one rises as the other falls. It depends on where attention goes, not on how
+    much: scaling a signal changes nothing.
+
+    Args:
+        one: Array of shape `(..., distances)`.
+        other: Array of a shape that broadcasts to it, with as many distances.
+        bands: Increasing sequence of frequencies in `[0, 0.5]`. Band `i` is
+            `bands[i] < frequency <= bands[i + 1]`; so frequency 0 is in none.
+
+    Returns:
+        A float array of shape `(..., len(bands) - 1)` in `[-1, 1]`; NaN where a
+        signal has no energy in the band.
+
+    Raises:
+        ValueError: If the signals differ in length, or a band holds no
+            frequency of theirs, or if there are fewer than two distances.
+    """
+    if np.shape(one)[-1] != np.shape(other)[-1]:
+        raise ValueError(
+            "The signals must have as many distances as each other. Received: "
+            f"{np.shape(one)[-1]} and {np.shape(other)[-1]}. "
+            "Give both models the same inputs."
+        )
+    frequency, one = _coefficients(one)
+    _, other = _coefficients(other)
+    cosines = []
+    for low, high in itertools.pairwise(bands):
+        band = (frequency > low) & (frequency <= high)
+        if not band.any():
+            raise ValueError(
+                "Each of `bands` must hold a frequency of the signals, which "
+                f"are {frequency[1]:.4g} apart, up to 0.5. "
+                f"Received: a band from {low} to {high}. Pass wider bands."
+            )
+        cosines.append(_cosine(one, other, band))
+    return np.stack(cosines, axis=-1)
+
+
+def band_agreement(
+    teacher,
+    student,
+    inputs,
+    bands,
+    teacher_layers=(-1,),
+    student_layers=(-1,),
+    per="token",
+    heads="mean",
+):
+    """How the attention of two models agrees over distance, band by band.
+
+    `signal_agreement` of their `attention_by_distance`, one number for each
+    example. The models may differ in heads: by `"mean"`, the means over heads
+    and layers are compared, in which sharp heads count most; by `"best"`, each
+    teacher head is compared with the one student head whose signal is most like
+    its own over the batch, and the mean over teacher heads is taken. A match is
+    made once for all examples and bands: made for each, chance would raise it.
+
+    Args:
+        teacher: A model, as in `attention_by_distance`.
+        student: Another, with the same image tokens.
+        inputs: One batch of inputs of both, without `"positions"`.
+        bands: As in `signal_agreement`, in cycles per token or image.
+        teacher_layers: Indices of decoder layers with full attention.
+        student_layers: The same.
+        per: `"token"` or `"image"`. Defaults to `"token"`.
+        heads: `"mean"` or `"best"`. Defaults to `"mean"`.
+
+    Returns:
+        A float array of shape `(batch, len(bands) - 1)` in `[-1, 1]`; NaN where
+        attention has no energy in the band.
+
+    Raises:
+        ValueError: As `attention_by_distance` and `signal_agreement`, or if
+            `heads` is another word.
+    """
+    if heads not in HEADS:
+        raise ValueError(
+            f"`heads` must be one of {HEADS}. Received: heads={heads!r}"
+        )
+    one, other = (
+        _heads_of_layers(attention_by_distance(model, inputs, layers, per))
+        for model, layers in (
+            (teacher, teacher_layers),
+            (student, student_layers),
+        )
+    )
+    if heads == "mean":
+        return signal_agreement(one.mean(axis=1), other.mean(axis=1), bands)
+    other = other[:, _best_match(one, other)]
+    return signal_agreement(one, other, bands).mean(axis=1)
+
+
+def _heads_of_layers(signal):
+    """`(batch, layers, heads, ...)` to `(batch, layers * heads, ...)`."""
+    return signal.reshape(signal.shape[0], -1, signal.shape[-1])
+
+
+def _best_match(one, other):
+    """For each head of `one`, the index of the most similar of `other`."""
+    whole = signal_agreement(one[:, :, None], other[:, None], (0.0, 0.5))
+    return np.nan_to_num(whole[..., 0], nan=-1.0).mean(axis=0).argmax(axis=1)
+
+
+def _coefficients(signal):
+    """Frequencies, and coefficients whose squares are energies."""
+    signal = np.asarray(signal, "float64")
+    count = signal.shape[-1] if signal.ndim else 0
+    if count < 2:
+        raise ValueError(
+            "`signal` must have two distances or more. Received: "
+            f"signal.shape={signal.shape}. Pass haystacks of more images."
+        )
+    frequency = np.fft.rfftfreq(count)
+    # Each frequency but 0 and 0.5 stands for its negative too.
+    sides = np.where((frequency == 0) | (frequency == 0.5), 1, 2)
+    return frequency, np.fft.rfft(signal) * np.sqrt(sides / count)
+
+
+def _cosine(one, other, band):
+    """Cosine of coefficients of shape `(..., frequencies)` within a band."""
+    energies = [
+        _nan_if_rounding(
+            (np.abs(x[..., band]) ** 2).sum(axis=-1),
+            (np.abs(x) ** 2).sum(axis=-1),
+        )
+        for x in (one, other)
+    ]
+    product = (one[..., band] * other[..., band].conj()).real.sum(axis=-1)
+    return np.clip(product / np.sqrt(energies[0] * energies[1]), -1, 1)
+
+
+def _nan_if_rounding(energy, total):
+    return np.where(energy > ROUNDING * total, energy, np.nan)

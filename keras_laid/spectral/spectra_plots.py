@@ -1,0 +1,296 @@
+"""Pictures of spectra, heads, mixtures and gains. Nothing is computed here.
+
+Where values come with an interval, they are those of `mean_with_interval`.
+"""
+
+import matplotlib.pyplot as plt
+
+from keras_laid.spectral.plots import finish
+from keras_laid.spectral.plots import label_of
+from keras_laid.spectral.plots import styles_of
+
+FREQUENCY_TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+HEAD_COLORS = {"global": "tab:blue", "local": "tab:orange"}
+
+
+def plot_spectra(path, frequency, powers, per="token", cutoff=None):
+    """Energy of attention by frequency, on logarithmic axes.
+
+    Args:
+        path: File to write.
+        frequency: Array of shape `(frequencies,)`, of `power_spectrum`.
+        powers: Dictionary from names of models to an `Interval` of arrays of
+            that shape.
+        per: `"token"` or `"image"`, the unit of distance.
+        cutoff: Optional float; frequencies up to it are shaded as low.
+    """
+    figure, axes = plt.subplots(figsize=(7, 3.8), layout="constrained")
+    for name, style in _named_styles(powers):
+        _draw_with_interval(axes, frequency[1:], powers[name], 1, name, style)
+    axes.set(
+        xlabel=f"cycles per {per}",
+        ylabel="energy of attention",
+        xscale="log",
+        yscale="log",
+        xlim=(frequency[1], 0.5),
+    )
+    ticks = [t for t in FREQUENCY_TICKS if frequency[1] <= t]
+    axes.set_xticks(ticks, ticks)
+    axes.minorticks_off()
+    if cutoff is not None:
+        axes.axvspan(frequency[1], cutoff, color="0.95", zorder=0)
+        axes.set_title(
+            "shaded: low frequencies", color="0.45", fontsize=9, loc="left"
+        )
+    _outside_legend(axes)
+    finish(figure, path)
+
+
+def plot_intervals(path, values, ylabel, reference=None):
+    """One number a model, with its interval.
+
+    Args:
+        path: File to write.
+        values: Dictionary from names of models to an `Interval` of scalars.
+        ylabel: String, what the number is.
+        reference: Optional pair of a number and what it stands for, drawn as a
+            line.
+    """
+    figure, axes = plt.subplots(figsize=(5, 3.4), layout="constrained")
+    for index, (name, style) in enumerate(_named_styles(values)):
+        mean, low, high = values[name]
+        axes.errorbar(
+            [index],
+            [mean],
+            yerr=[[mean - low], [high - mean]],
+            marker="o",
+            capsize=4,
+            color=style["color"],
+        )
+    if reference is not None:
+        level, meaning = reference
+        axes.axhline(level, color="0.8", linewidth=1, zorder=0)
+        axes.set_title(f"line: {meaning}", color="0.45", fontsize=9, loc="left")
+    axes.set_xticks(range(len(values)), [label_of(name) for name in values])
+    axes.set(ylabel=ylabel, xlim=(-0.6, len(values) - 0.4), ylim=(0, None))
+    finish(figure, path)
+
+
+def plot_frequency_shares(path, wavelengths, shares, window=None):
+    """Each rotary frequency's share of the logits, over its wavelength.
+
+    Args:
+        path: File to write.
+        wavelengths: Array of shape `(frequencies,)`, of `rotary_wavelengths`.
+        shares: Dictionary from names of models to an `Interval` of arrays of
+            that shape.
+        window: Optional number of tokens; longer wavelengths, which do not turn
+            once within it, are shaded.
+    """
+    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    axes.axhline(0, color="0.8", linewidth=1)
+    for name, style in _named_styles(shares):
+        style = dict(style, marker="o", markersize=4)
+        _draw_with_interval(axes, wavelengths, shares[name], 0, name, style)
+    if window is not None:
+        axes.axvspan(window, wavelengths[-1] * 1.3, color="0.95", zorder=0)
+        axes.set_title(
+            f"shaded: longer than the window, {window:,} tokens",
+            color="0.45",
+            fontsize=9,
+            loc="left",
+        )
+    axes.set(
+        xlabel="wavelength of the rotary frequency, in tokens",
+        ylabel="share of the logits' variance",
+        xscale="log",
+        xlim=(wavelengths[0] / 1.3, wavelengths[-1] * 1.3),
+    )
+    _outside_legend(axes)
+    finish(figure, path)
+
+
+def plot_band_agreement(path, bands, agreements, per="token"):
+    """Agreement of students with the teacher, band by band.
+
+    Args:
+        path: File to write.
+        bands: Edges of the bands, as in `band_agreement`.
+        agreements: Dictionary from names of students to an `Interval` of arrays
+            of shape `(len(bands) - 1,)`.
+        per: `"token"` or `"image"`, the unit of distance.
+    """
+    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    centers = list(range(len(bands) - 1))
+    axes.axhline(0, color="0.8", linewidth=1)
+    for index, (name, style) in enumerate(_named_styles(agreements)):
+        mean, low, high = agreements[name]
+        shift = 0.12 * (index - (len(agreements) - 1) / 2)
+        axes.errorbar(
+            [center + shift for center in centers],
+            mean,
+            yerr=[mean - low, high - mean],
+            marker="o",
+            linestyle="none",
+            capsize=3,
+            color=style["color"],
+            label=label_of(name),
+        )
+    axes.set_xticks(
+        centers,
+        [
+            f"{low:.3g} to {high:.3g}"
+            for low, high in zip(bands, bands[1:], strict=False)
+        ],
+    )
+    axes.set(
+        xlabel=f"band, in cycles per {per}",
+        ylabel="agreement with the teacher",
+        ylim=(min(-0.05, *(min(a.low) for a in agreements.values())), 1.03),
+    )
+    _outside_legend(axes)
+    finish(figure, path)
+
+
+def plot_head_activations(path, activations, kinds):
+    """Figure 4: the activation of each head over haystack size.
+
+    Args:
+        path: File to write.
+        activations: Dictionary from names of models to dictionaries from size,
+            in images, to arrays of shape `(layers, heads)`, means over
+            examples.
+        kinds: Dictionary from the same names to what `classify_heads` returned.
+    """
+    figure, panels = plt.subplots(
+        1,
+        len(activations),
+        figsize=(3.4 * len(activations) + 1.2, 3.2),
+        sharey=True,
+        layout="constrained",
+        squeeze=False,
+    )
+    for axes, (name, by_size) in zip(
+        panels[0], activations.items(), strict=True
+    ):
+        sizes = sorted(by_size)
+        for head, kind in enumerate(kinds[name].ravel()):
+            values = [by_size[size].ravel()[head] for size in sizes]
+            axes.plot(
+                sizes,
+                values,
+                marker="o",
+                markersize=3,
+                color=HEAD_COLORS[kind],
+                alpha=0.8,
+            )
+        axes.set_xscale("log")
+        axes.set_xticks(sizes, sizes, fontsize=8, rotation=45)
+        axes.minorticks_off()
+        axes.set(title=label_of(name), xlabel="images", ylim=(0, None))
+    panels[0, 0].set_ylabel("key activation")
+    lines = [
+        plt.Line2D([], [], color=color, label=kind)
+        for kind, color in HEAD_COLORS.items()
+    ]
+    figure.legend(handles=lines, frameon=False, loc="outside right upper")
+    finish(figure, path)
+
+
+def plot_head_mixtures(path, mixtures):
+    """Weights of the teacher's heads in each student head, a panel a layer.
+
+    Args:
+        path: File to write.
+        mixtures: Dictionary from pairs `(student_layer, teacher_layer)` to
+            arrays of shape `(student_heads, teacher_heads)`, of
+            `head_mixtures`.
+    """
+    figure, panels = plt.subplots(
+        1,
+        len(mixtures),
+        figsize=(2.8 * len(mixtures) + 1, 2.2),
+        layout="constrained",
+        squeeze=False,
+    )
+    for axes, ((student, teacher), mixture) in zip(
+        panels[0], mixtures.items(), strict=True
+    ):
+        image = axes.imshow(mixture, vmin=0, vmax=1, cmap="Blues")
+        for (row, column), weight in _cells(mixture):
+            axes.text(
+                column,
+                row,
+                f"{weight:.2f}",
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="white" if weight > 0.5 else "0.2",
+            )
+        axes.set_yticks(range(mixture.shape[0]))
+        axes.set_xticks(range(mixture.shape[1]))
+        axes.set(
+            xlabel=f"teacher head, layer {teacher}",
+            ylabel=f"student head, layer {student}",
+        )
+    figure.colorbar(image, ax=panels[0].tolist(), label="weight", shrink=0.7)
+    finish(figure, path)
+
+
+def plot_gains(path, wavelengths, gains):
+    """Learned gains over the wavelength of their frequency.
+
+    Args:
+        path: File to write.
+        wavelengths: Array of shape `(frequencies,)`, of `rotary_wavelengths`.
+        gains: Dictionary from indices of layers to arrays of shape
+            `(frequencies,)` or `(heads, frequencies)`, of `rotary_gains`.
+    """
+    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    axes.axhline(1, color="0.8", linewidth=1)
+    colors = plt.get_cmap("viridis")
+    extremes = [value for of_layer in gains.values() for value in of_layer.flat]
+    for position, (layer, of_layer) in enumerate(gains.items()):
+        color = colors(position / max(1, len(gains) - 1) * 0.9)
+        heads = of_layer.reshape(-1, of_layer.shape[-1])
+        for head, values in enumerate(heads):
+            axes.plot(
+                wavelengths,
+                values,
+                marker="o",
+                markersize=3,
+                color=color,
+                label=f"layer {layer}" if head == 0 else None,
+            )
+    axes.set(
+        xlabel="wavelength of the rotary frequency, in tokens",
+        ylabel="gain on the logits",
+        xscale="log",
+        ylim=(min(0.9, *extremes) * 0.97, max(1.1, *extremes) * 1.03),
+    )
+    _outside_legend(axes)
+    finish(figure, path)
+
+
+def _named_styles(by_name):
+    styles = styles_of(by_name)
+    return [(name, styles[name]) for name in by_name]
+
+
+def _draw_with_interval(axes, x, interval, start, name, style):
+    """A line with its interval as a band, from index `start`."""
+    mean, low, high = (values[start:] for values in interval)
+    axes.fill_between(x, low, high, color=style["color"], alpha=0.2, lw=0)
+    axes.plot(x, mean, label=label_of(name), **style)
+
+
+def _outside_legend(axes):
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def _cells(matrix):
+    return [
+        ((row, column), matrix[row, column])
+        for row in range(matrix.shape[0])
+        for column in range(matrix.shape[1])
+    ]
