@@ -31,7 +31,7 @@ def yarn(
     the index of the frequency, between whole indices, and starts at the highest
     frequency at the latest. That of the paper's equation is linear in turns.
     They part most where `original_length` is short: where no frequency turns
-    `beta_fast` times, the equation keeps none.
+    `beta_fast` times, the equation keeps none whole.
 
     Decoder layers with a sliding window are left alone: they see no further in
     a longer prompt. Positions of any kind, cached decoding, gains and
