@@ -66,7 +66,9 @@ def make_row(method, seed, output):
 def commit():
     """The commit that runs, marked where code is changed, results apart."""
     name = git("rev-parse", "--short=10", "HEAD")
-    changed = git("status", "--porcelain", "--", ".", f":!{RESULTS.parent}")
+    changed = git(
+        "status", "--porcelain", "--", ".", f":(exclude){RESULTS.parent}"
+    )
     return f"{name}-dirty" if changed else name
 
 

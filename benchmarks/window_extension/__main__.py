@@ -75,13 +75,15 @@ def run(settings, name, seed, split, learning_rate):
         rows.RUNS / settings.name / f"{name}_{seed}_{split}_{learning_rate}"
     )
     began = time.time()
-    if name in study.METHODS:
+    if name in study.UNTRAINED:
+        scope = study.UNTRAINED[name]
+    else:
         method = study.METHODS[name]
+        scope = study.scope_of(method)
         study.train(method, settings, seed, learning_rate, student)
         output.mkdir(parents=True, exist_ok=True)
         student.backbone.save_weights(output / "student.weights.h5")
     row["seconds_training"] = round(time.time() - began)
-    scope = study.UNTRAINED.get(name, study.UNTRAINED["untouched"])
     accuracy = measure(student, split, seed, output, scope)
     row |= {f"accuracy_{size}": value for size, value in accuracy.items()}
     return row | dict(

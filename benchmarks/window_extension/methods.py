@@ -26,6 +26,8 @@ class Method:
         stretching: Boolean, whether positions are stretched.
         gains: Boolean, whether rotary frequencies have trainable gains.
         strength: Float, of the distance weighting.
+        yarn: Boolean, whether the student is trained and used with positions
+            interpolated by YaRN, by one factor for the whole window.
         lora_rank: Integer, or `None` to train all weights. With LoRA, four
             times the learning rate is taken: it wants a larger one.
         terms: Dictionary of further arguments of
@@ -34,6 +36,7 @@ class Method:
 
     stretching: bool = True
     gains: bool = True
+    yarn: bool = False
     lora_rank: int | None = None
     strength: float = 4.0
     terms: dict = dataclasses.field(default_factory=dict)
@@ -46,7 +49,7 @@ class Method:
         )
 
 
-def laid(stretching=True, gains=True, strength=4.0, **terms):
+def laid(stretching=True, gains=True, strength=4.0, yarn=False, **terms):
     """LAid with some of its parts changed."""
     defaults = {
         "attention_weight": 0.3,
@@ -57,27 +60,25 @@ def laid(stretching=True, gains=True, strength=4.0, **terms):
         stretching=stretching,
         gains=gains,
         strength=strength,
+        yarn=yarn,
         terms=defaults | terms,
     )
 
 
-def kd(stretching):
+def kd(stretching, yarn=False):
     return laid(
-        stretching, gains=False, attention_weight=0.0, query_key_weight=0.0
+        stretching,
+        gains=False,
+        yarn=yarn,
+        attention_weight=0.0,
+        query_key_weight=0.0,
     )
 
 
-def sft(stretching, lora_rank=None):
-    return dataclasses.replace(
-        laid(
-            stretching,
-            gains=False,
-            attention_weight=0.0,
-            query_key_weight=0.0,
-            logits_weight=0.0,
-        ),
-        lora_rank=lora_rank,
-    )
+def sft(stretching, yarn=False, lora_rank=None):
+    method = kd(stretching, yarn)
+    terms = method.terms | {"logits_weight": 0.0}
+    return dataclasses.replace(method, lora_rank=lora_rank, terms=terms)
 
 
 # Untrained, and at their best: a factor and a group size for each length.
@@ -104,8 +105,18 @@ def self_extend(student, length):
     )
 
 
+def untouched(student, length):
+    return contextlib.nullcontext()
+
+
+def yarn_for_all(student, length):
+    image_length = student.backbone.image_sequence_length
+    text_length = student.preprocessor.sequence_length
+    return yarn(student, WINDOW * image_length + text_length)
+
+
 UNTRAINED = {
-    "untouched": lambda student, length: contextlib.nullcontext(),
+    "untouched": untouched,
     "yarn": yarn,
     "self_extend": self_extend,
 }
@@ -119,6 +130,12 @@ METHODS = {
     "kd_stretched": kd(stretching=True),
     "laid": laid(stretching=False),
     "laid_stretched": laid(),
+    "sft_yarn": sft(stretching=False, yarn=True),
+    "sft_yarn_stretched": sft(stretching=True, yarn=True),
+    "kd_yarn": kd(stretching=False, yarn=True),
+    "kd_yarn_stretched": kd(stretching=True, yarn=True),
+    "laid_yarn": laid(stretching=False, yarn=True),
+    "laid_yarn_stretched": laid(yarn=True),
     # LAid with stretching, a part taken out of each.
     "without_kl": laid(logits_weight=0.0),
     "without_query_key": laid(query_key_weight=0.0),
@@ -170,10 +187,16 @@ def train(method, settings, seed, learning_rate, student, callbacks=()):
             reduction="mean_with_sample_weight",
         ),
     )
-    fit(distiller, data, steps, callbacks)
+    with scope_of(method)(student, WINDOW):
+        fit(distiller, data, steps, callbacks)
     if method.gains:
         keras_laid.fold_gain_modulation(student)
     return distiller
+
+
+def scope_of(method):
+    """The scope that a trained student is used in, a function of its length."""
+    return yarn_for_all if method.yarn else untouched
 
 
 def fit(model, data, steps, callbacks=()):
