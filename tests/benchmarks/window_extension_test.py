@@ -1,0 +1,142 @@
+"""The study: what its data hide, and what its tables say."""
+
+import csv
+
+import numpy as np
+import pytest
+
+import keras_laid
+from benchmarks.window_extension import methods as study
+from benchmarks.window_extension import report
+from benchmarks.window_extension import rows
+from benchmarks.window_extension.data import IGNORED
+from benchmarks.window_extension.data import images_in
+from benchmarks.window_extension.data import make_data
+from benchmarks.window_extension.settings import Settings
+from benchmarks.window_extension.settings import names_of_configs
+from benchmarks.window_extension.settings import read_settings
+from tests.support import make_preprocessor
+
+
+def settings(**kwargs):
+    defaults = dict(
+        name="a", description="", methods=[], labelled=12, sizes=[1, 3]
+    )
+    return Settings(**defaults | dict(batch_size=8) | kwargs)
+
+
+def data(uses_unlabelled=True, stretching=None, **kwargs):
+    return make_data(
+        settings(**kwargs), make_preprocessor(), uses_unlabelled, stretching, 0
+    )
+
+
+def test_unlabelled_questions_do_not_tell_their_answers():
+    with_answers = data(labelled=0, unlabelled=24)
+    plain = with_answers.haystacks
+    for index in range(len(with_answers)):
+        x, y, weight = with_answers[index]
+        _, answers, _ = plain[index]
+        assert (y == IGNORED).all()
+        assert (weight.sum(axis=1) == 1).all()
+        response = x["response_mask"] > 0
+        assert len(np.unique(x["token_ids"][response])) == 1
+        # Of the two answers, both are there to be hidden.
+        first = weight.argmax(axis=1)
+        assert len(np.unique(answers[np.arange(len(first)), first])) == 2
+
+
+def test_half_of_a_batch_has_labels():
+    joined = data(labelled=12, unlabelled=24)
+    assert len(joined) == 6
+    for index in range(len(joined)):
+        x, y, weight = joined[index]
+        labelled = (y != IGNORED).any(axis=1)
+        assert labelled.tolist() == [True] * 4 + [False] * 4
+        assert x["images"].shape[:2] == (8, images_in(joined, index))
+        assert len(weight) == len(y) == 8
+
+
+def test_without_a_teacher_only_labels_are_used():
+    alone = data(uses_unlabelled=False, labelled=24, unlabelled=48)
+    assert isinstance(alone, keras_laid.Haystacks)
+    assert len(alone) == 3
+    assert all((alone[index][1] != IGNORED).any() for index in range(3))
+
+
+def test_stretched_positions_reach_both_halves():
+    joined = data(
+        stretching=keras_laid.PositionStretching(30, 4), unlabelled=24
+    )
+    x, _, _ = joined[0]
+    assert len(x["positions"]) == 8
+    before = x["positions"].copy()
+    joined.on_epoch_end()
+    assert (joined[0][0]["positions"] != before).any(axis=1).all()
+
+
+@pytest.mark.parametrize("name", names_of_configs())
+def test_configs_name_known_methods(name):
+    found = read_settings(name)
+    known = {*study.METHODS, *study.UNTRAINED}
+    assert {*found.methods, *found.ablation} <= known
+
+
+def test_methods_without_terms_of_the_teacher_have_none():
+    has_teacher = {k: v.has_teacher for k, v in study.METHODS.items()}
+    assert not has_teacher["sft_lora_stretched"]
+    assert has_teacher["kd"] and has_teacher["without_kl"]
+
+
+def write_rows(path, accuracies):
+    """One row for each method and seed; accuracy falls linearly in log size."""
+    for (method, seed), falls_by in accuracies.items():
+        row = dict(config="a", method=method, seed=seed, split="test")
+        row |= {
+            f"accuracy_{size}": 1.0 - falls_by * np.log10(size)
+            for size in report.SIZES
+        }
+        rows.append_row(path, row)
+
+
+def test_tables_have_means_intervals_and_ratios(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "ROWS", tmp_path / "rows.csv")
+    write_rows(
+        report.ROWS,
+        {
+            ("untouched", 0): 0.2,
+            ("untouched", 1): 0.2,
+            ("sft", 0): 0.1,
+            ("sft", 1): 0.2,
+        },
+    )
+    of_config = report.read_runs()["a"]
+    table = report.make_table(of_config, ["untouched", "sft", "never_run"])
+    _, _, untouched, sft = table.split("\n")
+    assert untouched.startswith("| untouched | 2 | 1.000 ± 0.000 |")
+    assert untouched.endswith("| 1.0 (1.0 to 1.0) |")
+    # At 10 images .9 and .8: t of 12.7 with one degree of freedom.
+    assert "| 0.850 ± 0.635 |" in sft
+    # Windows of 10 ** 0.75 and 10 ** 0.375: ratios of 10 ** 0.375 and 1.
+    assert f"| {10 ** (0.375 / 2):.1f} (" in sft
+
+
+def test_marks_are_filled_again_and_again():
+    text = "before\n<!-- a -->\nold\n<!-- /a -->\nafter"
+    once = report.fill(text, "a", "new")
+    assert once == "before\n<!-- a -->\nnew\n<!-- /a -->\nafter"
+    assert report.fill(once, "a", "new") == once
+    with pytest.raises(ValueError, match="must have the marks"):
+        report.fill(text, "b", "new")
+
+
+def test_rows_done_are_known(tmp_path):
+    path = tmp_path / "rows.csv"
+    row = dict(method="kd", seed=3, learning_rate=7e-4)
+    assert not rows.is_done(path, row, ("method", "seed"))
+    rows.append_row(path, row)
+    rows.append_row(path, row | dict(seed=4))
+    assert rows.is_done(path, row, tuple(row))
+    assert not rows.is_done(path, row | dict(seed=5), ("method", "seed"))
+    with path.open() as file:
+        assert [r["seed"] for r in csv.DictReader(file)] == ["3", "4"]
