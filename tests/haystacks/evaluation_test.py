@@ -573,7 +573,9 @@ def test_gemma3_both_ways():
     words = evaluate(model, haystacks, through="generate", max_answer_tokens=1)
     assert logits.questions == words.questions == {1: 4, 3: 4, 5: 4}
     for one, other in zip(logits.records, words.records, strict=True):
-        assert one["answer"].strip() == other["answer"].strip()
+        special = one["answer"].startswith("<")  # Left out of words.
+        said = "" if special else one["answer"].strip()
+        assert said == other["answer"].strip()
     assert model.preprocessor.max_images_per_prompt == 2
     # All images are seen: without one, the model says something else.
     prompts = ImagePrompts(model)
