@@ -21,6 +21,7 @@ from tests.support import make_haystacks
 from tests.support import make_multi_image
 from tests.support import make_pali_gemma
 from tests.support import make_preprocessor
+from tests.support import to_numpy
 
 
 def digits(num_questions=24, sizes=(1, 3), seed=0, **kwargs):
@@ -71,6 +72,10 @@ def test_logits_and_words_agree(student):
     assert logits.accuracy == words.accuracy
     assert 0.8 < logits.accuracy[2] <= 1.0
     assert 0.9 < logits.compliance[5] <= 1.0
+    # Of yes and no, the more likely one is that said, if either is.
+    choice = evaluate(student, haystacks, through="choice")
+    for one, other in zip(logits.records, choice.records, strict=True):
+        assert not one["complied"] or one["answer"] == other["answer"]
 
 
 def test_an_untrained_model_answers_neither_yes_nor_no():
@@ -120,6 +125,24 @@ def test_prompts_by_name_and_of_ones_own():
     ]
 
 
+def test_logits_are_those_that_training_reads(student):
+    haystacks = digits(6, sizes=(4,))
+    images = np.stack([h.images for h in haystacks])
+    texts = [h.question for h in haystacks]
+    found = ImagePrompts(student).first_logits(images, texts)
+    model = keras_laid.MultiImagePaliGemmaCausalLM.from_causal_lm(student)
+    x, _, weight = model.preprocessor(
+        {
+            "images": images,
+            "prompts": texts,
+            "responses": [h.answer for h in haystacks],
+        }
+    )
+    first = np.argmax(to_numpy(weight) > 0, axis=1)
+    expected = to_numpy(model(x))[np.arange(6), first]
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
 def test_a_long_prompt_is_not_cut(student):
     # The preset's preprocessor has room for 16 tokens, what differs comes last.
     prompts = ImagePrompts(student)
@@ -128,6 +151,20 @@ def test_a_long_prompt_is_not_cut(student):
     one, other = prompts.first_logits(images, texts)
     assert np.abs(one - other).max() > 1e-3
     assert student.preprocessor.sequence_length == 16
+
+
+def test_examples_of_the_dataset_are_haystacks():
+    haystack = digits(1)[0]
+    example = {
+        "id": b"0",
+        "question": haystack.question.encode(),  # As tfds gives strings.
+        "answer": haystack.answer.encode(),
+        "anchor": haystack.anchor.encode(),
+        "target": haystack.target,
+        "needles": np.array(haystack.needles),
+        "images": haystack.images,
+    }
+    assert Haystack.from_example(example) == haystack
 
 
 # What is counted.
@@ -573,7 +610,9 @@ def test_gemma3_both_ways():
     words = evaluate(model, haystacks, through="generate", max_answer_tokens=1)
     assert logits.questions == words.questions == {1: 4, 3: 4, 5: 4}
     for one, other in zip(logits.records, words.records, strict=True):
-        assert one["answer"].strip() == other["answer"].strip()
+        special = one["answer"].startswith("<")  # Left out of words.
+        said = "" if special else one["answer"].strip()
+        assert said == other["answer"].strip()
     assert model.preprocessor.max_images_per_prompt == 2
     # All images are seen: without one, the model says something else.
     prompts = ImagePrompts(model)

@@ -2,6 +2,7 @@ import pytest
 
 from keras_laid.haystacks import score
 from keras_laid.haystacks.questions import article
+from keras_laid.haystacks.questions import complies
 from keras_laid.haystacks.questions import multi_needle_question
 
 
@@ -46,6 +47,7 @@ def test_wording_with_several_needles():
 def test_rules_agree_on_plain_answers(answer, said, rule):
     for expected in ("yes", "no"):
         assert score(answer, expected, rule) == (said == expected)
+    assert complies(answer, rule) == (said is not None)
 
 
 @pytest.mark.parametrize("answer", ["yes or no", "No, yes.", "Yes! (No?)"])
@@ -54,6 +56,8 @@ def test_to_say_both_is_right_by_the_official_rule_alone(answer, expected):
     assert score(answer, expected, rule="official")
     assert not score(answer, expected, rule="strict")
     assert not score(answer, expected)  # The default.
+    assert complies(answer, rule="official")
+    assert not complies(answer)
 
 
 @pytest.mark.parametrize(
