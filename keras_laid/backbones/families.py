@@ -150,39 +150,38 @@ def linear():
 
 def of_gemma(block):
     attention = block.attention
-    head_dim = attention.head_dim
+    scaled_dim = attention.head_dim
     if not attention.query_head_dim_normalize:
-        scale = (attention.hidden_dim // attention.num_query_heads) ** -0.5
-    else:
-        scale = head_dim**-0.5
-    return layer(
+        scaled_dim = attention.hidden_dim // attention.num_query_heads
+    return of_any_gemma(
         attention,
-        attention.rope_layer,
-        window=attention.sliding_window_size
-        if attention.use_sliding_window_attention
-        else None,
-        num_query_heads=attention.num_query_heads,
         num_key_value_heads=attention.num_key_value_heads,
-        head_dim=head_dim,
-        scale=scale,
-        soft_cap=attention.logit_soft_cap,
+        scale=scaled_dim**-0.5,
     )
 
 
 def of_gemma4(block):
     attention = block.attention
+    return of_any_gemma(
+        attention,
+        num_key_value_heads=attention.effective_num_kv_heads,
+        scale=1.0,
+        rotary_dim=attention.rotary_dim,
+    )
+
+
+def of_any_gemma(attention, **attributes):
+    """What all Gemmas name alike."""
     return layer(
         attention,
         attention.rope_layer,
         window=attention.sliding_window_size
         if attention.use_sliding_window_attention
         else None,
-        rotary_dim=attention.rotary_dim,
         num_query_heads=attention.num_query_heads,
-        num_key_value_heads=attention.effective_num_kv_heads,
         head_dim=attention.head_dim,
-        scale=1.0,
         soft_cap=attention.logit_soft_cap,
+        **attributes,
     )
 
 
