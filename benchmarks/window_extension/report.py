@@ -7,7 +7,6 @@ writes `benchmarks/results/window_extension_*.png`. Trains nothing.
 """
 
 import collections
-import csv
 import pathlib
 import re
 
@@ -16,11 +15,13 @@ import numpy as np
 from scipy import stats
 
 import keras_laid
+from benchmarks.window_extension.rows import read_rows
 from benchmarks.window_extension.settings import names_of_configs
 from benchmarks.window_extension.settings import read_settings
 
 BENCHMARKS = pathlib.Path(__file__).parents[1]
 ROWS = BENCHMARKS / "results/window_extension.csv"
+SPECTRA = BENCHMARKS / "results/window_extension_spectra.csv"
 REPORT = BENCHMARKS / "window_extension.md"
 SIZES = (1, 2, 5, 10, 20, 50, 100, 150)
 UNTOUCHED = "untouched"
@@ -29,13 +30,21 @@ UNTOUCHED = "untouched"
 def read_runs():
     """Accuracies of the test split: config, method, then seed."""
     runs = collections.defaultdict(lambda: collections.defaultdict(dict))
-    with ROWS.open() as file:
-        for row in csv.DictReader(file):
-            if row["split"] == "test":
-                accuracy = {s: float(row[f"accuracy_{s}"]) for s in SIZES}
-                of_method = runs[row["config"]][row["method"]]
-                of_method[int(row["seed"])] = accuracy
+    for row in read_rows(ROWS):
+        if row["split"] == "test":
+            accuracy = {s: float(row[f"accuracy_{s}"]) for s in SIZES}
+            of_method = runs[row["config"]][row["method"]]
+            of_method[int(row["seed"])] = accuracy
     return runs
+
+
+def read_spectra(config):
+    """Rows of `spectra.py` by method, in the order they came."""
+    by_method = collections.defaultdict(list)
+    for row in read_rows(SPECTRA):
+        if row["config"] == config:
+            by_method[row["method"]].append(row)
+    return by_method
 
 
 def interval(values):
@@ -50,8 +59,8 @@ def interval(values):
 def ratio_of_windows(runs, untouched):
     """Window over the untouched student's: geometric mean and 95% interval."""
     logs = [
-        np.log(window(accuracy) / window(untouched[seed]))
-        for seed, accuracy in runs.items()
+        np.log(window(runs[seed]) / window(untouched[seed]))
+        for seed in runs.keys() & untouched.keys()
     ]
     mean, half = interval(logs)
     return np.exp(mean), np.exp(mean - half), np.exp(mean + half)
@@ -80,6 +89,47 @@ def make_table(of_config, methods):
         cells.append(f"{ratio:.1f} ({low:.1f} to {high:.1f})")
         lines.append(f"| {method} | {len(runs)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def make_spectra_table(by_method):
+    columns = {
+        "low_frequency_share": "low-frequency share",
+        "low_frequency_energy": "low-frequency energy, 1e-3",
+        "energy": "energy, 1e-3",
+        "agreement_low": "agreement, low",
+        "agreement_high": "agreement, high",
+    }
+    lines = [
+        "| method | seeds | " + " | ".join(columns.values()) + " |",
+        "| --- | --- |" + " --- |" * len(columns),
+    ]
+    for method, rows in by_method.items():
+        cells = []
+        for name in columns:
+            unit = 1e-3 if "energy" in name else 1.0
+            mean, half = interval([float(row[name]) / unit for row in rows])
+            cells.append(f"{mean:.3f} ± {half:.3f}")
+        lines.append(f"| {method} | {len(rows)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot_low_frequency(by_method, path):
+    intervals = {
+        method: interval([float(row["low_frequency_share"]) for row in rows])
+        for method, rows in by_method.items()
+    }
+    figure, axes = plt.subplots(
+        figsize=(7, 0.8 + 0.28 * len(intervals)), layout="constrained"
+    )
+    means, halves = zip(*intervals.values(), strict=True)
+    names = [name.replace("_", " ") for name in intervals]
+    axes.errorbar(means, names, xerr=halves, fmt="o", capsize=3)
+    axes.axvline(means[names.index("teacher")], color="0.6", linestyle="--")
+    axes.invert_yaxis()
+    axes.set(xlabel="low-frequency share of attention's energy, 100 images")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def plot(of_config, methods, path):
@@ -140,10 +190,19 @@ def main():
     for name in names_of_configs():
         if name not in runs:
             continue
-        methods = read_settings(name).methods
-        text = fill(text, name, make_table(runs[name], methods))
-        path = BENCHMARKS / f"results/window_extension_{name}.png"
-        plot(runs[name], methods, path)
+        settings = read_settings(name)
+        text = fill(text, name, make_table(runs[name], settings.methods))
+        results = BENCHMARKS / "results"
+        path = results / f"window_extension_{name}.png"
+        plot(runs[name], settings.methods, path)
+        if runs[name].keys() & {*settings.ablation} - {*settings.methods}:
+            table = make_table(runs[name], settings.ablation)
+            text = fill(text, f"{name}_ablation", table)
+        spectra = read_spectra(name)
+        if spectra:
+            text = fill(text, f"{name}_spectra", make_spectra_table(spectra))
+            path = results / f"window_extension_{name}_spectra.png"
+            plot_low_frequency(spectra, path)
     REPORT.write_text(text)
 
 

@@ -63,7 +63,8 @@ def test_attention_is_the_definition(config, given, gains, yarned):
         for layer in attach_gain_modulation(model):
             layer.log_gain.assign([0.5, -0.5, 0.2, 0.9])
         gain = to_numpy(layer.gains()).astype("float64")
-    layer = decoder.full_attention_layers(model)[-1]
+    index = decoder.full_attention_layers(model)[-1]
+    layer = decoder.attention_layers(model)[index]
     x, mask = support.random_layer_inputs(layer)
     positions = support.random_positions() if given else np.arange(21)[None]
     with contextlib.ExitStack() as stack:
