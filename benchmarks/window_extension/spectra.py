@@ -94,16 +94,23 @@ def main():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", required=True, choices=names_of_configs())
+    parser.add_argument("--methods", nargs="+", help="default: all trained")
     parser.add_argument("--seeds", nargs="+", type=int, default=range(5))
     args = parser.parse_args()
     settings = read_settings(args.config)
-    names = [name for name in settings.methods if name in study.METHODS]
+    names = args.methods or [
+        name for name in settings.methods if name in study.METHODS
+    ]
     teacher = study.load(keras_laid.presets.TEACHER)
     for name, seed, model in students(settings, names, args.seeds):
         row = dict(config=settings.name, method=name, seed=seed)
         if rows.is_done(RESULTS, row, KEY):
             continue
-        row |= measure(model, teacher, seed)
+        scope = study.untouched
+        if name in study.METHODS:
+            scope = study.scope_of(study.METHODS[name])
+        with scope(model, study.WINDOW):
+            row |= measure(model, teacher, seed)
         row |= dict(
             images=IMAGES,
             questions=QUESTIONS,
