@@ -110,6 +110,7 @@ def untouched(student, length):
 
 
 def yarn_for_all(student, length):
+    """One factor, that of the whole window, whatever the length."""
     image_length = student.backbone.image_sequence_length
     text_length = student.preprocessor.sequence_length
     return yarn(student, WINDOW * image_length + text_length)
@@ -187,7 +188,7 @@ def train(method, settings, seed, learning_rate, student, callbacks=()):
             reduction="mean_with_sample_weight",
         ),
     )
-    with scope_of(method)(student, WINDOW):
+    with scope_of(method)(student, length=None):
         fit(distiller, data, steps, callbacks)
     if method.gains:
         keras_laid.fold_gain_modulation(student)

@@ -109,7 +109,7 @@ def main():
         scope = study.untouched
         if name in study.METHODS:
             scope = study.scope_of(study.METHODS[name])
-        with scope(model, study.WINDOW):
+        with scope(model, length=None):
             row |= measure(model, teacher, seed)
         row |= dict(
             images=IMAGES,
