@@ -51,11 +51,7 @@ class Method:
 
 def laid(stretching=True, gains=True, strength=4.0, yarn=False, **terms):
     """LAid with some of its parts changed."""
-    defaults = {
-        "attention_weight": 0.3,
-        "query_key_weight": 0.1,
-        "layer_map": "last",
-    }
+    defaults = {"attention_weight": 0.3, "query_key_weight": 0.1}
     return Method(
         stretching=stretching,
         gains=gains,
@@ -149,8 +145,8 @@ METHODS = {
 }
 
 
-def train(method, settings, seed, learning_rate, student, callbacks=()):
-    """Trains a student in place; returns the distiller."""
+def train(method, settings, seed, learning_rate, student):
+    """Trains a student in place."""
     teacher = load(keras_laid.presets.TEACHER)
     image_length = student.backbone.image_sequence_length
     stretching = keras_laid.PositionStretching(WINDOW, image_length)
@@ -189,10 +185,9 @@ def train(method, settings, seed, learning_rate, student, callbacks=()):
         ),
     )
     with scope_of(method)(student, length=None):
-        fit(distiller, data, steps, callbacks)
+        fit(distiller, data, steps)
     if method.gains:
         keras_laid.fold_gain_modulation(student)
-    return distiller
 
 
 def scope_of(method):
@@ -200,7 +195,7 @@ def scope_of(method):
     return yarn_for_all if method.yarn else untouched
 
 
-def fit(model, data, steps, callbacks=()):
+def fit(model, data, steps):
     """Trains for a number of steps, over as many epochs as that takes."""
     per_epoch = min(len(data), steps)
     epochs, rest = divmod(steps, per_epoch)
@@ -214,7 +209,6 @@ def fit(model, data, steps, callbacks=()):
         epochs=epochs,
         steps_per_epoch=per_epoch,
         verbose=2,
-        callbacks=list(callbacks),
     )
 
 
