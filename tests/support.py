@@ -13,6 +13,7 @@ from PIL import Image
 from keras_laid import Digits
 from keras_laid import Haystacks
 from keras_laid import MultiImagePaliGemmaCausalLM
+from keras_laid.backbones import attention_layers
 from keras_laid.haystacks.dataset import question
 from keras_laid.haystacks.digits import NAMES
 
@@ -93,6 +94,11 @@ def make_multi_image(config=None, preprocessor=None, seed=0, **kwargs):
     return MultiImagePaliGemmaCausalLM.from_causal_lm(
         make_pali_gemma(config, preprocessor, seed, **kwargs)
     )
+
+
+def attention_of(model):
+    """The Keras layers that compute the attention, first to last."""
+    return [layer.layer for layer in attention_layers(model)]
 
 
 def make_haystacks(preprocessor, num_questions=8, sizes=(2, 3), **kwargs):

@@ -1,11 +1,16 @@
 """Catches the queries and keys a decoder computes, while it computes them."""
 
 import contextlib
+import functools
 
 import keras
 from keras import ops
+from keras_hub.models import Gemma3Backbone
+from keras_hub.models import PaliGemmaBackbone
 
-from keras_laid.backbones import decoder
+from keras_laid.backbones.decoder import backbone_of
+from keras_laid.backbones.decoder import replaced_method
+from keras_laid.backbones.families import attention_layers
 from keras_laid.backbones.self_extend import SelfExtendedAttention
 from keras_laid.ops.attention import Attention
 from keras_laid.ops.attention import AttentionMask
@@ -16,29 +21,42 @@ def captured_attention(model, layers):
     """Scope that collects queries and keys of a model's decoder layers.
 
     Args:
-        model: A `keras_hub.models.PaliGemmaCausalLM` or its backbone.
-        layers: Sequence of integers, indices of decoder layers.
+        model: A KerasHub model of a family that
+            `keras_laid.backbones.attention_layers` knows.
+        layers: Sequence of integers, indices of decoder layers with attention
+            maps.
 
     Yields:
         A dictionary that a call of the model fills: from layer index to
-        `keras_laid.ops.Attention`, after rotary embedding. Under compilation it
-        holds symbolic tensors: use them in the function that called the model.
+        `keras_laid.ops.Attention`, after rotary embedding, with as many key
+        heads as the model has. Under compilation it holds symbolic tensors: use
+        them in the function that called the model.
 
-    Outputs of the model do not change, its fused attention stays in use, and
-    it is left as it was, also when its call raises.
+    Outputs of the model do not change, its fused attention stays in use, also
+    under `keras.RematScope`, and it is left as it was, also when its call
+    raises.
     """
     captured = {}
-    attention_layers = decoder.attention_layers(model)
+    known = attention_layers(model)
+    blocks = backbone_of(model).transformer_layers
     with contextlib.ExitStack() as stack:
         for index in layers:
-            layer = attention_layers[index]
+            layer = known[index]
             stack.enter_context(
-                decoder.replaced_method(
-                    layer,
+                replaced_method(
+                    layer.layer,
                     "_compute_attention",
-                    capturing(layer, index, captured),
+                    capturing(layer, captured),
                 )
             )
+            for part in (layer.layer, blocks[index]):
+                stack.enter_context(
+                    replaced_method(
+                        part,
+                        "rematerialized_call",
+                        rematerializing(part, index, captured),
+                    )
+                )
         yield captured
 
 
@@ -67,24 +85,22 @@ def no_gradients():
     return contextlib.nullcontext()
 
 
-def capturing(layer, index, captured):
+def capturing(layer, captured):
     """The layer's `_compute_attention`, writing down what it is given."""
-    compute_attention = layer._compute_attention
+    compute_attention = layer.layer._compute_attention
     if isinstance(compute_attention, SelfExtendedAttention):
         raise ValueError(
             "Attention cannot be captured inside `self_extend`: its maps are "
             "not those of one set of queries and keys. "
-            f"Received: layers with {index}. Capture outside of the scope."
+            f"Received: layers with {layer.index}. Capture outside of the "
+            "scope."
         )
-    normalizer = (
-        layer.head_dim
-        if layer.query_head_dim_normalize
-        else layer.hidden_dim // layer.num_query_heads
-    )
 
     def compute_and_capture(query, key, *args, **kwargs):
-        captured[index] = Attention(
-            query, key, normalizer**-0.5, layer.logit_soft_cap
+        # Most families have repeated each key head for its query heads.
+        repeats = key.shape[2] // layer.num_key_value_heads
+        captured[layer.index] = Attention(
+            query, key[:, :, ::repeats], layer.scale, layer.soft_cap
         )
         # A copy: KerasHub scales the query in place, which torch does do.
         return compute_attention(ops.copy(query), key, *args, **kwargs)
@@ -92,22 +108,66 @@ def capturing(layer, index, captured):
     return compute_and_capture
 
 
-def attention_mask(inputs, key_length, row_index):
-    """The mask of PaliGemma's full-attention layers, in linear memory.
+def rematerializing(part, index, captured):
+    """`rematerialized_call`, which also returns what is captured inside.
+
+    What a rematerialised function computes may leave it as an output alone.
+    """
+    rematerialized_call = part.rematerialized_call
+
+    def call(layer_call, *args, **kwargs):
+        def call_and_return(*args, **kwargs):
+            outputs = layer_call(*args, **kwargs)
+            attention = captured[index]
+            return outputs, attention.query, attention.key
+
+        @functools.wraps(layer_call)
+        def call_and_capture(*args, **kwargs):
+            outputs, query, key = rematerialized(*args, **kwargs)
+            attention = captured[index]
+            captured[index] = attention._replace(query=query, key=key)
+            return outputs
+
+        rematerialized = rematerialized_call(call_and_return, *args, **kwargs)
+        return call_and_capture
+
+    return call
+
+
+def attention_mask(model, inputs, key_length, row_index):
+    """The mask of a model's layers with full attention, in linear memory.
 
     Args:
-        inputs: The model's inputs, with `"padding_mask"` and
-            `"response_mask"` of shape `(batch, length)`, for text alone.
+        model: As in `captured_attention`.
+        inputs: The model's inputs, with `"padding_mask"` of shape
+            `(batch, length)`; for PaliGemma, where it is of text alone, with
+            `"response_mask"` too; for Gemma 3 with images, with
+            `"vision_mask"`.
         key_length: Integer, tokens of images and text.
         row_index: Integer tensor of shape `(rows,)`.
 
     Returns:
         A `keras_laid.ops.AttentionMask`.
     """
-    padding_mask = ops.cast(inputs["padding_mask"], "bool")
+    present = ops.cast(inputs["padding_mask"], "bool")
+    if isinstance(backbone_of(model), PaliGemmaBackbone):
+        return prefix_mask(inputs, present, key_length, row_index)
+    block = None
+    if "vision_mask" in inputs and sees_whole_images(model):
+        block = numbered_runs(inputs["vision_mask"])
+    return AttentionMask(
+        bidirectional=ops.zeros_like(present),
+        causal=present,
+        row_index=row_index,
+        block=block,
+    )
+
+
+def prefix_mask(inputs, present, key_length, row_index):
+    """PaliGemma's: every row sees images and prompt, later ones responses."""
     response_mask = ops.cast(inputs["response_mask"], "bool")
-    prompt = ops.logical_and(padding_mask, ops.logical_not(response_mask))
-    batch, length = ops.shape(padding_mask)
+    prompt = ops.logical_and(present, ops.logical_not(response_mask))
+    batch, length = ops.shape(present)
     image_shape = (batch, key_length - length)
     return AttentionMask(
         bidirectional=ops.concatenate(
@@ -118,3 +178,42 @@ def attention_mask(inputs, key_length, row_index):
         ),
         row_index=row_index,
     )
+
+
+def sees_whole_images(model):
+    """Whether tokens of an image see later ones of it, in global layers.
+
+    Gemma 4's do in its local layers alone.
+    """
+    return isinstance(backbone_of(model), Gemma3Backbone)
+
+
+def numbered_runs(mask):
+    """Numbers each run of ones from 1; 0 is outside of all."""
+    mask = ops.cast(mask, "int32")
+    starts = ops.maximum(mask[:, 1:] - mask[:, :-1], 0)
+    return mask * ops.cumsum(ops.concatenate([mask[:, :1], starts], 1), axis=1)
+
+
+def text_rows(inputs):
+    """Which of the tokens in `"token_ids"` are text.
+
+    Args:
+        inputs: A model's inputs. Gemma's have `"vision_mask"`; Qwen 3.5's have
+            `"vision_indices"`, into all tokens of the batch. PaliGemma's
+            `"token_ids"` are text alone.
+
+    Returns:
+        A boolean tensor of shape `(batch, length)`.
+    """
+    token_ids = inputs["token_ids"]
+    if "vision_mask" in inputs:
+        return ops.logical_not(ops.cast(inputs["vision_mask"], "bool"))
+    text = ops.ones_like(token_ids, dtype="bool")
+    if "vision_indices" not in inputs:
+        return text
+    index = ops.reshape(inputs["vision_indices"], (-1, 1))
+    text = ops.scatter_update(
+        ops.reshape(text, (-1,)), index, ops.zeros_like(index[:, 0], "bool")
+    )
+    return ops.reshape(text, ops.shape(token_ids))

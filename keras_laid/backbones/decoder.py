@@ -1,13 +1,31 @@
-"""Where attention happens in a KerasHub decoder."""
+"""What every tool that reaches into a KerasHub decoder needs."""
 
 import contextlib
 
 from keras_hub.models import PaliGemmaBackbone
 
+from keras_laid.backbones.families import attention_layers
+
+# By their names in any family.
+IMAGE_ATTRIBUTES = (
+    "image_size",
+    "image_sequence_length",
+    "num_vision_tokens_per_image",
+    "patch_size",
+    "pool_size",
+    "spatial_merge_size",
+    "temporal_patch_size",
+)
+
 
 def backbone_of(model):
+    """The backbone of a task, or the backbone itself."""
+    return getattr(model, "backbone", model)
+
+
+def pali_gemma_backbone_of(model):
     """The `PaliGemmaBackbone` of a task, or the backbone itself."""
-    backbone = getattr(model, "backbone", model)
+    backbone = backbone_of(model)
     if not isinstance(backbone, PaliGemmaBackbone):
         raise ValueError(
             "The model must be a `keras_hub.models.PaliGemmaCausalLM`, a "
@@ -18,25 +36,69 @@ def backbone_of(model):
     return backbone
 
 
-def attention_layers(model):
-    """The attention layers of the decoder, first to last."""
-    return [block.attention for block in backbone_of(model).transformer_layers]
-
-
-def full_attention_layers(model):
-    """Indices of the layers without a sliding window, of which one must be."""
+def global_layers(model):
+    """Indices of the layers with full attention, of which one must be."""
     layers = [
-        index
-        for index, attention in enumerate(attention_layers(model))
-        if not attention.use_sliding_window_attention
+        layer.index
+        for layer in attention_layers(model)
+        if layer.kind == "global"
     ]
     if not layers:
         raise ValueError(
-            "The model must have a decoder layer without a sliding window: "
-            "those with one see no further in a longer prompt. "
-            f"Received: {model.name!r}, with sliding windows in all layers"
+            "The model must have a decoder layer with full attention: those "
+            "with a sliding window see no further in a longer prompt. "
+            f"Received: {backbone_of(model).name!r}, without any"
         )
     return layers
+
+
+def chosen_layers(model, layers):
+    """Indices of layers with full attention, checked.
+
+    Args:
+        model: As in `families.attention_layers`.
+        layers: Sequence of integers, from 0, or negative from the last.
+
+    Returns:
+        A list of integers from 0.
+
+    Raises:
+        ValueError: If `layers` is empty, or an index is out of range or that of
+            a layer without full attention.
+    """
+    count = len(attention_layers(model))
+    if not len(layers) or any(not -count <= i < count for i in layers):
+        raise ValueError(
+            f"`layers` must be one or more indices of the model's {count} "
+            f"decoder layers. Received: layers={layers!r}. "
+            "Pass `(-1,)` for the last one."
+        )
+    chosen = [int(i) % count for i in layers]
+    full = global_layers(model)
+    if not set(chosen) <= set(full):
+        raise ValueError(
+            "`layers` must be decoder layers with full attention, not with a "
+            f"sliding window. Received: layers={layers!r}. "
+            f"Those with full attention are {full}."
+        )
+    return chosen
+
+
+def image_layout(model):
+    """What decides how many tokens an image becomes, and in which order."""
+    backbone = backbone_of(model)
+    parts = (backbone, getattr(backbone, "vision_encoder", None))
+    return {
+        name: getattr(part, name)
+        for part in parts
+        for name in IMAGE_ATTRIBUTES
+        if hasattr(part, name)
+    }
+
+
+def input_names(model):
+    """Names of the inputs that a model reads."""
+    return list(backbone_of(model).input)
 
 
 def forget_compiled(model):
@@ -47,38 +109,6 @@ def forget_compiled(model):
         part.predict_function = None
     if hasattr(model, "generate_function"):
         model.generate_function = None
-
-
-def chosen_layers(model, layers):
-    """Indices of layers without a sliding window, checked.
-
-    Args:
-        model: As in `backbone_of`.
-        layers: Sequence of integers, from 0, or negative from the last.
-
-    Returns:
-        A list of integers from 0.
-
-    Raises:
-        ValueError: If `layers` is empty, or an index is out of range or that of
-            a layer with a sliding window.
-    """
-    count = len(attention_layers(model))
-    if not len(layers) or any(not -count <= i < count for i in layers):
-        raise ValueError(
-            f"`layers` must be one or more indices of the model's {count} "
-            f"decoder layers. Received: layers={layers!r}. "
-            "Pass `(-1,)` for the last one."
-        )
-    chosen = [int(i) % count for i in layers]
-    full = full_attention_layers(model)
-    if not set(chosen) <= set(full):
-        raise ValueError(
-            "`layers` must be decoder layers with full attention, not with a "
-            f"sliding window. Received: layers={layers!r}. "
-            f"Those with full attention are {full}."
-        )
-    return chosen
 
 
 @contextlib.contextmanager

@@ -13,8 +13,11 @@ def of_my_block(block):
     if attention is None:  # A block of another kind.
         return families.linear()
     return families.layer(
-        attention,
-        rotary=attention.rope,  # Its `max_wavelength` is read.
+        attention,  # Has `_compute_attention(query, key, value, mask, ...)`.
+        rotary=attention.rope,  # A `keras_hub.layers.RotaryEmbedding`.
+        query_layer=attention.query_norm,  # What is rotated comes from it:
+        key_layer=attention.key_norm,  # a norm, or an `EinsumDense`.
+        norm_offset=1,  # The norm multiplies by `1 + scale`.
         num_query_heads=attention.num_heads,
         num_key_value_heads=attention.num_heads,
         head_dim=attention.head_dim,
@@ -36,6 +39,7 @@ import keras
 from keras_hub.models import Gemma3Backbone
 from keras_hub.models import Gemma4Backbone
 from keras_hub.models import GemmaBackbone
+from keras_hub.models import Llama3Backbone
 from keras_hub.models import LlamaBackbone
 from keras_hub.models import MistralBackbone
 from keras_hub.models import PaliGemmaBackbone
@@ -43,6 +47,10 @@ from keras_hub.models import Phi3Backbone
 from keras_hub.models import Qwen3_5Backbone
 from keras_hub.models import Qwen3Backbone
 from keras_hub.models import QwenBackbone
+
+
+def _part():
+    return dataclasses.field(default=None, repr=False, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +72,18 @@ class AttentionLayer:
         scale: Float, what logits are multiplied by.
         soft_cap: Float, what logits are softly capped at, or `None`.
         window: Integer, tokens of the sliding window, or `None`.
+        pair_distance: Integer: rotary embedding turns feature `k` together with
+            feature `k + pair_distance`.
+        keys_from: Integer, index of the layer whose keys it uses, or `None`
+            where it has keys of its own.
+        lends_keys: Boolean, whether another layer uses its keys.
         layer: The `keras.layers.Layer` that computes it.
+        rotary: Its `keras_hub.layers.RotaryEmbedding`.
+        query_layer: The layer whose output is rotated into queries: the
+            projection, or the norm that follows it.
+        key_layer: That of keys, or `None` where they are another layer's.
+        norm_offset: Number, where the two are norms: they multiply by their
+            `scale` plus this. `None` where they are projections.
     """
 
     index: int
@@ -77,9 +96,14 @@ class AttentionLayer:
     scale: float | None = None
     soft_cap: float | None = None
     window: int | None = None
-    layer: keras.layers.Layer | None = dataclasses.field(
-        default=None, repr=False, compare=False
-    )
+    pair_distance: int | None = None
+    keys_from: int | None = None
+    lends_keys: bool = False
+    norm_offset: int | None = None
+    layer: keras.layers.Layer | None = _part()
+    rotary: keras.layers.Layer | None = _part()
+    query_layer: keras.layers.Layer | None = _part()
+    key_layer: keras.layers.Layer | None = _part()
 
 
 def attention_layers(model):
@@ -114,31 +138,47 @@ def attention_layers(model):
         raise ValueError(
             f"The model's family must be known, one of {names}. "
             f"Received: {type(backbone).__name__}. Write an adapter: "
-            "`help(keras_laid.backbones.families)` shows one in 15 lines."
+            "`help(keras_laid.backbones.families)` shows one in 20 lines."
         )
+    layers = [adapter(block) for block in backbone.transformer_layers]
+    lenders = {layer.keys_from for layer in layers}
     return [
-        dataclasses.replace(adapter(block), index=index)
-        for index, block in enumerate(backbone.transformer_layers)
+        dataclasses.replace(layer, index=index, lends_keys=index in lenders)
+        for index, layer in enumerate(layers)
     ]
 
 
-def layer(attention, rotary, window, rotary_dim=None, **attributes):
+def layer(
+    attention,
+    rotary,
+    window,
+    head_dim,
+    rotary_dim=None,
+    pair_distance=None,
+    **attributes,
+):
     """An `AttentionLayer` with attention maps, for adapters.
 
     Args:
         attention: The Keras layer.
         rotary: Its rotary embedding.
         window: Integer, tokens of its sliding window, or `None`.
+        head_dim: Integer.
         rotary_dim: Integer, if not all of the head dim is turned.
+        pair_distance: Integer. Defaults to half of `rotary_dim`.
         **attributes: The other attributes of `AttentionLayer`.
     """
+    rotary_dim = rotary_dim or head_dim
     return AttentionLayer(
         index=0,
         kind="global" if window is None else "local",
-        rotary_dim=rotary_dim or attributes["head_dim"],
+        head_dim=head_dim,
+        rotary_dim=rotary_dim,
+        pair_distance=pair_distance or rotary_dim // 2,
         wavelength=float(rotary.max_wavelength),
         window=window,
         layer=attention,
+        rotary=rotary,
         **attributes,
     )
 
@@ -153,10 +193,17 @@ def of_gemma(block):
     scaled_dim = attention.head_dim
     if not attention.query_head_dim_normalize:
         scaled_dim = attention.hidden_dim // attention.num_query_heads
+    # Gemma 3 alone has norms.
+    normalized = getattr(attention, "use_query_key_norm", False)
     return of_any_gemma(
         attention,
         num_key_value_heads=attention.num_key_value_heads,
         scale=scaled_dim**-0.5,
+        query_layer=attention.query_norm
+        if normalized
+        else attention.query_dense,
+        key_layer=attention.key_norm if normalized else attention.key_dense,
+        norm_offset=1 if normalized else None,
     )
 
 
@@ -167,6 +214,13 @@ def of_gemma4(block):
         num_key_value_heads=attention.effective_num_kv_heads,
         scale=1.0,
         rotary_dim=attention.rotary_dim,
+        pair_distance=attention.head_dim // 2,
+        keys_from=block.kv_shared_layer_index
+        if block.is_kv_shared_layer
+        else None,
+        query_layer=attention.query_norm,
+        key_layer=attention.key_norm,
+        norm_offset=0,
     )
 
 
@@ -186,23 +240,47 @@ def of_any_gemma(attention, **attributes):
 
 
 def of_llama(block):
-    return of_grouped(block._self_attention_layer, window=None)
-
-
-def of_phi3(block):
-    return of_grouped(block.attention, window=None)
+    return of_projected(block._self_attention_layer, window=None)
 
 
 def of_qwen(block):
     attention = block._self_attention_layer
-    if not attention.use_sliding_window_attention:
-        return of_grouped(attention, window=None)
-    return of_grouped(attention, window=attention.sliding_window_size)
+    return of_projected(
+        attention,
+        window=attention.sliding_window_size
+        if attention.use_sliding_window_attention
+        else None,
+    )
+
+
+def of_projected(attention, window):
+    return of_grouped(
+        attention,
+        window=window,
+        query_layer=attention._query_dense,
+        key_layer=attention._key_dense,
+    )
+
+
+def of_phi3(block):
+    attention = block.attention
+    return of_grouped(
+        attention,
+        window=None,
+        query_layer=attention.query_dense,
+        key_layer=attention.key_dense,
+    )
 
 
 def of_qwen3(block):
     attention = block._self_attention_layer
-    return of_grouped(attention, window=attention.sliding_window_size or None)
+    return of_grouped(
+        attention,
+        window=attention.sliding_window_size or None,
+        query_layer=attention._query_dense_layer_norm,
+        key_layer=attention._key_dense_layer_norm,
+        norm_offset=0,
+    )
 
 
 def of_qwen3_5(block):
@@ -213,6 +291,22 @@ def of_qwen3_5(block):
         attention,
         window=attention.sliding_window_size or None,
         rotary_dim=attention.rotary_dim,
+        query_layer=attention._query_norm,
+        key_layer=attention._key_norm,
+        norm_offset=1,
+    )
+
+
+def of_grouped(attention, **attributes):
+    """What Llama, Phi-3 and Qwen name alike."""
+    return layer(
+        attention,
+        attention.rotary_embedding_layer,
+        num_query_heads=attention.num_query_heads,
+        num_key_value_heads=attention.num_key_value_heads,
+        head_dim=round(attention._inv_norm_factor**-2),
+        scale=attention._inv_norm_factor,
+        **attributes,
     )
 
 
@@ -226,20 +320,8 @@ def of_mistral(block):
         num_key_value_heads=attention._num_key_value_heads,
         head_dim=attention._head_dim,
         scale=attention._inv_norm_factor,
-    )
-
-
-def of_grouped(attention, window, rotary_dim=None):
-    """What Llama, Phi-3 and Qwen name alike."""
-    return layer(
-        attention,
-        attention.rotary_embedding_layer,
-        window=window,
-        rotary_dim=rotary_dim,
-        num_query_heads=attention.num_query_heads,
-        num_key_value_heads=attention.num_key_value_heads,
-        head_dim=round(attention._inv_norm_factor**-2),
-        scale=attention._inv_norm_factor,
+        query_layer=attention._query_dense,
+        key_layer=attention._key_dense,
     )
 
 
@@ -249,7 +331,8 @@ ADAPTERS = {
     GemmaBackbone: of_gemma,
     Gemma3Backbone: of_gemma,
     Gemma4Backbone: of_gemma4,
-    LlamaBackbone: of_llama,  # Llama 3 is a subclass.
+    LlamaBackbone: of_llama,
+    Llama3Backbone: of_llama,
     MistralBackbone: of_mistral,
     Phi3Backbone: of_phi3,
     QwenBackbone: of_qwen,

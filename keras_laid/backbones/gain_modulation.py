@@ -1,15 +1,17 @@
 """Puts gains on the rotary frequencies of a KerasHub model, and folds them."""
 
+import functools
 import numbers
 
 import keras
+import numpy as np
 from keras import ops
-from keras_hub.layers import RotaryEmbedding
-from keras_hub.models import PaliGemmaBackbone
 
-from keras_laid.backbones.decoder import attention_layers
 from keras_laid.backbones.decoder import backbone_of
 from keras_laid.backbones.decoder import forget_compiled
+from keras_laid.backbones.decoder import global_layers
+from keras_laid.backbones.families import ADAPTERS
+from keras_laid.backbones.families import attention_layers
 from keras_laid.layers.gain_modulated_rotary_embedding import (
     GainModulatedRotaryEmbedding,
 )
@@ -34,19 +36,23 @@ def attach_gain_modulation(model, layers=None, per_head=False, max_gain=4.0):
     With gains, `model.save("model.keras")` and `keras.models.load_model` work
     as before, and so do `save_weights` and `load_weights` between models with
     the same gains; `save_to_preset` refuses until `fold_gain_modulation` is
-    called. To do so, the backbone becomes a
-    `GainModulatedPaliGemmaBackbone`, until then.
+    called. To do so, the backbone becomes of a subclass of its class, until
+    then.
 
     Args:
-        model: A `keras_hub.models.PaliGemmaCausalLM`, a
-            `keras_hub.models.PaliGemmaBackbone`, or a
+        model: A `keras_hub.models.CausalLM` or its backbone, of a family that
+            `keras_laid.backbones.attention_layers` knows, or a
             `keras_laid.MultiImagePaliGemmaCausalLM`.
         layers: Optional sequence of integers, the indices of decoder layers,
             from 0, or negative from the last. Only layers with full attention,
-            not those with a sliding window. Defaults to all of those.
+            not those with a sliding window or linear attention. Defaults to
+            all of those.
         per_head: Boolean. `False` is one gain a frequency, shared by all heads
-            and split evenly between queries and keys. `True` is one a query
-            head and frequency, on queries alone. Defaults to `False`.
+            and split evenly between queries and keys, or on queries alone where
+            layers share keys (Gemma 4). `True` is one a query head and
+            frequency, on queries alone; it cannot be folded where queries are
+            normalized (Gemma 3, Gemma 4, Qwen 3, Qwen 3.5). Defaults to
+            `False`.
         max_gain: Float greater than 1. No gain exceeds it, nor is less than its
             inverse. Defaults to `4.0`.
 
@@ -56,10 +62,10 @@ def attach_gain_modulation(model, layers=None, per_head=False, max_gain=4.0):
 
     Raises:
         TypeError: If `layers` is not a sequence of integers.
-        ValueError: If the model is of another kind or already has gains, if
-            `layers` is empty, out of range, repeats a layer, or names one with
-            a sliding window, or if `max_gain` is out of its range. The model is
-            then unchanged.
+        ValueError: If the model's family is unknown or it already has gains, if
+            `layers` is empty, out of range, repeats a layer, or names one
+            without full attention, or if `max_gain` is out of its range. The
+            model is then unchanged.
 
     Example:
 
@@ -80,30 +86,27 @@ def attach_gain_modulation(model, layers=None, per_head=False, max_gain=4.0):
             f"{list(gains_by_index(backbone))}. "
             "Call `fold_gain_modulation` first to keep their effect."
         )
-    if type(backbone) is not PaliGemmaBackbone:
-        raise ValueError(
-            "The backbone must be a `keras_hub.models.PaliGemmaBackbone` "
-            "itself, not a subclass, which could not be saved with gains. "
-            f"Received: {type(backbone).__name__}"
-        )
     gains = _attach(backbone, layers, per_head, max_gain)
     # Keras writes a model's class and `get_config`: the class says how to
     # build the gains again. (`torch.nn.utils.parametrize` does the same.)
-    object.__setattr__(backbone, "__class__", GainModulatedPaliGemmaBackbone)
+    gained_class = gain_modulated(type(backbone))
+    object.__setattr__(backbone, "__class__", gained_class)
     _forget_compiled(model)
     return gains
 
 
 def fold_gain_modulation(model):
-    """Multiplies a model's gains into its query and key kernels, in place.
+    """Multiplies a model's gains into its weights, in place.
 
     What is left is a plain KerasHub model with the same outputs, up to
     rounding, and no gains: `save_to_preset` writes an ordinary preset.
 
-    Shared gains are split: the square root goes into the query kernel, the
-    square root into the key kernel. Gains of each head go into the query kernel
-    alone. Where LoRA is enabled, shared gains are multiplied into its second
-    factor too; adapters saved from then on belong to the folded kernels.
+    Gains go into the kernels and biases of queries and keys or, where these are
+    normalized after the projection, into the scales of the norms. Shared gains
+    are split: the square root goes to queries, the square root to keys. Gains
+    of each head go to queries alone. Where LoRA is enabled on a kernel, shared
+    gains are multiplied into its second factor too; adapters saved from then on
+    belong to the folded kernels.
 
     Compile the model afterwards. Its compiled functions are dropped here.
 
@@ -111,9 +114,9 @@ def fold_gain_modulation(model):
         model: A model that `attach_gain_modulation` was called on.
 
     Raises:
-        ValueError: If the model has no gains, if a query or key kernel is
-            quantized, or if gains of each head meet LoRA on the queries. The
-            model is then unchanged.
+        ValueError: If the model has no gains, if a kernel that they go into is
+            quantized, or if gains of each head meet LoRA or a norm on the
+            queries. The model is then unchanged.
     """
     backbone = backbone_of(model)
     gained = gains_by_index(backbone)
@@ -123,16 +126,16 @@ def fold_gain_modulation(model):
             f"Received: {backbone.name!r}, which has none. "
             "Call `attach_gain_modulation` first."
         )
-    attentions = attention_layers(backbone)
-    for index, gain in gained.items():
-        for dense in _modulated_projections(attentions[index], gain):
-            _check_foldable(index, dense, gain)
-    for index, gain in gained.items():
-        attention = attentions[index]
-        for dense in _modulated_projections(attention, gain):
-            _scale_kernel(dense, gain.feature_gains())
-        _take_out(attention, gain)
-    object.__setattr__(backbone, "__class__", PaliGemmaBackbone)
+    layers = [attention_layers(backbone)[index] for index in gained]
+    for layer, gain in zip(layers, gained.values(), strict=True):
+        for part in _modulated_parts(layer, gain):
+            _check_foldable(layer, part, gain)
+    for layer, gain in zip(layers, gained.values(), strict=True):
+        feature_gains = _feature_gains(layer, gain)
+        _take_out(layer, gain)
+        for part in _modulated_parts(layer, gain):
+            _scale(layer, part, feature_gains)
+    object.__setattr__(backbone, "__class__", type(backbone).plain_class)
     _forget_compiled(model)
 
 
@@ -148,19 +151,18 @@ def gain_layers(model):
     return list(gains_by_index(backbone_of(model)).values())
 
 
-@keras.saving.register_keras_serializable(package="keras_laid")
-class GainModulatedPaliGemmaBackbone(PaliGemmaBackbone):
-    """A `keras_hub.models.PaliGemmaBackbone` with gains attached.
+class GainModulation:
+    """What a KerasHub backbone with gains does besides.
 
-    `attach_gain_modulation` makes it out of a plain backbone, and
-    `fold_gain_modulation` makes it plain again; there is no need to make one
-    by hand. It exists so that Keras can save and load a model with gains.
+    `attach_gain_modulation` gives a plain backbone a class with this, and
+    `fold_gain_modulation` takes it away; there is no need to make one by hand.
+    It exists so that Keras can save and load a model with gains.
 
     Args:
-        *args: As in `keras_hub.models.PaliGemmaBackbone`.
+        *args: As in the plain backbone's class.
         gain_modulation: Dictionary with the arguments `"layers"`, `"per_head"`
             and `"max_gain"` of `attach_gain_modulation`.
-        **kwargs: As in `keras_hub.models.PaliGemmaBackbone`.
+        **kwargs: As in the plain backbone's class.
     """
 
     def __init__(self, *args, gain_modulation, **kwargs):
@@ -189,13 +191,31 @@ class GainModulatedPaliGemmaBackbone(PaliGemmaBackbone):
         )
 
 
+@functools.cache
+def gain_modulated(plain_class):
+    """The class of a backbone with gains, registered with Keras."""
+    if plain_class not in ADAPTERS:
+        raise ValueError(
+            "The backbone must be of a class in `families.ADAPTERS` itself, "
+            "not of a subclass, which could not be saved with gains. "
+            f"Received: {plain_class.__name__}"
+        )
+    gained_class = type(
+        f"GainModulated{plain_class.__name__}",
+        (GainModulation, plain_class),
+        {"plain_class": plain_class, "__module__": __name__},
+    )
+    return keras.saving.register_keras_serializable("keras_laid")(gained_class)
+
+
+for _plain_class in ADAPTERS:  # Keras must know them to load a file.
+    gain_modulated(_plain_class)
+
+
 def _attach(backbone, layers, per_head, max_gain):
     chosen = _chosen_indices(backbone, layers)
     # All are made before one is put in: a refusal changes nothing.
-    gains = [
-        _new_gain(backbone.transformer_layers[index], per_head, max_gain)
-        for index in chosen
-    ]
+    gains = [_new_gain(backbone, i, per_head, max_gain) for i in chosen]
     attentions = attention_layers(backbone)
     for index, gain in zip(chosen, gains, strict=True):
         _put_in(attentions[index], gain)
@@ -204,13 +224,8 @@ def _attach(backbone, layers, per_head, max_gain):
 
 def _chosen_indices(backbone, layers):
     """`layers` as indices from 0, in order."""
-    attentions = attention_layers(backbone)
-    count = len(attentions)
-    full = [
-        index
-        for index, attention in enumerate(attentions)
-        if not attention.use_sliding_window_attention
-    ]
+    count = len(attention_layers(backbone))
+    full = global_layers(backbone)
     if layers is None:
         layers = full
     if isinstance(layers, numbers.Number | str) or not all(
@@ -236,113 +251,150 @@ def _chosen_indices(backbone, layers):
             "`layers` must name each decoder layer once. "
             f"Received: layers={layers!r}, of {count}"
         )
-    sliding = [index for index in chosen if index not in full]
-    if sliding:
+    others = [index for index in chosen if index not in full]
+    if others:
         raise ValueError(
             "`layers` must be decoder layers with full attention, not with a "
-            f"sliding window. Received: layers={layers!r}, of which {sliding} "
-            f"have a sliding window. Those with full attention are {full}."
+            f"sliding window. Received: layers={layers!r}, of which {others} "
+            f"have none. Those with full attention are {full}."
         )
     return chosen
 
 
-def _new_gain(block, per_head, max_gain):
-    """A built gain layer, with the settings of a block's rotary embedding."""
-    attention = block.attention
-    heads = attention.num_query_heads if per_head else None
-    config = attention.rope_layer.get_config()
-    config.update(
-        trainable=True,  # Also where the rest of the layer is frozen.
-        dtype=attention.rope_layer.dtype_policy,
+def _new_gain(backbone, index, per_head, max_gain):
+    """A built gain layer for the rotary frequencies of a decoder layer."""
+    layer = attention_layers(backbone)[index]
+    heads = layer.num_query_heads if per_head else None
+    shares_keys = layer.lends_keys or layer.keys_from is not None
+    gain = GainModulatedRotaryEmbedding(
+        max_wavelength=layer.wavelength,
         num_heads=heads,
         max_gain=max_gain,
+        applied_to="queries" if per_head or shares_keys else None,
+        dtype=layer.layer.dtype_policy,
+        name="rotary_gain",
     )
-    gain = GainModulatedRotaryEmbedding(**config)
     # The variable's path says where it is, as that of any other weight.
-    with keras.name_scope(block.name), keras.name_scope(attention.name):
-        gain.build((None, None, heads, attention.head_dim))
+    block = backbone.transformer_layers[index]
+    with keras.name_scope(block.name), keras.name_scope(layer.layer.name):
+        gain.build((None, None, heads, layer.rotary_dim))
     return gain
 
 
-def _put_in(attention, gain):
-    if gain.num_heads is None:
-        _replace_sublayer(attention, "rope_layer", gain)
-    else:
-        # KerasHub rotates queries and keys with one layer, which cannot tell
-        # them apart. Gains and rotation commute, so gains of each head act on
-        # the query projection, before the rotation.
-        _replace_sublayer(attention, "query_gain", gain)
-        attention.query_dense.activation = gain.modulate
+def _put_in(layer, gain):
+    attention = layer.layer
+    # Keras has locked a built layer.
+    attention._tracker.unlock()
+    attention.rotary_gain = gain
+    attention._tracker.lock()
+    # Gains and rotation commute, and what is about to be rotated tells queries
+    # and keys apart, also where KerasHub rotates without calling a layer.
+    modulate = functools.partial(_modulate, layer, gain)
+    for part in _modulated_parts(layer, gain):
+        if layer.norm_offset is None:
+            part.activation = modulate
+        else:
+            vars(part)["call"] = functools.partial(_then, part.call, modulate)
 
 
-def _take_out(attention, gain):
+def _take_out(layer, gain):
     """The reverse of `_put_in`."""
-    if gain.num_heads is None:
-        config = gain.get_config()
-        for name in ("num_heads", "max_gain", "applied_to"):
-            del config[name]
-        config["dtype"] = gain.dtype_policy
-        _replace_sublayer(attention, "rope_layer", RotaryEmbedding(**config))
-    else:
-        attention.query_dense.activation = keras.activations.linear
-        attention._tracker.untrack(gain)
-        del attention.query_gain
+    attention = layer.layer
+    attention._tracker.untrack(gain)
+    del attention.rotary_gain
+    for part in _modulated_parts(layer, gain):
+        if layer.norm_offset is None:
+            part.activation = keras.activations.linear
+        else:
+            del vars(part)["call"]
 
 
-def _replace_sublayer(layer, name, sublayer):
-    """Sets a sublayer of a built layer, which Keras has locked."""
-    layer._tracker.untrack(getattr(layer, name, None))
-    layer._tracker.unlock()
-    setattr(layer, name, sublayer)
-    layer._tracker.lock()
+def _then(call, modulate, x):
+    return modulate(call(x))
+
+
+def _modulate(layer, gain, x):
+    """Queries or keys before their rotation, times their gains."""
+    # Multiplied in float32 and rounded once, as `gain.modulate` does.
+    wide = keras.backend.result_type(x.dtype, "float32")
+    gains = ops.cast(_feature_gains(layer, gain), wide)
+    return ops.cast(ops.cast(x, wide) * gains, x.dtype)
+
+
+def _feature_gains(layer, gain):
+    """`gain.feature_gains()` of a whole head: 1 for what is not rotated."""
+    gains = gain.feature_gains()
+    half, far = layer.rotary_dim // 2, layer.pair_distance
+    source = np.full(layer.head_dim, 2 * half)
+    source[:half] = np.arange(half)
+    source[far : far + half] = np.arange(half, 2 * half)
+    ones = ops.ones_like(gains[..., :1])
+    return ops.take(ops.concatenate([gains, ones], -1), source, axis=-1)
 
 
 def gains_by_index(backbone):
     """The gain layers, by the index of their decoder layer, from 0."""
-    gained = {}
-    for index, attention in enumerate(attention_layers(backbone)):
-        if isinstance(attention.rope_layer, GainModulatedRotaryEmbedding):
-            gained[index] = attention.rope_layer
-        elif hasattr(attention, "query_gain"):
-            gained[index] = attention.query_gain
-    return gained
+    return {
+        layer.index: layer.layer.rotary_gain
+        for layer in attention_layers(backbone)
+        if hasattr(layer.layer, "rotary_gain")
+    }
 
 
-def _modulated_projections(attention, gain):
+def _modulated_parts(layer, gain):
     if gain.applied_to == "queries":
-        return [attention.query_dense]
-    return [attention.query_dense, attention.key_dense]
+        return [layer.query_layer]
+    return [layer.query_layer, layer.key_layer]
 
 
-def _check_foldable(index, dense, gain):
-    where = f"the {dense.name} projection of decoder layer {index}"
-    if dense.quantization_mode is not None:
+def _check_foldable(layer, part, gain):
+    where = f"the {part.name} layer of decoder layer {layer.index}"
+    if layer.norm_offset is not None:
+        if gain.num_heads is not None:
+            raise ValueError(
+                "Gains of each head cannot be multiplied into the scale of a "
+                "norm, which the heads share. "
+                f"Received: {where}, with num_heads={gain.num_heads}. "
+                "Attach gains with `per_head=False`, or keep them and save "
+                'with `model.save("model.keras")`.'
+            )
+        return
+    if part.quantization_mode is not None:
         raise ValueError(
             "Kernels must not be quantized to have gains multiplied in. "
             f"Received: {where}, with "
-            f"quantization_mode={dense.quantization_mode!r}. "
+            f"quantization_mode={part.quantization_mode!r}. "
             "Fold before `quantize`, or keep the gains and save with "
             '`model.save("model.keras")`.'
         )
-    if dense.lora_enabled and gain.num_heads is not None:
+    if part.lora_enabled and gain.num_heads is not None:
         raise ValueError(
             "Gains of each head cannot be multiplied into LoRA's factors, "
             "which are shared by the heads. "
-            f"Received: {where}, with lora_rank={dense.lora_rank}. "
+            f"Received: {where}, with lora_rank={part.lora_rank}. "
             'Save with `model.save("model.keras")`, which merges LoRA into the '
             "kernels, then load and fold the loaded model."
         )
 
 
-def _scale_kernel(dense, feature_gains):
-    # The kernel is (heads, hidden, features); the gains are (features,) or
-    # (heads, features).
-    scale = ops.expand_dims(feature_gains, axis=-2)
-    kernel = dense._kernel  # `dense.kernel` is a sum where LoRA is enabled.
+def _scale(layer, part, feature_gains):
+    """Multiplies the weights of a norm or a projection, in float32."""
+    if layer.norm_offset is not None:
+        scale = ops.cast(part.scale, "float32") + layer.norm_offset
+        part.scale.assign(scale * feature_gains - layer.norm_offset)
+        return
+    scale = feature_gains  # (features,) or (heads, features)
+    inputs, output = part.equation.split("->")
+    kernel_axes = inputs.split(",")[1]
+    if kernel_axes[0] == output[-2]:  # The kernel's heads come first.
+        scale = ops.expand_dims(scale, axis=-2)
+    kernel = part._kernel  # `part.kernel` is a sum where LoRA is enabled.
     kernel.assign(ops.cast(kernel, "float32") * scale)
-    if dense.lora_enabled:
+    if part.bias is not None:
+        part.bias.assign(ops.cast(part.bias, "float32") * feature_gains)
+    if part.lora_enabled:
         # (rank, features)
-        dense.lora_kernel_b.assign(dense.lora_kernel_b * feature_gains)
+        part.lora_kernel_b.assign(part.lora_kernel_b * feature_gains)
 
 
 def _forget_compiled(model):
@@ -352,8 +404,12 @@ def _forget_compiled(model):
         # `zero_grad` goes through the list of parameters that each layer made
         # when it was built.
         backbone = backbone_of(model)
-        for block in backbone.transformer_layers:
-            block.attention._track_variables()
+        attentions = attention_layers(backbone)
+        for block, layer in zip(
+            backbone.transformer_layers, attentions, strict=True
+        ):
+            if layer.layer is not None:
+                layer.layer._track_variables()
             block._track_variables()
         backbone._track_variables()
         model._track_variables()

@@ -7,7 +7,7 @@ from keras_hub.models import PaliGemmaCausalLM
 from keras_hub.models import PaliGemmaCausalLMPreprocessor
 from keras_hub.src.utils.pipeline_model import PipelineModel
 
-from keras_laid.backbones.decoder import backbone_of
+from keras_laid.backbones.decoder import pali_gemma_backbone_of
 from keras_laid.backbones.rotary_positions import rotary_positions
 
 
@@ -70,7 +70,9 @@ class MultiImagePaliGemmaCausalLM(PaliGemmaCausalLM):
         if preprocessor is not None:
             preprocessor = multi_image_preprocessor(preprocessor)
         super().__init__(
-            preprocessor=preprocessor, backbone=backbone_of(backbone), **kwargs
+            preprocessor=preprocessor,
+            backbone=pali_gemma_backbone_of(backbone),
+            **kwargs,
         )
         # KerasHub's graph, which is not run, has one image a prompt.
         self.input_spec = None

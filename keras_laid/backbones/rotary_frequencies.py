@@ -4,7 +4,7 @@ import math
 
 from keras import ops
 
-from keras_laid.backbones.decoder import attention_layers
+from keras_laid.backbones.families import attention_layers
 
 
 def rotary_wavelengths(model, layer=-1):
@@ -20,7 +20,7 @@ def rotary_wavelengths(model, layer=-1):
         each frequency turns a pair of features by a whole circle.
     """
     attention = attention_layers(model)[layer]
-    rates = attention.rope_layer._get_inverse_freq(attention.head_dim)
+    rates = attention.rotary._get_inverse_freq(attention.rotary_dim)
     return 2 * math.pi / ops.convert_to_numpy(rates)
 
 

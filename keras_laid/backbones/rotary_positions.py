@@ -3,7 +3,8 @@
 import contextlib
 import functools
 
-from keras_laid.backbones import decoder
+from keras_laid.backbones.decoder import replaced_method
+from keras_laid.backbones.families import attention_layers
 
 
 @contextlib.contextmanager
@@ -11,22 +12,66 @@ def rotary_positions(model, positions):
     """Scope in which a model's rotary embeddings use `positions`.
 
     Args:
-        model: A supported KerasHub model (see `decoder.attention_layers`).
+        model: A KerasHub model of a family that
+            `keras_laid.backbones.attention_layers` knows.
         positions: Integer tensor of shape `(batch, length)` or `(length,)`, in
             tokens, one for each token of the model's sequence, images
-            included; or `None`, for the model's own positions.
+            included; or `None`, for the model's own positions. For Qwen 3.5
+            also of shape `(batch, 4, length)`, like the `"position_ids"` of its
+            preprocessor.
 
     The model is left as it was, also when its call raises.
+
+    Raises:
+        ValueError: If the model's rotary embeddings cannot take positions of
+            this shape.
     """
     if positions is None:
         yield
         return
     with contextlib.ExitStack() as stack:
-        for layer in decoder.attention_layers(model):
-            apply_rope = functools.partial(
-                layer._apply_rope, positions=positions
-            )
-            stack.enter_context(
-                decoder.replaced_method(layer, "_apply_rope", apply_rope)
-            )
+        for layer in attention_layers(model):
+            if layer.kind == "linear":
+                continue
+            check_shape(layer, positions)
+            if is_multi_dimensional(layer):
+                part, name = layer.layer, "_apply_partial_rope"
+                function = turned_at(layer, positions)
+                stack.enter_context(replaced_method(part, name, function))
+            function = functools.partial(rotated, layer.rotary.call, positions)
+            stack.enter_context(replaced_method(layer.rotary, "call", function))
         yield
+
+
+def rotated(call, positions, inputs, start_index=0, **kwargs):
+    """A rotary embedding's `call`, at other positions than it is told."""
+    return call(inputs, positions=positions)
+
+
+def turned_at(layer, positions):
+    """The `_apply_partial_rope` of a layer with M-RoPE, at `positions`."""
+    position_ids = positions if len(positions.shape) == 3 else None
+    apply = layer.layer._apply_partial_rope
+    return lambda x, *args, **kwargs: apply(x, 0, position_ids)
+
+
+def is_multi_dimensional(layer):
+    """Whether a layer has M-RoPE, which goes past `RotaryEmbedding.call`."""
+    return getattr(layer.layer, "mrope_section", None) is not None
+
+
+def check_shape(layer, positions):
+    rank = len(positions.shape)
+    if rank == 3 and not is_multi_dimensional(layer):
+        raise ValueError(
+            "Positions of shape `(batch, 4, length)` need a model with M-RoPE, "
+            f"such as Qwen 3.5. Received: positions.shape={positions.shape}, "
+            f"decoder layer {layer.index} with {type(layer.rotary).__name__}. "
+            "Pass positions of shape `(batch, length)`."
+        )
+    if rank > 1 and hasattr(layer.rotary, "inverese_freq_long_factor"):
+        raise ValueError(
+            "Phi-3's long-context rotary embedding takes one set of positions, "
+            "of shape `(length,)`, for the whole batch. "
+            f"Received: positions.shape={positions.shape}"
+        )

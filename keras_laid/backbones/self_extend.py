@@ -6,6 +6,7 @@ import numbers
 from keras import ops
 
 from keras_laid.backbones import decoder
+from keras_laid.backbones.families import attention_layers
 
 
 @contextlib.contextmanager
@@ -75,8 +76,9 @@ def self_extend(model, group_size, neighbor_window):
                 f"`{name}` must be a positive integer, in tokens. "
                 f"Received: {name}={value!r}"
             )
-    attentions = decoder.attention_layers(model)
-    layers = [attentions[i] for i in decoder.full_attention_layers(model)]
+    decoder.pali_gemma_backbone_of(model)
+    attentions = attention_layers(model)
+    layers = [attentions[i].layer for i in decoder.global_layers(model)]
     if any("_compute_attention" in vars(layer) for layer in layers):
         raise ValueError(
             "`self_extend` must be the outermost scope that changes a model's "

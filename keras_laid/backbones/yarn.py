@@ -8,6 +8,7 @@ import numbers
 from keras import ops
 
 from keras_laid.backbones import decoder
+from keras_laid.backbones.families import attention_layers
 
 
 @contextlib.contextmanager
@@ -76,15 +77,15 @@ def yarn(
        [program](https://github.com/jquesnelle/yarn).
     """
     _check_arguments(factor, original_length, beta_fast, beta_slow, ramp)
-    attentions = decoder.attention_layers(model)
-    layers = [attentions[i] for i in decoder.full_attention_layers(model)]
-    for layer in layers:
-        _check_unscaled(layer.rope_layer)
+    decoder.pali_gemma_backbone_of(model)
+    attentions = attention_layers(model)
+    ropes = [attentions[i].rotary for i in decoder.global_layers(model)]
+    for rope in ropes:
+        _check_unscaled(rope)
     temperature = 0.1 * math.log(factor) + 1
     with contextlib.ExitStack() as stack:
         stack.callback(decoder.forget_compiled, model)
-        for layer in layers:
-            rope = layer.rope_layer
+        for rope in ropes:
             shares = functools.partial(
                 SHARES_KEPT[ramp],
                 original_length=original_length,

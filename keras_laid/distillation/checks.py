@@ -46,10 +46,8 @@ def check_pair(teacher, student):
             "`teacher` and `student` must be two models. Received the same "
             f"model twice: {student.name}. Load the preset once for each."
         )
-    of_teacher = decoder.backbone_of(teacher)
-    of_student = decoder.backbone_of(student)
-    shared = {id(v) for v in of_teacher.variables} & {
-        id(v) for v in of_student.variables
+    shared = {id(v) for v in decoder.backbone_of(teacher).variables} & {
+        id(v) for v in decoder.backbone_of(student).variables
     }
     if shared:
         raise ValueError(
@@ -63,14 +61,13 @@ def check_pair(teacher, student):
                 "`keras_hub.models.PaliGemmaCausalLM`. "
                 f"Received: {type(model).__name__}"
             )
-    for attribute in ("image_size", "image_sequence_length"):
-        values = [getattr(b, attribute) for b in (of_teacher, of_student)]
-        if values[0] != values[1]:
-            raise ValueError(
-                "Both models must turn an image into the same tokens. "
-                f"Received: teacher {attribute}={values[0]}, student "
-                f"{attribute}={values[1]}. Choose presets of one resolution."
-            )
+    layouts = [decoder.image_layout(model) for model in (teacher, student)]
+    if layouts[0] != layouts[1]:
+        raise ValueError(
+            "Both models must turn an image into the same tokens. "
+            f"Received: teacher {layouts[0]}, student {layouts[1]}. "
+            "Choose presets of one resolution."
+        )
     kinds = [
         isinstance(m, MultiImagePaliGemmaCausalLM) for m in (teacher, student)
     ]
@@ -107,11 +104,13 @@ def check_vocabularies(teacher, student, vocabulary):
         )
 
 
-def check_head_dims(teacher, student):
-    dims = [decoder.backbone_of(m).head_dim for m in (teacher, student)]
-    if dims[0] != dims[1]:
-        raise ValueError(
-            "The query/key term needs equal head dims. Received: teacher "
-            f"head_dim={dims[0]}, student head_dim={dims[1]}. Pass "
-            "`query_key_weight=0`: attention maps can be matched all the same."
-        )
+def check_head_dims(pairs):
+    """Refuses pairs of student and teacher layers of different head dims."""
+    for student, teacher in pairs:
+        if student.head_dim != teacher.head_dim:
+            raise ValueError(
+                "The query/key term needs equal head dims. Received: teacher "
+                f"head_dim={teacher.head_dim}, student "
+                f"head_dim={student.head_dim}. Pass `query_key_weight=0`: "
+                "attention maps can be matched all the same."
+            )

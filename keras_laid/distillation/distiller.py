@@ -3,9 +3,11 @@
 import keras
 from keras import ops
 
+from keras_laid.backbones import attention_layers
 from keras_laid.backbones import decoder
 from keras_laid.backbones.attention_capture import attention_mask
 from keras_laid.backbones.attention_capture import captured_attention
+from keras_laid.backbones.attention_capture import text_rows
 from keras_laid.backbones.rotary_positions import rotary_positions
 from keras_laid.distillation import checks
 from keras_laid.distillation.distance_weighting import DistanceWeighting
@@ -55,9 +57,11 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
     result is `student` itself.
 
     Args:
-        teacher: A `keras_hub.models.PaliGemmaCausalLM` or
+        teacher: A `keras_hub.models.CausalLM` of a family that
+            `keras_laid.backbones.attention_layers` knows, or a
             `keras_laid.MultiImagePaliGemmaCausalLM`.
-        student: Another, with the same image tokens and tokenizer.
+        student: Another, of the same tokenizer and with the same tokens for an
+            image; of any size, and of any family that reads the same inputs.
         distance_weighting: A `keras_laid.DistanceWeighting`. Defaults to
             `DistanceWeighting()`.
         attention_weight: Float, 0 or more, or a
@@ -83,8 +87,9 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
 
     Call arguments:
         inputs: The student's inputs, a dictionary; `"positions"` of shape
-            `(batch, image tokens + length)` replaces the positions of every
-            rotary embedding, see `keras_laid.PositionStretching`.
+            `(batch, keys)`, where keys are tokens of images and text, replaces
+            the positions of every rotary embedding, see
+            `keras_laid.PositionStretching`.
 
     Returns:
         The student's logits.
@@ -137,9 +142,11 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         checks.check_pair(teacher, student)
         if logits_weight:
             checks.check_vocabularies(teacher, student, vocabulary)
-        if query_key_weight:
-            checks.check_head_dims(teacher, student)
         layer_pairs = resolve_layer_map(layer_map, student, teacher)
+        of_student, of_teacher = map(attention_layers, (student, teacher))
+        pairs = [(of_student[s], of_teacher[t]) for s, t in layer_pairs]
+        if query_key_weight:
+            checks.check_head_dims(pairs)
 
         super().__init__(**kwargs)
         self.student = student
@@ -152,15 +159,16 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         self.rows = rows
         self.vocabulary = vocabulary
         self.implementation = implementation
-        heads = [
-            decoder.backbone_of(model).num_query_heads
-            for model in (student, teacher)
-        ]
         self.mixers = []
         if attention_weight or query_key_weight:
             self.mixers = [
-                HeadMixer(*heads, sharpness=mixer_sharpness, name=f"mixer_{s}")
-                for s, _ in layer_pairs
+                HeadMixer(
+                    one.num_query_heads,
+                    other.num_query_heads,
+                    sharpness=mixer_sharpness,
+                    name=f"mixer_{one.index}",
+                )
+                for one, other in pairs
             ]
         # Training steps done, and in all: they drive `progress` as tensors, so
         # that a step is never compiled anew.
@@ -238,8 +246,8 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
 
     def run(self, model, inputs, layers, training):
         """Runs a model once: its logits, and attention of the layers named."""
-        inputs = dict(inputs)
-        positions = inputs.pop("positions", None)
+        positions = inputs.get("positions")
+        inputs = {name: inputs[name] for name in decoder.input_names(model)}
         with (
             captured_attention(model, layers) as attention,
             rotary_positions(model, positions),
@@ -308,11 +316,18 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         length = ops.shape(x["token_ids"])[1]
         first_row = key_length - length if self.rows == "text" else 0
         row_index = ops.arange(first_row, key_length)
-        mask = attention_mask(x, key_length, row_index)
+        mask = attention_mask(self.student, x, key_length, row_index)
         attended = ops.logical_or(mask.bidirectional, mask.causal)
+        counted = attended[:, first_row:]
+        if self.rows == "text":
+            # What a token of an image sees does not matter then.
+            mask = mask._replace(block=None)
+            counted = ops.logical_and(counted, text_rows(x))
         positions = x.get("positions")
         if positions is None:
             positions = ops.arange(key_length)[None]
+        elif len(positions.shape) == 3:
+            positions = positions[:, 0]  # M-RoPE's channel of text.
         progress = self.distance_weighting.progress(self.step, self.total_steps)
         distance = Distance(
             row_positions=positions[:, first_row:],
@@ -322,9 +337,7 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         )
         # [batch, 1]: an example counts as much as its most weighty token.
         example_weight = ops.max(sample_weight, axis=1, keepdims=True)
-        row_weight = example_weight * ops.cast(
-            attended[:, first_row:], "float32"
-        )
+        row_weight = example_weight * ops.cast(counted, "float32")
         divergences, distances = [], []
         for mixer, (s, t) in zip(self.mixers, self.layer_pairs, strict=True):
             of_student, of_teacher = (
@@ -349,7 +362,7 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
                     of_student,
                     of_teacher,
                     mixture,
-                    row_mask=attended[:, first_row:],
+                    row_mask=counted,
                     key_mask=attended,
                 )
                 distances.append(weighted_mean(of_heads, example_weight))

@@ -1,5 +1,6 @@
 """Which student layer learns from which teacher layer."""
 
+from keras_laid.backbones import attention_layers
 from keras_laid.backbones import decoder
 
 
@@ -11,8 +12,9 @@ def resolve_layer_map(layer_map, student, teacher):
             choice). `"uniform"`: every student layer, from teacher layers at
             even steps up to the last. Or a sequence of pairs
             `(student_layer, teacher_layer)`, where negative indices count from
-            the end. Layers with sliding-window attention see no long range:
-            the first two pass over them, the last may not name one.
+            the end. Layers with a sliding window see no long range, and linear
+            ones have no map: the first two pass over them, the last may not
+            name one.
         student: The student model.
         teacher: The teacher model.
 
@@ -20,11 +22,11 @@ def resolve_layer_map(layer_map, student, teacher):
         A tuple of pairs of non-negative integers.
 
     Raises:
-        ValueError: If a layer does not exist, has a sliding window, or a
+        ValueError: If a layer does not exist, has not full attention, or a
             student layer is named twice.
     """
-    of_student = decoder.full_attention_layers(student)
-    of_teacher = decoder.full_attention_layers(teacher)
+    of_student = decoder.global_layers(student)
+    of_teacher = decoder.global_layers(teacher)
     if layer_map == "last":
         return ((of_student[-1], of_teacher[-1]),)
     if layer_map == "uniform":
@@ -54,7 +56,7 @@ def resolve_layer_map(layer_map, student, teacher):
 
 
 def resolve_index(name, model, allowed, index):
-    count = len(decoder.attention_layers(model))
+    count = len(attention_layers(model))
     resolved = index + count if index < 0 else index
     if resolved not in allowed:
         raise ValueError(

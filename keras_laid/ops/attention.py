@@ -52,12 +52,16 @@ class AttentionMask(NamedTuple):
             sequence of keys each row stands.
         window: Integer or `None`. Rows attend only keys less than `window`
             places away, on either side.
+        block: Integer tensor of shape `(batch, keys)`, or `None`. Rows attend
+            keys of their own block, the tokens of an image, also later ones; 0
+            is no block.
     """
 
     bidirectional: Any
     causal: Any
     row_index: Any
     window: int | None = None
+    block: Any = None
 
     @classmethod
     def from_lengths(
@@ -97,6 +101,12 @@ class AttentionMask(NamedTuple):
         row_index = ops.cast(self.row_index, key_index.dtype)[:, None]
         later = ops.logical_and(self.causal[:, None], row_index >= key_index)
         allowed = ops.logical_or(self.bidirectional[:, None], later)
+        if self.block is not None:
+            of_rows = ops.take(self.block, row_index[:, 0], axis=1)
+            same = self.block[:, None] == of_rows[:, :, None]
+            inside = ops.logical_and(same, self.block[:, None] > 0)
+            seen = ops.logical_and(inside, self.causal[:, None])
+            allowed = ops.logical_or(allowed, seen)
         if self.window is not None:
             near = ops.abs(row_index - key_index) < self.window
             allowed = ops.logical_and(allowed, near)

@@ -3,9 +3,9 @@
 import numpy as np
 from keras import ops
 
-from keras_laid.backbones import decoder
 from tests.support import PALI_GEMMA
 from tests.support import PALI_GEMMA_2
+from tests.support import attention_of
 from tests.support import make_multi_image
 from tests.support import to_numpy
 
@@ -16,7 +16,7 @@ CONFIGS = [PALI_GEMMA, dict(PALI_GEMMA_2, query_head_dim_normalize=False)]
 def make_model(config=None):
     """A model whose attention is sharp, so that positions show."""
     model = make_multi_image(config)
-    for layer in decoder.attention_layers(model):
+    for layer in attention_of(model):
         for dense in (layer.query_dense, layer.key_dense):
             dense.kernel.assign(1.5 * dense.kernel)
     return model

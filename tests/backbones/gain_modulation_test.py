@@ -11,11 +11,10 @@ from keras import ops
 from keras_hub.layers import RotaryEmbedding
 from keras_hub.models import PaliGemmaBackbone
 
-from keras_laid.backbones.decoder import attention_layers
-from keras_laid.backbones.gain_modulation import GainModulatedPaliGemmaBackbone
 from keras_laid.backbones.gain_modulation import attach_gain_modulation
 from keras_laid.backbones.gain_modulation import fold_gain_modulation
 from keras_laid.backbones.gain_modulation import gain_layers
+from keras_laid.backbones.gain_modulation import gain_modulated
 from keras_laid.backbones.multi_image_pali_gemma import (
     MultiImagePaliGemmaCausalLM,
 )
@@ -42,7 +41,7 @@ PER_HEAD = pytest.mark.parametrize("per_head", [False, True])
 def make_backbone(config, **kwargs):
     backbone = PaliGemmaBackbone(**config, **kwargs)
     # Sharp attention, so that gains show.
-    for attention in attention_layers(backbone):
+    for attention in support.attention_of(backbone):
         for dense in (attention.query_dense, attention.key_dense):
             dense.kernel.assign(2.0 * dense.kernel)
     return backbone
@@ -82,10 +81,10 @@ def weights_of(model):
 def assert_plain(backbone):
     assert type(backbone) is PaliGemmaBackbone
     assert gain_layers(backbone) == []
-    for attention in attention_layers(backbone):
+    for attention in support.attention_of(backbone):
         assert type(attention.rope_layer) is RotaryEmbedding
         assert attention.query_dense.activation is keras.activations.linear
-        assert not hasattr(attention, "query_gain")
+        assert not hasattr(attention, "rotary_gain")
     for layer in backbone._flatten_layers():
         assert not isinstance(layer, GainModulatedRotaryEmbedding)
 
@@ -153,7 +152,7 @@ def test_each_frequency_of_the_logits_is_multiplied_by_its_gain(
 ):
     backbone = make_backbone(config)
     gain = attach_gain_modulation(backbone, [-1], per_head, max_gain=3.0)[0]
-    attention = attention_layers(backbone)[-1]
+    attention = support.attention_of(backbone)[-1]
     x = np.random.default_rng(1).normal(size=(1, 9, 16)).astype("float32")
     kernels = [
         ops.convert_to_numpy(dense.kernel).astype("float64")
@@ -192,8 +191,8 @@ def test_layers_chosen():
         backbone = make_backbone(PALI_GEMMA_2)
         gains = attach_gain_modulation(backbone, layers)
         assert backbone.get_config()["gain_modulation"]["layers"] == expected
-        attentions = attention_layers(backbone)
-        assert gains == [attentions[index].rope_layer for index in expected]
+        attentions = support.attention_of(backbone)
+        assert gains == [attentions[index].rotary_gain for index in expected]
         assert gains == gain_layers(backbone)
 
 
@@ -305,7 +304,7 @@ def test_keras_file_keeps_the_gains(tmp_path, config, per_head):
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     np.testing.assert_array_equal(outputs_of(loaded), outputs_of(model))
-    assert type(loaded.backbone) is GainModulatedPaliGemmaBackbone
+    assert type(loaded.backbone) is gain_modulated(PaliGemmaBackbone)
     assert loaded.get_config() == model.get_config()
     assert [gain.max_gain for gain in gain_layers(loaded)] == [2.5]
     fold_gain_modulation(loaded)
@@ -375,7 +374,7 @@ def test_attaching_again_after_folding():
 def test_shared_gains_fold_into_lora():
     model = make_task(PALI_GEMMA)
     model.backbone.enable_lora(2, target_layer_names=["query", "key"])
-    for attention in attention_layers(model):
+    for attention in support.attention_of(model):
         for dense in (attention.query_dense, attention.key_dense):
             shape = dense.lora_kernel_b.shape
             dense.lora_kernel_b.assign(np.random.normal(size=shape))
@@ -393,7 +392,7 @@ def test_shared_gains_fold_into_lora():
 def test_gains_of_each_head_do_not_fold_into_lora(tmp_path):
     model = make_task(PALI_GEMMA)
     model.backbone.enable_lora(2)
-    query_dense = attention_layers(model)[1].query_dense
+    query_dense = support.attention_of(model)[1].query_dense
     query_dense.lora_kernel_b.assign(np.random.normal(size=(2, 8)))
     randomize(attach_gain_modulation(model, per_head=True))
     gained, weights = outputs_of(model), weights_of(model)

@@ -14,6 +14,7 @@ from keras_laid.backbones.attention_capture import attention_mask
 from keras_laid.backbones.attention_capture import captured_attention
 from tests.support import PALI_GEMMA
 from tests.support import PALI_GEMMA_2
+from tests.support import attention_of
 from tests.support import make_pali_gemma
 from tests.support import make_preprocessor
 from tests.support import to_numpy
@@ -149,7 +150,7 @@ def test_captured_attention_is_the_layers_own(config):
     """Attention from what is caught equals what the layer computed."""
     model = MultiImagePaliGemmaCausalLM(make_pali_gemma(config).backbone)
     inputs = make_inputs(images=2)
-    layer = decoder.attention_layers(model)[-1]
+    layer = attention_of(model)[-1]
     seen = {}
     compute = layer._compute_attention
 
@@ -158,7 +159,7 @@ def test_captured_attention_is_the_layers_own(config):
         seen["output"] = compute(query, key, value, *args, **kwargs)
         return seen["output"]
 
-    last = len(decoder.attention_layers(model)) - 1
+    last = len(attention_of(model)) - 1
     with decoder.replaced_method(layer, "_compute_attention", spy):
         with captured_attention(model, [last]) as captured:
             logits = model(inputs)
@@ -178,7 +179,7 @@ def test_captured_attention_is_the_layers_own(config):
 
 def test_scopes_leave_no_trace_also_after_an_error():
     model = make_pali_gemma()
-    layers = decoder.attention_layers(model)
+    layers = attention_of(model)
     before = [set(vars(layer)) for layer in layers]
     with pytest.raises(RuntimeError, match="on purpose"):
         with (

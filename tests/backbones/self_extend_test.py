@@ -17,6 +17,7 @@ from tests.backbones.yarn_test import PAPER
 from tests.backbones.yarn_test import SETTINGS as YARN
 from tests.backbones.yarn_test import paper_frequencies
 from tests.support import PALI_GEMMA_2
+from tests.support import attention_of
 from tests.support import make_multi_image
 from tests.support import make_pali_gemma
 from tests.support import to_numpy
@@ -63,8 +64,8 @@ def test_attention_is_the_definition(config, given, gains, yarned):
         for layer in attach_gain_modulation(model):
             layer.log_gain.assign([0.5, -0.5, 0.2, 0.9])
         gain = to_numpy(layer.gains()).astype("float64")
-    index = decoder.full_attention_layers(model)[-1]
-    layer = decoder.attention_layers(model)[index]
+    index = decoder.global_layers(model)[-1]
+    layer = attention_of(model)[index]
     x, mask = support.random_layer_inputs(layer)
     positions = support.random_positions() if given else np.arange(21)[None]
     with contextlib.ExitStack() as stack:
@@ -143,7 +144,7 @@ def test_positions_may_be_given_inside_or_outside(inner):
 
 def test_sliding_windows_are_left_alone():
     model = make_multi_image(PALI_GEMMA_2)
-    layers = decoder.attention_layers(model)
+    layers = attention_of(model)
     with self_extend(model, **SETTINGS):
         changed = ["_compute_attention" in vars(layer) for layer in layers]
     assert changed == [
@@ -154,7 +155,7 @@ def test_sliding_windows_are_left_alone():
 
 def test_model_is_left_as_it_was_also_after_an_error():
     model, inputs = support.make_model(), support.make_inputs()
-    layers = decoder.attention_layers(model)
+    layers = attention_of(model)
     layers += [layer.rope_layer for layer in layers]
     names = [set(vars(layer)) for layer in layers]
     before = support.logits_of(model, inputs)

@@ -14,6 +14,7 @@ from keras_laid.backbones import decoder
 from keras_laid.backbones.attention_capture import captured_attention
 from tests.backbones import extension_support as support
 from tests.support import PALI_GEMMA_2
+from tests.support import attention_of
 from tests.support import make_multi_image
 from tests.support import make_pali_gemma
 from tests.support import to_numpy
@@ -55,7 +56,7 @@ def paper_frequencies(
 )
 def test_frequencies_are_the_papers_or_kerashubs(settings):
     model = make_multi_image(head_dim=32)
-    rope = decoder.attention_layers(model)[0].rope_layer
+    rope = attention_of(model)[0].rope_layer
     with yarn(model, ramp="turns", **settings):
         turns = to_numpy(rope._get_inverse_freq(32))
     with yarn(model, **settings):
@@ -78,7 +79,7 @@ def test_frequencies_are_the_papers_or_kerashubs(settings):
 
 def test_rotation_and_temperature_are_kerashubs():
     model = make_multi_image(head_dim=32)
-    rope = decoder.attention_layers(model)[0].rope_layer
+    rope = attention_of(model)[0].rope_layer
     x = np.random.default_rng(0).normal(size=(2, 40, 3, 32)).astype("float32")
     kerashub = RotaryEmbedding(
         rope_type="yarn",
@@ -101,8 +102,8 @@ def test_attention_is_the_definition(config, given, gains):
         for layer in attach_gain_modulation(model):
             layer.log_gain.assign([0.5, -0.5, 0.2, 0.9])
         gain = to_numpy(layer.gains()).astype("float64")
-    index = decoder.full_attention_layers(model)[-1]
-    layer = decoder.attention_layers(model)[index]
+    index = decoder.global_layers(model)[-1]
+    layer = attention_of(model)[index]
     x, mask = support.random_layer_inputs(layer)
     positions = support.random_positions() if given else np.arange(21)[None]
     with rotary_positions(model, positions if given else None):
@@ -162,18 +163,17 @@ def test_sliding_windows_are_left_alone():
     with yarn(model, **SETTINGS):
         changed = [
             "_get_inverse_freq" in vars(layer.rope_layer)
-            for layer in decoder.attention_layers(model)
+            for layer in attention_of(model)
         ]
     assert changed == [
-        not layer.use_sliding_window_attention
-        for layer in decoder.attention_layers(model)
+        not layer.use_sliding_window_attention for layer in attention_of(model)
     ]
     assert len(set(changed)) == 2
 
 
 def test_model_is_left_as_it_was_also_after_an_error():
     model, inputs = support.make_model(), support.make_inputs()
-    layers = [layer.rope_layer for layer in decoder.attention_layers(model)]
+    layers = [layer.rope_layer for layer in attention_of(model)]
     names = [set(vars(layer)) for layer in layers]
     before = support.logits_of(model, inputs)
     with pytest.raises(RuntimeError, match="on purpose"):
@@ -234,7 +234,7 @@ def test_other_models_and_scaled_ones_are_refused():
     with pytest.raises(ValueError, match="cannot be nested"):
         with yarn(model, **SETTINGS), yarn(model, **SETTINGS):
             pass
-    decoder.attention_layers(model)[1].rope_layer.scaling_factor = 8.0
+    attention_of(model)[1].rope_layer.scaling_factor = 8.0
     with pytest.raises(ValueError, match=r"unscaled.*scaling_factor=8\.0"):
         with yarn(model, **SETTINGS):
             pass

@@ -1,7 +1,7 @@
 import numpy as np
 
 from keras_laid import spectral
-from keras_laid.backbones import decoder
+from tests.support import attention_of
 from tests.support import make_haystacks
 from tests.support import make_multi_image
 from tests.support import make_preprocessor
@@ -21,7 +21,7 @@ def test_shares_add_up_to_one():
 
 def test_uniform_attention_is_spread_evenly():
     model = make_multi_image(vocabulary_size=60)
-    layer = decoder.attention_layers(model)[-1]
+    layer = attention_of(model)[-1]
     layer.query_dense.kernel.assign(0.0 * layer.query_dense.kernel)
     batch = make_batch()
     prompt = (batch["padding_mask"] - batch["response_mask"])[0].astype(bool)

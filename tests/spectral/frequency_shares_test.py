@@ -3,12 +3,12 @@ import numpy as np
 import pytest
 
 from keras_laid import spectral
-from keras_laid.backbones.decoder import attention_layers
 from keras_laid.spectral.attention_mass import signal_of
 from keras_laid.spectral.frequency_shares import shares_of
 from keras_laid.spectral.head_activations import activation_of
 from tests.spectral.planted import planted
 from tests.support import PALI_GEMMA_2
+from tests.support import attention_of
 from tests.support import make_haystacks
 from tests.support import make_multi_image
 from tests.support import make_preprocessor
@@ -40,7 +40,7 @@ def test_pair_that_carries_all_logits_has_the_whole_share(pair):
     model = make_multi_image(vocabulary_size=60)
     only = np.zeros(8, "float32")
     only[[pair, pair + 4]] = 1.0
-    layer = attention_layers(model)[-1]
+    layer = attention_of(model)[-1]
     layer.query_dense.kernel.assign(to_numpy(layer.query_dense.kernel) * only)
     shares = spectral.frequency_shares(model, make_batch())
     expected = np.broadcast_to(np.eye(4)[pair], shares.shape)
@@ -60,7 +60,7 @@ def test_shares_are_covariances_of_parts_with_logits():
 
 
 def test_wavelengths_are_those_of_the_rotation():
-    layer = attention_layers(make_multi_image())[0]
+    layer = attention_of(make_multi_image())[0]
     wavelengths = spectral.rotary_wavelengths(make_multi_image(), 0)
     content = np.ones((1, 1, 1, 8), "float32")
     start, turned = (

@@ -3,11 +3,11 @@ import pytest
 
 from keras_laid import spectral
 from keras_laid.backbones.attention_capture import captured_attention
-from keras_laid.backbones.decoder import attention_layers
 from keras_laid.spectral.attention_mass import signal_of
 from tests.spectral.planted import attending
 from tests.spectral.planted import planted
 from tests.support import PALI_GEMMA_2
+from tests.support import attention_of
 from tests.support import make_haystacks
 from tests.support import make_multi_image
 from tests.support import make_preprocessor
@@ -97,7 +97,7 @@ def test_model_agrees_with_itself(heads):
 def test_best_match_ignores_the_order_of_heads():
     model = make_multi_image(vocabulary_size=60, num_query_heads=4)
     other = make_multi_image(vocabulary_size=60, num_query_heads=4)
-    last = attention_layers(other)[-1].query_dense
+    last = attention_of(other)[-1].query_dense
     last.kernel.assign(np.asarray(to_numpy(last.kernel))[[2, 0, 3, 1]])
     found = spectral.band_agreement(
         model, other, make_batch(), (0.0, 0.2, 0.5), heads="best"
@@ -128,7 +128,7 @@ def test_signal_is_that_of_whole_maps():
 
 def test_rotary_frequency_shows_at_its_wavelength():
     """A query and key that never change, in one pair of features alone."""
-    layer = attention_layers(make_multi_image(head_dim=16))[0]
+    layer = attention_of(make_multi_image(head_dim=16))[0]
     wavelengths = spectral.rotary_wavelengths(make_multi_image(head_dim=16))
     for pair in (1, 2):
         content = np.zeros((1, 200, 1, 16), "float32")

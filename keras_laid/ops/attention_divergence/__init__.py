@@ -31,9 +31,11 @@ def why_not_pallas(student, teacher, mask, distance, mixture):
 
     if jax.default_backend() != "gpu":
         return f"it runs on GPUs, and JAX runs on {jax.default_backend()}."
-    return why_not_capability(
-        jax.devices()[0].compute_capability
-    ) or why_not_inputs(student, teacher, ("bfloat16", "float16"))
+    return (
+        why_not_mask(mask)
+        or why_not_capability(jax.devices()[0].compute_capability)
+        or why_not_inputs(student, teacher, ("bfloat16", "float16"))
+    )
 
 
 def why_not_triton(student, teacher, mask, distance, mixture):
@@ -47,9 +49,17 @@ def why_not_triton(student, teacher, mask, distance, mixture):
     import torch
 
     major, minor = torch.cuda.get_device_capability(device)
-    return why_not_capability(f"{major}.{minor}") or why_not_inputs(
-        student, teacher, ("bfloat16", "float16", "float32")
+    return (
+        why_not_mask(mask)
+        or why_not_capability(f"{major}.{minor}")
+        or why_not_inputs(student, teacher, ("bfloat16", "float16", "float32"))
     )
+
+
+def why_not_mask(mask):
+    if mask.block is not None:
+        return "it knows no blocks of keys."
+    return None
 
 
 def why_not_capability(capability):
