@@ -86,10 +86,10 @@ def attach_gain_modulation(model, layers=None, per_head=False, max_gain=4.0):
             f"{list(gains_by_index(backbone))}. "
             "Call `fold_gain_modulation` first to keep their effect."
         )
-    gains = _attach(backbone, layers, per_head, max_gain)
     # Keras writes a model's class and `get_config`: the class says how to
     # build the gains again. (`torch.nn.utils.parametrize` does the same.)
     gained_class = gain_modulated(type(backbone))
+    gains = _attach(backbone, layers, per_head, max_gain)
     object.__setattr__(backbone, "__class__", gained_class)
     _forget_compiled(model)
     return gains

@@ -1,7 +1,8 @@
 """Gives every rotary embedding of a model its positions, for one call."""
 
 import contextlib
-import functools
+
+from keras import ops
 
 from keras_laid.backbones.decoder import replaced_method
 from keras_laid.backbones.families import attention_layers
@@ -38,14 +39,27 @@ def rotary_positions(model, positions):
                 part, name = layer.layer, "_apply_partial_rope"
                 function = turned_at(layer, positions)
                 stack.enter_context(replaced_method(part, name, function))
-            function = functools.partial(rotated, layer.rotary.call, positions)
+            function = rotated_at(layer, positions)
             stack.enter_context(replaced_method(layer.rotary, "call", function))
         yield
 
 
-def rotated(call, positions, inputs, start_index=0, **kwargs):
-    """A rotary embedding's `call`, at other positions than it is told."""
-    return call(inputs, positions=positions)
+def rotated_at(layer, positions):
+    """The `call` of a rotary embedding, at `positions` whatever it is told."""
+    rotary, call = layer.rotary, layer.rotary.call
+    if not is_su_scaled(layer):
+        return lambda inputs, *args, **kwargs: call(inputs, positions=positions)
+
+    def call_at(inputs, *args, **kwargs):
+        # It takes a start alone, and how far it reaches decides the scaling.
+        def compute_positions(*args):
+            return ops.cast(positions, "float32")
+
+        start_index = ops.max(positions) + 1 - ops.shape(inputs)[1]
+        with replaced_method(rotary, "_compute_positions", compute_positions):
+            return call(inputs, start_index=start_index)
+
+    return call_at
 
 
 def turned_at(layer, positions):
@@ -60,6 +74,11 @@ def is_multi_dimensional(layer):
     return getattr(layer.layer, "mrope_section", None) is not None
 
 
+def is_su_scaled(layer):
+    """Whether a layer has Phi-3's rotary embedding for long contexts."""
+    return hasattr(layer.rotary, "inverese_freq_long_factor")
+
+
 def check_shape(layer, positions):
     rank = len(positions.shape)
     if rank == 3 and not is_multi_dimensional(layer):
@@ -69,7 +88,7 @@ def check_shape(layer, positions):
             f"decoder layer {layer.index} with {type(layer.rotary).__name__}. "
             "Pass positions of shape `(batch, length)`."
         )
-    if rank > 1 and hasattr(layer.rotary, "inverese_freq_long_factor"):
+    if rank > 1 and is_su_scaled(layer):
         raise ValueError(
             "Phi-3's long-context rotary embedding takes one set of positions, "
             "of shape `(length,)`, for the whole batch. "

@@ -42,7 +42,9 @@ def with_head_dim(head_dim, **attributes):
         scale=head_dim**-0.5,
         wavelength=1e4,
     )
-    return defaults | attributes
+    found = defaults | attributes
+    # Halves of what is turned make pairs, where nothing else is said.
+    return {"pair_distance": found["rotary_dim"] // 2} | found
 
 
 def gemma_2():
@@ -67,12 +69,13 @@ def gemma_3():
         **SMALL | dict(num_layers=6),
         image_size=16,
         head_dim=8,
+        use_query_key_norm=True,
         use_sliding_window_attention=True,
         sliding_window_size=3,
         vision_encoder=None,
     )
-    local = with_head_dim(8, window=3)
-    far = with_head_dim(8, wavelength=1e6)
+    local = with_head_dim(8, window=3, norm_offset=1)
+    far = with_head_dim(8, wavelength=1e6, norm_offset=1)
     return backbone, [
         *(AttentionLayer(index=i, kind="local", **local) for i in range(5)),
         AttentionLayer(index=5, kind="global", **far),
@@ -81,11 +84,12 @@ def gemma_3():
 
 def gemma_4():
     backbone = keras_hub.models.Gemma4Backbone(
-        **SMALL,
+        **SMALL | dict(num_layers=4),
         image_size=16,
         head_dim=8,
         global_head_dim=16,
-        layer_types=["sliding_attention", "full_attention"],
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        num_kv_shared_layers=2,
         sliding_window_size=3,
         attention_logit_soft_cap=30.0,
         local_rope_wavelength=1e4,
@@ -93,18 +97,22 @@ def gemma_4():
         global_rope_partial_rotary_factor=0.25,
         num_global_key_value_heads=1,
     )
-    local = with_head_dim(8, window=3, scale=1.0, soft_cap=30.0)
+    local = with_head_dim(8, window=3, scale=1.0, soft_cap=30.0, norm_offset=0)
     far = with_head_dim(
         16,
         scale=1.0,
         soft_cap=30.0,
         rotary_dim=4,
+        pair_distance=8,
         wavelength=1e6,
         num_key_value_heads=1,
+        norm_offset=0,
     )
     return backbone, [
-        AttentionLayer(index=0, kind="local", **local),
-        AttentionLayer(index=1, kind="global", **far),
+        AttentionLayer(index=0, kind="local", lends_keys=True, **local),
+        AttentionLayer(index=1, kind="global", lends_keys=True, **far),
+        AttentionLayer(index=2, kind="local", keys_from=0, **local),
+        AttentionLayer(index=3, kind="global", keys_from=1, **far),
     ]
 
 
@@ -155,7 +163,8 @@ def qwen_3():
     backbone = keras_hub.models.Qwen3Backbone(
         **SMALL, head_dim=8, sliding_window_size=None
     )
-    return backbone, expected("global", "global", **with_head_dim(8))
+    attributes = with_head_dim(8, norm_offset=0)
+    return backbone, expected("global", "global", **attributes)
 
 
 def qwen_3_5():
@@ -170,7 +179,9 @@ def qwen_3_5():
         linear_key_head_dim=4,
         linear_value_head_dim=4,
     )
-    attributes = with_head_dim(16, rotary_dim=4, wavelength=1000.0)
+    attributes = with_head_dim(
+        16, rotary_dim=4, wavelength=1000.0, norm_offset=1
+    )
     kinds = ("linear", "linear", "linear", "global")
     return backbone, expected(*kinds, **attributes)
 

@@ -82,7 +82,8 @@ def gemma_3(**larger):
 
 
 def gemma_4(**larger):
-    config = DECODER | larger | dict(num_layers=4)
+    config = DECODER | dict(use_vision_bidirectional_attention=True)
+    config = config | larger | dict(num_layers=4)
     return keras_hub.models.Gemma4Backbone(
         **config,
         image_size=16,
@@ -95,7 +96,6 @@ def gemma_4(**larger):
         attention_logit_soft_cap=30.0,
         global_rope_partial_rotary_factor=0.5,
         hidden_size_per_layer_input=4,
-        use_vision_bidirectional_attention=True,
         vision_encoder=keras_hub.models.Gemma4VisionEncoder(
             image_size=16,
             patch_size=4,
