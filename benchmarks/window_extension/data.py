@@ -12,26 +12,30 @@ IGNORED = -1  # The label of an unlabelled question.
 
 
 def make_data(settings, preprocessor, uses_unlabelled, stretching, seed):
-    """The training batches of one run.
-
-    With both kinds of questions, half of each batch is labelled.
-    """
-    kinds = []
+    """The training batches of one run: each kind of question, joined."""
+    joined = settings.labelled and settings.unlabelled and uses_unlabelled
+    labelled_in_batch = settings.batch_size
+    if joined:
+        labelled_in_batch = settings.labelled_in_batch
+        if labelled_in_batch is None:
+            labelled_in_batch = settings.batch_size // 2
+    kinds = []  # How many in all, and how many of a batch.
     if settings.labelled:
-        kinds.append(settings.labelled)
+        kinds.append((settings.labelled, labelled_in_batch))
     if settings.unlabelled and uses_unlabelled:
-        kinds.append(settings.unlabelled)
+        rest = settings.batch_size - (labelled_in_batch if joined else 0)
+        kinds.append((settings.unlabelled, rest))
     parts = [
         keras_laid.Haystacks(
             keras_laid.Digits("train", augment=True),
             preprocessor,
             num_questions=count,
             sizes=settings.sizes,
-            batch_size=settings.batch_size // len(kinds),
+            batch_size=batch_size,
             stretching=stretching,
             seed=seed + 1000 * number,
         )
-        for number, count in enumerate(kinds)
+        for number, (count, batch_size) in enumerate(kinds)
     ]
     if not settings.labelled:
         return Unlabelled(parts[0])
@@ -74,13 +78,12 @@ class PartlyLabelled(keras.utils.PyDataset):
         self.labelled = labelled
         self.unlabelled = unlabelled
         by_size = collections.defaultdict(list)
-        for index in range(len(labelled)):
-            by_size[images_in(labelled, index)].append(index)
-        self._partner = []
+        for index, size in enumerate(labelled.batch_images):
+            by_size[size].append(index)
         turns = {size: itertools.cycle(of) for size, of in by_size.items()}
-        for index in range(len(unlabelled)):
-            size = images_in(unlabelled, index)
-            self._partner.append(next(turns[size]))
+        self._partner = [
+            next(turns[size]) for size in unlabelled.haystacks.batch_images
+        ]
 
     def __len__(self):
         return len(self.unlabelled)
@@ -97,8 +100,3 @@ class PartlyLabelled(keras.utils.PyDataset):
     def on_epoch_end(self):
         self.labelled.on_epoch_end()
         self.unlabelled.on_epoch_end()
-
-
-def images_in(data, index):
-    """How many images a haystack of a batch holds."""
-    return data[index][0]["images"].shape[1]

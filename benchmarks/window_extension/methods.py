@@ -133,6 +133,14 @@ METHODS = {
     "kd_yarn_stretched": kd(stretching=True, yarn=True),
     "laid_yarn": laid(stretching=False, yarn=True),
     "laid_yarn_stretched": laid(yarn=True),
+    # A tenth of the weights.
+    "laid_light_stretched": laid(attention_weight=0.03, query_key_weight=0.01),
+    "laid_light_yarn": laid(
+        stretching=False,
+        yarn=True,
+        attention_weight=0.03,
+        query_key_weight=0.01,
+    ),
     # LAid with stretching, a part taken out of each.
     "without_kl": laid(logits_weight=0.0),
     "without_query_key": laid(query_key_weight=0.0),

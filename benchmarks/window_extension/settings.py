@@ -23,6 +23,8 @@ class Settings:
         sizes: List of integers, images in a training haystack.
         steps: Integer, training steps of every method.
         batch_size: Integer, questions a step, of every method.
+        labelled_in_batch: Integer, how many of them have labels where there
+            are both kinds. Defaults to half.
         learning_rates: List of floats, tried for every method.
     """
 
@@ -35,6 +37,7 @@ class Settings:
     unlabelled: int = 0
     steps: int = 500
     batch_size: int = 40
+    labelled_in_batch: int | None = None
     learning_rates: tuple = (7e-4, 1.5e-3)
 
 

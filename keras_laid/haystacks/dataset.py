@@ -34,6 +34,10 @@ class Haystacks(keras.utils.PyDataset):
             `"positions"` to the inputs, drawn anew in each epoch.
         seed: Integer.
 
+    Attributes:
+        batch_images: Integer array of shape `(batches,)`, images in the
+            haystacks of each batch.
+
     Each batch is a tuple `(x, y, sample_weight)` as PaliGemma's preprocessor
     makes it: `x` has `"images"` of shape `(batch, size, height, width, 3)`,
     `"token_ids"`, `"padding_mask"` and `"response_mask"` of shape
@@ -94,15 +98,15 @@ class Haystacks(keras.utils.PyDataset):
         says_yes = rng.permutation(num_questions) % 2 == 0
         self.beside = np.where(says_yes, self.targets, others[:, 0])
         count = len(self)
-        self._batch_sizes = rng.permutation(
+        self.batch_images = rng.permutation(
             np.resize(np.asarray(self.sizes), count)
         )
         # TensorFlow takes its input shapes from the first two batches: these
         # must differ where sizes do.
-        differ = np.nonzero(self._batch_sizes != self._batch_sizes[0])[0]
+        differ = np.nonzero(self.batch_images != self.batch_images[0])[0]
         if len(differ):
             one, other = 1, differ[0]
-            self._batch_sizes[[one, other]] = self._batch_sizes[[other, one]]
+            self.batch_images[[one, other]] = self.batch_images[[other, one]]
         self._tokenize()
 
     def text(self, anchor, target, beside):
@@ -153,7 +157,7 @@ class Haystacks(keras.utils.PyDataset):
         which = np.arange(
             start, min(start + self.batch_size, self.num_questions)
         )
-        size = self._batch_sizes[index]
+        size = self.batch_images[index]
         needles = rng.integers(size, size=len(which))
         images = self._images(which, size, needles, rng)
         rows = self._rows[which]

@@ -10,7 +10,6 @@ from benchmarks.window_extension import methods as study
 from benchmarks.window_extension import report
 from benchmarks.window_extension import rows
 from benchmarks.window_extension.data import IGNORED
-from benchmarks.window_extension.data import images_in
 from benchmarks.window_extension.data import make_data
 from benchmarks.window_extension.settings import Settings
 from benchmarks.window_extension.settings import names_of_configs
@@ -53,8 +52,15 @@ def test_half_of_a_batch_has_labels():
         x, y, weight = joined[index]
         labelled = (y != IGNORED).any(axis=1)
         assert labelled.tolist() == [True] * 4 + [False] * 4
-        assert x["images"].shape[:2] == (8, images_in(joined, index))
-        assert len(weight) == len(y) == 8
+        assert len(x["images"]) == len(weight) == len(y) == 8
+
+
+def test_labelled_questions_in_a_batch():
+    joined = data(labelled=12, unlabelled=24, labelled_in_batch=2)
+    assert len(joined) == 4
+    _, y, _ = joined[0]
+    labelled = (y != IGNORED).any(axis=1)
+    assert labelled.tolist() == [True] * 2 + [False] * 6
 
 
 def test_without_a_teacher_only_labels_are_used():
