@@ -13,8 +13,9 @@ class PositionStretching:
 
     Args:
         max_images: Integer, the longest window, in images.
-        image_length: Integer, tokens an image has
-            (`backbone.image_sequence_length`).
+        image_length: Integer, tokens that an image adds to a prompt
+            (`backbone.image_sequence_length`; with what stands around it, where
+            images stand among text).
 
     Raises:
         ValueError: If `max_images` or `image_length` is less than 1, or a
@@ -34,7 +35,7 @@ class PositionStretching:
         self.image_length = image_length
 
     def positions(self, batch, images, text_length, rng):
-        """Draws the positions of one batch.
+        """Draws the positions of a batch whose images stand before the text.
 
         Args:
             batch: Integer, number of prompts.
@@ -46,6 +47,49 @@ class PositionStretching:
             An `int32` array of shape
             `(batch, images * image_length + text_length)`, in tokens.
         """
+        windows, slots = self._draw(batch, images, rng)
+        starts = slots[..., None] * self.image_length
+        image_positions = starts + np.arange(self.image_length)
+        text = windows * self.image_length + np.arange(text_length)
+        return np.concatenate(
+            [image_positions.reshape(batch, -1), text], axis=1
+        ).astype("int32")
+
+    def positions_in_text(self, vision_mask, rng, margin=0):
+        """Draws the positions of a batch whose images stand among the text.
+
+        Text follows the image before it; what stands after the last image
+        follows the window.
+
+        Args:
+            vision_mask: Integer or boolean array of shape `(batch, length)`:
+                the tokens of images, which text separates. KerasHub's
+                preprocessors of Gemma 3 and 4 make it.
+            rng: A `numpy.random.Generator`.
+            margin: Integer: so many tokens on either side of an image, which
+                mark where it is, move with it. Defaults to `0`.
+
+        Returns:
+            An `int32` array of shape `(batch, length)`, in tokens.
+        """
+        vision_mask = np.asarray(vision_mask).astype("int8")
+        moved = np.zeros(vision_mask.shape, "int32")
+        for of_example, mask in zip(moved, vision_mask, strict=True):
+            edges = np.diff(mask, prepend=0, append=0)
+            firsts, ends = (np.flatnonzero(edges == e) for e in (1, -1))
+            if not len(firsts):
+                continue
+            windows, slots = self._draw(1, len(firsts), rng)
+            before = np.maximum(firsts - margin, np.append(0, ends[:-1]))
+            free = slots[0] - np.arange(len(firsts))
+            for start, images in zip(before, free, strict=True):
+                of_example[start:] = images * self.image_length
+            free = windows[0, 0] - len(firsts)
+            of_example[ends[-1] + margin :] = free * self.image_length
+        return np.arange(moved.shape[1], dtype="int32") + moved
+
+    def _draw(self, batch, images, rng):
+        """Windows, `(batch, 1)`, and slots of images, `(batch, images)`."""
         if images > self.max_images:
             raise ValueError(
                 "A prompt must have at most `max_images` images. Received: "
@@ -56,10 +100,4 @@ class PositionStretching:
         order = np.where(
             slots < windows, rng.random((batch, self.max_images)), 2.0
         ).argsort(axis=1)
-        chosen = np.sort(order[:, :images], axis=1)
-        starts = chosen[..., None] * self.image_length
-        image_positions = starts + np.arange(self.image_length)
-        text = windows * self.image_length + np.arange(text_length)
-        return np.concatenate(
-            [image_positions.reshape(batch, -1), text], axis=1
-        ).astype("int32")
+        return windows, np.sort(order[:, :images], axis=1)

@@ -43,3 +43,28 @@ def test_bad_arguments_are_refused(name):
 def test_too_many_images_are_refused():
     with pytest.raises(ValueError, match="images=3, max_images=2"):
         PositionStretching(2, 4).positions(1, 3, 5, np.random.default_rng(0))
+
+
+def test_images_among_text():
+    stretching = PositionStretching(max_images=6, image_length=5)
+    #                 b  <  i  i  >  t  <  i  i  >  <  i  i  >  q  q
+    mask = np.array([[0, 0, 1, 1, 0, 0, 0, 1, 1, 0, 0, 1, 1, 0, 0, 0]] * 50)
+    mask[0] = 0
+    found = stretching.positions_in_text(mask, np.random.default_rng(0), 1)
+    assert found.dtype == "int32"
+    np.testing.assert_array_equal(found[0], np.arange(16))
+    moved = (found - np.arange(16))[1:]
+    assert (moved[:, 0] == 0).all() and (moved % 5 == 0).all()
+    for with_marks, text in ((slice(1, 5), 5), (slice(6, 10), None)):
+        assert (np.ptp(moved[:, with_marks], axis=1) == 0).all()
+        if text:
+            np.testing.assert_array_equal(moved[:, text], moved[:, text - 1])
+    assert (np.ptp(moved[:, 10:14], axis=1) == 0).all()
+    assert (np.ptp(moved[:, 14:], axis=1) == 0).all()
+    assert (np.diff(moved, axis=1) >= 0).all()
+    # Every window is drawn, from the prompt's own to the longest.
+    assert set(moved[:, -1]) == {0, 5, 10, 15}
+    with pytest.raises(ValueError, match="at most.*images=3, max_images=2"):
+        PositionStretching(2, 5).positions_in_text(
+            mask, np.random.default_rng(0)
+        )

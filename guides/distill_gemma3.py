@@ -1,0 +1,320 @@
+"""
+Title: Distil a long window into a small Gemma 3
+Author: The keras_laid authors
+Date created: 2026/11/23
+Last modified: 2026/11/23
+Description: Several images through Gemma 3's own preprocessor, from presets.
+Accelerator: None
+"""
+
+"""
+## Introduction
+
+Gemma 3 takes several images by itself: its preprocessor puts their tokens among
+those of the text. Five of six decoder layers see a sliding window only; the
+sixth sees everything, and that is the layer whose attention a large Gemma 3 can
+teach a small one.
+
+Without arguments, this guide makes a tiny teacher and a tiny student, trains
+them for a few minutes on two CPU cores, and saves them as presets. This file
+takes real ones too:
+
+```shell
+KERAS_BACKEND=jax python guides/distill_gemma3.py \\
+    --teacher gemma3_instruct_12b --student gemma3_instruct_4b
+```
+
+## Setup
+
+Making the tiny presets takes `sentencepiece`:
+`pip install "keras-laid[jax,guides]"`.
+"""
+
+import argparse
+import io
+import json
+import os
+import pathlib
+
+os.environ.setdefault("KERAS_BACKEND", "jax")  # Or "tensorflow" or "torch".
+
+import keras
+import keras_hub
+import numpy as np
+
+import keras_laid
+from keras_laid import spectral
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--teacher", help="a preset; default: a tiny one")
+parser.add_argument("--student", help="a preset; default: a tiny one")
+parser.add_argument("--images", type=int, default=4, help="to train on")
+parser.add_argument("--window", type=int, default=20, help="in images")
+parser.add_argument("--tiny-steps", type=int, default=1500)
+parser.add_argument("--steps", type=int, default=600)
+parser.add_argument("--learning-rate", type=float, default=1e-3)
+parser.add_argument("--output", default="runs/distill_gemma3")
+parser.add_argument("--seed", type=int, default=0)
+parser.add_argument(
+    "--quick", action="store_true", help="a check in a minute, not a result"
+)
+args = parser.parse_args()
+
+sizes = (1, 2, 4, 8, 12, 20)
+test_questions = 128
+if args.quick:
+    args.tiny_steps, args.steps, sizes, test_questions = 4, 4, (1, 3), 16
+
+output = pathlib.Path(args.output)
+output.mkdir(parents=True, exist_ok=True)
+keras.utils.set_random_seed(args.seed)
+
+"""
+## The data
+
+Haystacks of real handwritten digits, as in the guide on PaliGemma. Here they go
+through Gemma 3's preprocessor, which wants a placeholder in the prompt for each
+image. `PositionStretching` spreads the images over the positions of a longer
+window; the tokens that mark where an image starts and ends go with it.
+"""
+
+IMAGE = "<start_of_image>"
+
+
+class ImageQuestions(keras.utils.PyDataset):
+    """Batches for Gemma 3; each has one number of images a prompt."""
+
+    def __init__(self, preprocessor, steps, sizes, stretching=None):
+        super().__init__()
+        side, _ = preprocessor.image_converter.image_size
+        self.source = keras_laid.Digits("train", side, augment=True)
+        self.preprocessor = preprocessor
+        self.steps = steps
+        self.sizes = sizes
+        self.stretching = stretching
+
+    def __len__(self):
+        return self.steps
+
+    def __getitem__(self, index):
+        size = self.sizes[index % len(self.sizes)]
+        haystacks = list(
+            keras_laid.draw_haystacks(
+                self.source, 32, (size,), seed=(args.seed, index)
+            )
+        )
+        self.preprocessor.max_images_per_prompt = size
+        tokens_an_image = self.preprocessor.num_vision_tokens_per_image + 4
+        batch = self.preprocessor(
+            {
+                "images": np.stack([h.images for h in haystacks]),
+                "prompts": [IMAGE * size + h.question for h in haystacks],
+                "responses": [h.answer for h in haystacks],
+            },
+            sequence_length=size * tokens_an_image + 24,
+        )
+        batch = keras.tree.map_structure(keras.ops.convert_to_numpy, batch)
+        if self.stretching is not None:
+            x, _, _ = batch
+            rng = np.random.default_rng((args.seed, index))
+            x["positions"] = self.stretching.positions_in_text(
+                x["vision_mask"], rng, margin=2
+            )
+        return batch
+
+
+"""
+## The teacher and the student
+
+The tiny presets are an ordinary `Gemma3Backbone`, with its vision encoder, and
+an ordinary tokenizer. The teacher is trained on up to twelve images, the other
+on up to two.
+"""
+
+
+def make_tokenizer():
+    names = keras_laid.Digits("train").names
+    sentences = [
+        f"For the image with a {a}, is there a {b}?"
+        for a in names
+        for b in names
+    ]
+    proto = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([*sentences, "yes", "no"]),
+        model_writer=proto,
+        model_type="word",
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        pad_piece="<pad>",
+        eos_piece="<eos>",
+        bos_piece="<bos>",
+        unk_piece="<unk>",
+        user_defined_symbols=[
+            IMAGE,
+            "<end_of_image>",
+            "<img>",
+            "<start_of_turn>",
+            "<end_of_turn>",
+            "\n\n",
+        ],
+        minloglevel=2,
+    )
+    return keras_hub.models.Gemma3Tokenizer(proto=proto.getvalue())
+
+
+def make_tiny(name, width, sizes):
+    """Trains a tiny Gemma 3 and saves it; returns the preset's folder."""
+    folder = output / name
+    if (folder / "config.json").exists():
+        return str(folder)
+    preprocessor = keras_hub.models.Gemma3CausalLMPreprocessor(
+        tokenizer=make_tokenizer(),
+        image_converter=keras_hub.layers.Gemma3ImageConverter(
+            image_size=(16, 16), scale=1 / 127.5, offset=-1.0
+        ),
+        num_vision_tokens_per_image=4,
+    )
+    backbone = keras_hub.models.Gemma3Backbone(
+        vocabulary_size=preprocessor.tokenizer.vocabulary_size(),
+        image_size=16,
+        num_layers=6,
+        num_query_heads=4,
+        num_key_value_heads=1,
+        hidden_dim=width,
+        intermediate_dim=2 * width,
+        head_dim=32,
+        use_query_key_norm=True,
+        use_sliding_window_attention=True,
+        sliding_window_size=16,
+        vision_encoder=keras_hub.models.Gemma3VisionEncoder(
+            image_size=16,
+            patch_size=8,
+            pool_size=1,
+            num_layers=1,
+            num_heads=2,
+            hidden_dim=64,
+            intermediate_dim=128,
+            output_dim=width,
+        ),
+    )
+    # KerasHub's tasks preprocess what they are fitted on; this is done already.
+    logits = backbone.token_embedding(backbone.output, reverse=True)
+    model = keras.Model(backbone.input, logits)
+    model.compile(
+        optimizer=adamw(1e-3, args.tiny_steps),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    print(f"Training a tiny {name}:", flush=True)
+    model.fit(ImageQuestions(preprocessor, args.tiny_steps, sizes))
+    keras_hub.models.Gemma3CausalLM(
+        backbone=backbone, preprocessor=preprocessor
+    ).save_to_preset(str(folder))
+    return str(folder)
+
+
+def adamw(learning_rate, steps):
+    schedule = keras.optimizers.schedules.CosineDecay(
+        0.0,
+        steps,
+        warmup_target=learning_rate,
+        warmup_steps=max(1, steps // 20),
+    )
+    return keras.optimizers.AdamW(schedule, weight_decay=0.01, clipnorm=1.0)
+
+
+if not (args.teacher and args.student):
+    import sentencepiece
+teacher, student = (
+    keras_hub.models.Gemma3CausalLM.from_preset(preset)
+    for preset in (
+        args.teacher or make_tiny("teacher", 128, (1, 2, 4, 8, 12)),
+        args.student or make_tiny("student", 64, (1, 2)),
+    )
+)
+preprocessor = student.preprocessor
+
+
+def measure(name, model):
+    print(f"Accuracy of the {name}:", flush=True)
+    side, _ = preprocessor.image_converter.image_size
+    haystacks = keras_laid.draw_haystacks(
+        keras_laid.Digits("test", side),
+        test_questions * len(sizes),
+        sizes,
+        seed=args.seed + 1,
+    )
+    return keras_laid.evaluate_haystacks(model, haystacks).accuracy
+
+
+accuracy = {
+    "teacher": measure("teacher", teacher),
+    "before": measure("student before", student),
+}
+
+"""
+## Training
+
+Nothing here is about Gemma 3: the distiller finds the layers with full
+attention, catches their queries and keys after rotation, and describes the mask
+(causal, and whole images at once) without ever storing it.
+"""
+
+keras_laid.attach_gain_modulation(student)
+distiller = keras_laid.DistanceWeightedAttentionDistillation(
+    teacher=teacher,
+    student=student,
+    distance_weighting=keras_laid.DistanceWeighting(strength=4.0),
+    attention_weight=0.3,
+)
+distiller.compile(
+    optimizer=keras_laid.group_optimizer(
+        student=adamw(args.learning_rate, args.steps),
+        mixer=adamw(10 * args.learning_rate, args.steps),
+        gains=adamw(10 * args.learning_rate, args.steps),
+    )
+)
+image_length = preprocessor.num_vision_tokens_per_image + 4
+stretching = keras_laid.PositionStretching(args.window, image_length)
+training_sizes = sorted({1, 2, args.images})
+history = distiller.fit(
+    ImageQuestions(preprocessor, args.steps, training_sizes, stretching),
+    callbacks=[keras.callbacks.BackupAndRestore(str(output / "backup"))],
+)
+
+"""
+## The result
+
+Gemma 3 normalizes queries and keys before it rotates them, so the gains are
+folded into the scales of the norms. What is saved is a plain KerasHub preset.
+"""
+
+keras_laid.fold_gain_modulation(student)
+student.save_to_preset(str(output / "student_long"))
+reloaded = keras_hub.models.Gemma3CausalLM.from_preset(
+    str(output / "student_long")
+)
+accuracy["after"] = measure("student after", reloaded)
+
+windows = {
+    name: keras_laid.effective_window(by_size).window
+    for name, by_size in accuracy.items()
+}
+spectral.plot_accuracy(
+    output / "accuracy.png", accuracy, windows, trained_on=args.images
+)
+results = {
+    "accuracy": accuracy,
+    "effective_window": windows,
+    "history": history.history,
+    "settings": vars(args),
+}
+(output / "results.json").write_text(json.dumps(results, indent=2))
+
+print(f"\nThe plot, results.json and the presets are in {output}/\n")
+print("accuracy  " + "".join(f"{size:>7}" for size in sizes) + "   images")
+for name, by_size in accuracy.items():
+    print(f"{name:<10}" + "".join(f"{by_size[size]:7.2f}" for size in sizes))
