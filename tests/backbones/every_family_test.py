@@ -197,7 +197,6 @@ def test_generation_with_a_cache_is_that_without(family):
     np.testing.assert_array_equal(generate(model, inputs, prompt), plain)
     randomize(gains)
     tokens = generate(model, inputs, prompt)
-    assert (tokens != plain).any()
     if family is not small_models.qwen_3_5:
         # KerasHub runs its linear layers over the padding of a prompt.
         inputs["padding_mask"] = np.ones_like(tokens)
