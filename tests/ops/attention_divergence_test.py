@@ -107,6 +107,7 @@ class Case:
         window=None,
         exponent=1.5,
         soft_caps=(2.0, None),
+        blocks=False,
     ):
         shape = SHAPES.get(shape, shape)
         rows, keys = shape.rows, shape.keys
@@ -131,6 +132,9 @@ class Case:
         self.strength, self.exponent = 3.0, exponent
         self.soft_caps = soft_caps
         self.window = window
+        self.block = None
+        if blocks:  # Of up to five keys; 0 is none.
+            self.block = np.tile(np.arange(keys) // 5, (2, 1))
 
     def tensors(self):
         """Student queries and keys, and the mixture if there is one."""
@@ -156,6 +160,9 @@ class Case:
                 ops.convert_to_tensor(self.causal),
                 ops.convert_to_tensor(self.row_index),
                 self.window,
+                None
+                if self.block is None
+                else ops.convert_to_tensor(self.block),
             ),
             Distance(
                 ops.convert_to_tensor(self.row_positions),
@@ -203,7 +210,10 @@ def oracle(case, arrays=None):
 
     for b, i in np.ndindex(batch, rows):
         at = case.row_index[i]
-        seen = case.bidirectional[b] | (case.causal[b] & (key_index <= at))
+        earlier = key_index <= at
+        if case.block is not None and case.block[b, at]:
+            earlier |= case.block[b] == case.block[b, at]
+        seen = case.bidirectional[b] | (case.causal[b] & earlier)
         if case.window:
             seen &= abs(key_index - at) < case.window
         if not seen.any():
@@ -469,6 +479,22 @@ def test_kernels_are_refused_on_chips_without_room(capability, fits):
     reason = divergence_module.why_not_capability(capability)
     assert (reason is None) == fits
     assert fits or capability in reason
+
+
+@pytest.mark.parametrize("implementation", ["chunked", "definition"])
+@pytest.mark.parametrize("window", [None, 7])
+def test_blocks_see_their_later_keys(implementation, window):
+    case = Case("blocks", blocks=True, window=window)
+    assert_is_the_oracles(implementation, case)
+    without = oracle(Case("blocks", window=window))[0]
+    assert np.abs(oracle(case)[0] - without).max() > 0.01
+
+
+def test_kernels_refuse_blocks():
+    mask = AttentionMask.from_lengths(5, [5])
+    assert divergence_module.why_not_mask(mask) is None
+    mask = mask._replace(block=ops.zeros((1, 5), "int32"))
+    assert "blocks" in divergence_module.why_not_mask(mask)
 
 
 def test_kernels_refuse_dtypes_that_they_do_not_take():
