@@ -3,7 +3,7 @@ Title: Rotary gains in your own model
 Author: The keras_laid authors
 Date created: 2026/11/23
 Last modified: 2026/11/23
-Description: A gain per rotary frequency in a plain Keras model and in KerasHub's.
+Description: A gain per rotary frequency, in plain Keras and in KerasHub.
 Accelerator: None
 """
 
@@ -274,10 +274,9 @@ results = {
 """
 ## Conclusion
 
-A rotary embedding is replaced in one line, and a model of KerasHub gets gains in
-another. They are few, so that training them alone needs little memory, and
-folded they cost nothing. With a teacher they are one part of long-window
-anchoring distillation: see `guides/distill_paligemma.py`.
+A rotary embedding is replaced in one line, and a model of KerasHub gets gains
+in another. They are few, and folded they cost nothing. With a teacher they are
+one part of long-window anchoring distillation: `guides/distill_paligemma.py`.
 """
 
 print(f"\nPlots, results.json and the preset are in {output}/\n")
