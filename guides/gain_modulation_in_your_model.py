@@ -140,8 +140,8 @@ history = model.fit(
 plain_accuracy = history.history["val_accuracy"][-1]
 
 """
-The gains, over the wavelength of their frequency. The highest frequencies have
-grown most: they tell the token sought from its neighbours.
+The gains, over the wavelength of their frequency. High frequencies tell the
+token sought from its neighbours.
 """
 
 frequencies = head_dim // 2
