@@ -78,7 +78,12 @@ def test_low_rank_adapters(family):
     assert np.abs(to_numpy(model(inputs)) - before).max() > 1e-4
 
 
-@SOME
+@pytest.mark.parametrize(
+    "family",
+    # KerasHub cannot quantise the vision encoder of Gemma 4.
+    [small_models.llama, small_models.gemma_3],
+    ids=lambda family: family.__name__,
+)
 def test_quantised_teachers(family):
     teacher = make_model(family, seed=5)
     teacher.quantize("int8")

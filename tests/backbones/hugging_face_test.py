@@ -23,7 +23,7 @@ CONFIG = {
     "num_attention_heads": HEADS,
     "num_key_value_heads": KEY_HEADS,
     "rope_theta": 500.0,
-    "tie_word_embeddings": True,
+    "tie_word_embeddings": False,
 }
 SHAPES = {
     "self_attn.q_proj": (HEADS * HEAD_DIM, WIDTH),
@@ -50,6 +50,8 @@ def write_folder(folder, seed=0):
         f"model.{name}.weight": rng.normal(size=shape).astype("float32") / 2
         for name, shape in shapes.items()
     }
+    head = rng.normal(size=(CONFIG["vocab_size"], WIDTH)).astype("float32")
+    tensors["lm_head.weight"] = head / 2
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(CONFIG))

@@ -496,7 +496,7 @@ def no_pali_gemma(preprocessor):
 @pytest.mark.parametrize(
     ("teacher", "kwargs", "words"),
     [
-        (other_resolution, {}, "same tokens.*teacher image_size=32"),
+        (other_resolution, {}, "same tokens.*teacher .*'image_size': 32"),
         (one_image, {}, "several images a prompt, or both one"),
         (only_a_backbone, {}, "`teacher` must be a task with logits"),
         (no_pali_gemma, {}, "Received: Sequential"),
