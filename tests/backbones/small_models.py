@@ -113,7 +113,8 @@ def gemma_4(**larger):
 
 def qwen_3_5(**larger):
     return keras_hub.models.Qwen3_5Backbone(
-        **DECODER | larger | dict(num_layers=4),
+        **DECODER | larger,
+        layer_types=["linear_attention", "full_attention"],
         head_dim=16,
         partial_rotary_factor=0.75,
         rope_max_wavelength=1000,

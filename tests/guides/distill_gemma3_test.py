@@ -5,7 +5,16 @@ import pathlib
 import subprocess
 import sys
 
+import keras
+import pytest
+
 GUIDE = pathlib.Path(__file__).parents[2] / "guides" / "distill_gemma3.py"
+
+
+# A process that compiles for a minute: one backend is enough by default.
+pytestmark = (
+    [] if keras.backend.backend() == "jax" else [pytest.mark.extra_large]
+)
 
 
 def test_quick_run_leaves_everything(tmp_path):

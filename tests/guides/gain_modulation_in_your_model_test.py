@@ -5,12 +5,20 @@ import pathlib
 import subprocess
 import sys
 
+import keras
 import keras_hub
+import pytest
 
 GUIDE = (
     pathlib.Path(__file__).parents[2]
     / "guides"
     / "gain_modulation_in_your_model.py"
+)
+
+
+# A process that compiles for a minute: one backend is enough by default.
+pytestmark = (
+    [] if keras.backend.backend() == "jax" else [pytest.mark.extra_large]
 )
 
 
