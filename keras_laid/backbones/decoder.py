@@ -45,8 +45,8 @@ def global_layers(model):
     ]
     if not layers:
         raise ValueError(
-            "The model must have a decoder layer with full attention: those "
-            "with a sliding window see no further in a longer prompt. "
+            "The model must have a decoder layer with full attention, without "
+            "a sliding window, which sees no further in a longer prompt. "
             f"Received: {backbone_of(model).name!r}, without any"
         )
     return layers

@@ -39,27 +39,31 @@ def rotary_positions(model, positions):
                 part, name = layer.layer, "_apply_partial_rope"
                 function = turned_at(layer, positions)
                 stack.enter_context(replaced_method(part, name, function))
-            function = rotated_at(layer, positions)
+            function = RotatedAt(layer, positions)
             stack.enter_context(replaced_method(layer.rotary, "call", function))
         yield
 
 
-def rotated_at(layer, positions):
+class RotatedAt:
     """The `call` of a rotary embedding, at `positions` whatever it is told."""
-    rotary, call = layer.rotary, layer.rotary.call
-    if not is_su_scaled(layer):
-        return lambda inputs, *args, **kwargs: call(inputs, positions=positions)
 
-    def call_at(inputs, *args, **kwargs):
+    def __init__(self, layer, positions):
+        self.layer = layer
+        self.positions = positions
+        self.call = layer.rotary.call
+
+    def __call__(self, inputs, *args, **kwargs):
+        if not is_su_scaled(self.layer):
+            return self.call(inputs, positions=self.positions)
         # It takes a start alone, and how far it reaches decides the scaling.
-        def compute_positions(*args):
-            return ops.cast(positions, "float32")
+        start_index = ops.max(self.positions) + 1 - ops.shape(inputs)[1]
+        with replaced_method(
+            self.layer.rotary, "_compute_positions", self.compute_positions
+        ):
+            return self.call(inputs, start_index=start_index)
 
-        start_index = ops.max(positions) + 1 - ops.shape(inputs)[1]
-        with replaced_method(rotary, "_compute_positions", compute_positions):
-            return call(inputs, start_index=start_index)
-
-    return call_at
+    def compute_positions(self, *args):
+        return ops.cast(self.positions, "float32")
 
 
 def turned_at(layer, positions):

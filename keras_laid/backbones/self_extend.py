@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_laid.backbones import decoder
 from keras_laid.backbones.families import attention_layers
+from keras_laid.backbones.rotary_positions import RotatedAt
 
 
 @contextlib.contextmanager
@@ -116,6 +117,8 @@ class SelfExtendedAttention:
 
     def rotate(self, inputs, start_index=0, positions=None):
         """The rotary embedding's `call`, which alone is told positions."""
+        if isinstance(self.call_rope, RotatedAt):  # A scope around this one.
+            positions = self.call_rope.positions
         self.rotated_at = start_index, positions
         return self.call_rope(
             inputs, start_index=start_index, positions=positions

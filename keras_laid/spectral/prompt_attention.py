@@ -60,7 +60,7 @@ def prompt_attention(model, inputs, layers):
     key_length = captured[0].key.shape[1]
     image_tokens = key_length - length
     mask = attention_mask(
-        inputs, key_length, np.arange(image_tokens, key_length)
+        model, inputs, key_length, np.arange(image_tokens, key_length)
     )
     prompt = ops.cast(mask.bidirectional[:, image_tokens:], "float32")
     row_weight = prompt / ops.sum(prompt, axis=1, keepdims=True)

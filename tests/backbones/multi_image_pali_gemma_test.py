@@ -166,7 +166,7 @@ def test_captured_attention_is_the_layers_own(config):
         assert layer._compute_attention is spy
     attention = captured[last]
     length = attention.key.shape[1]
-    allowed = attention_mask(inputs, length, np.arange(length)).allowed()
+    allowed = attention_mask(model, inputs, length, np.arange(length)).allowed()
     maps = ops.softmax(ops.where(allowed, attention.logits(), -1e30))
     heads, key_heads = attention.query.shape[2], attention.key.shape[2]
     value = ops.repeat(seen["value"], heads // key_heads, axis=2)
@@ -180,13 +180,15 @@ def test_captured_attention_is_the_layers_own(config):
 def test_scopes_leave_no_trace_also_after_an_error():
     model = make_pali_gemma()
     layers = attention_of(model)
+    layers += [layer.rope_layer for layer in layers]
     before = [set(vars(layer)) for layer in layers]
     with pytest.raises(RuntimeError, match="on purpose"):
         with (
             captured_attention(model, [0, 1]),
             rotary_positions(model, np.arange(11)),
         ):
-            assert "_apply_rope" in vars(layers[0])
+            assert "_compute_attention" in vars(layers[0])
+            assert "call" in vars(layers[0].rope_layer)
             raise RuntimeError("on purpose")
     assert before == [set(vars(layer)) for layer in layers]
 
