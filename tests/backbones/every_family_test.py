@@ -110,14 +110,12 @@ def test_gains_of_heads_fold_into_kernels_alone(family):
 @FAMILY
 def test_models_with_gains_and_folded_ones_can_be_saved(family, tmp_path):
     backbone = make_model(family).backbone
-    model = keras.Model(backbone.input, backbone.output)
     inputs = make_inputs(make_model(family))
     randomize(attach_gain_modulation(backbone))
     gained = to_numpy(backbone(inputs))
     backbone.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     np.testing.assert_allclose(to_numpy(loaded(inputs)), gained, atol=1e-5)
-    del model
     fold_gain_modulation(loaded)
     loaded.save_to_preset(str(tmp_path / "preset"))
     again = type(loaded).from_preset(str(tmp_path / "preset"))
