@@ -16,8 +16,7 @@ sixth sees everything, and that is the layer whose attention a large Gemma 3 can
 teach a small one.
 
 Without arguments, this guide makes a tiny teacher and a tiny student, trains
-them for a few minutes on two CPU cores, and saves them as presets. This file
-takes real ones too:
+them first, and saves them as presets. It takes real ones too:
 
 ```shell
 KERAS_BACKEND=jax python guides/distill_gemma3.py \\
