@@ -9,6 +9,8 @@ from keras_laid.backbones.attention_capture import attention_mask
 from keras_laid.backbones.attention_capture import captured_attention
 from keras_laid.backbones.attention_capture import text_rows
 from keras_laid.backbones.rotary_positions import rotary_positions
+from keras_laid.backbones.unembedding import hidden_states_for_logits
+from keras_laid.backbones.unembedding import unembedding
 from keras_laid.distillation import checks
 from keras_laid.distillation.distance_weighting import DistanceWeighting
 from keras_laid.distillation.layer_map import resolve_layer_map
@@ -17,6 +19,7 @@ from keras_laid.ops.attention import Distance
 from keras_laid.ops.attention_divergence import attention_divergence
 from keras_laid.ops.logits_divergence import logits_divergence
 from keras_laid.ops.query_key_distance import query_key_distance
+from keras_laid.ops.unembedding import Unembedding
 
 if keras.backend.backend() == "jax":
     from keras_laid.distillation.jax_steps import Steps
@@ -40,10 +43,10 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
       from mixed maps of the teacher, weighted by distance, averaged over heads
       and rows.
     - `query_key`: `keras_laid.ops.query_key_distance`, averaged likewise.
-    - `logits`: `keras_laid.ops.logits_divergence`, averaged over the tokens
-      that `sample_weight` marks.
-    - `supervised`: the compiled loss against the labels, with
-      `sample_weight`, plus the student's regularization losses.
+    - `logits`: the divergence of `keras_laid.ops.logits_divergence`, averaged
+      over the tokens that `sample_weight` marks.
+    - `supervised`: its cross-entropy with the labels, averaged likewise, or
+      another compiled loss; plus the student's regularization losses.
 
     A term of weight 0 is not computed, and a teacher that no term needs is not
     run. Each term is a metric, as are `kl` (the logits term at temperature 1)
@@ -209,17 +212,23 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         Args:
             optimizer: Optimizer of every group, or the result of
                 `keras_laid.group_optimizer` for a learning rate each.
-            loss: The supervised loss. Defaults to `"auto"`: cross-entropy of
-                the logits, averaged over the tokens that `sample_weight`
-                marks.
+            loss: The supervised loss. Defaults to `"auto"`: cross-entropy,
+                averaged over the tokens that `sample_weight` marks and whose
+                label is 0 or more.
             **kwargs: Passed to `keras.Model.compile`.
+
+        With the default loss and without metrics, logits are computed for the
+        tokens that `sample_weight` marks alone, some at a time.
         """
-        if loss == "auto":
-            loss = keras.losses.SparseCategoricalCrossentropy(
-                from_logits=True, reduction="mean_with_sample_weight"
-            )
-        self.supervised_loss = keras.losses.get(loss)
+        self.supervised_loss = None
+        if loss != "auto":
+            self.supervised_loss = keras.losses.get(loss)
         super().compile(optimizer=optimizer, **kwargs)
+        # Somebody else wants to see all of them.
+        self.needs_logits = (
+            self.supervised_loss is not None
+            or self._compile_metrics is not None
+        )
 
     def fit(self, *args, callbacks=None, initial_epoch=0, **kwargs):
         callbacks = [
@@ -231,7 +240,7 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         )
 
     def call(self, inputs, training=None):
-        return self.run(self.student, inputs, (), training)[0]
+        return self.run(self.student, inputs, (), training)[0].logits()
 
     def generate(self, *args, **kwargs):
         """Generates with the student; see `keras_hub.models.CausalLM`."""
@@ -245,18 +254,23 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         )
 
     def run(self, model, inputs, layers, training):
-        """Runs a model once: its logits, and attention of the layers named."""
+        """Runs a model once.
+
+        Returns:
+            A tuple of its `Unembedding` and the attention of the layers named.
+        """
         positions = inputs.get("positions")
         inputs = {name: inputs[name] for name in decoder.input_names(model)}
         with (
             captured_attention(model, layers) as attention,
             rotary_positions(model, positions),
+            hidden_states_for_logits(model),
         ):
-            logits = model(inputs, training=training)
-        return logits, attention
+            hidden = model(inputs, training=training)
+        return unembedding(model, hidden), attention
 
     def run_teacher(self, x):
-        """The teacher's logits and attention; `None` if no term needs them."""
+        """What `run` returns for the teacher; `None` if no term needs it."""
         if not (self.mixers or self.term_weights["logits"]):
             return None
         layers = {t for _, t in self.layer_pairs} if self.mixers else ()
@@ -276,30 +290,34 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
             training: Boolean.
 
         Returns:
-            A tuple of the student's logits and a dictionary of scalars: the
-            terms in use, unweighted, and `"loss"`.
+            A tuple of the student's logits, or `None` if no loss or metric
+            takes them, and a dictionary of scalars: the terms in use,
+            unweighted, and `"loss"`.
         """
         layers = [s for s, _ in self.layer_pairs] if self.mixers else ()
-        y_pred, attention = self.run(self.student, x, layers, training)
+        student, attention = self.run(self.student, x, layers, training)
+        y_pred = student.logits() if self.needs_logits else None
+        if self.needs_logits:
+            student = Unembedding(y_pred)
         if sample_weight is None:
             sample_weight = ops.ones_like(y)
         sample_weight = ops.cast(sample_weight, "float32")
-        terms = {}
+        terms, loss = {}, sum(self.losses)
         if self.mixers:
             terms.update(
                 self.attention_terms(x, sample_weight, attention, targets[1])
             )
-        if self.term_weights["logits"]:
-            terms.update(self.logits_terms(y_pred, targets[0], sample_weight))
-        if self.term_weights["supervised"]:
+        for name in ("attention", "query_key"):
+            if name in terms:
+                loss = loss + self.weight_now(name) * terms[name]
+        if self.supervised_loss and self.term_weights["supervised"]:
             terms["supervised"] = self.supervised_loss(
                 y, y_pred, sample_weight=sample_weight
             )
-        terms["loss"] = sum(self.losses) + sum(
-            self.weight_now(name) * terms[name]
-            for name, weight in self.term_weights.items()
-            if weight
-        )
+            loss = loss + self.weight_now("supervised") * terms["supervised"]
+        of_tokens = self.token_terms(student, targets, y, sample_weight)
+        terms["loss"] = loss + of_tokens.pop("loss", 0.0)
+        terms.update(of_tokens)
         if training:
             self.step.assign(self.step + 1)
         return y_pred, terms
@@ -373,17 +391,30 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
             terms["query_key"] = sum(distances) / len(distances)
         return terms
 
-    def logits_terms(self, student, teacher, sample_weight):
-        """The logits term, and the same at temperature 1 to look at."""
-        if self.vocabulary == "shared":
-            shared = min(student.shape[-1], teacher.shape[-1])
-            student, teacher = student[..., :shared], teacher[..., :shared]
-        divergence = logits_divergence(student, teacher, self.temperature)
-        logits = weighted_mean(divergence, sample_weight)
-        if self.temperature == 1.0:
-            return {"logits": logits, "kl": ops.stop_gradient(logits)}
-        kl = logits_divergence(ops.stop_gradient(student), teacher)
-        return {"logits": logits, "kl": weighted_mean(kl, sample_weight)}
+    def token_terms(self, student, targets, y, sample_weight):
+        """The terms of next tokens, and `"loss"`, their weighted sum."""
+        teacher = targets[0] if self.term_weights["logits"] else None
+        labels = y
+        if self.supervised_loss or not self.term_weights["supervised"]:
+            labels = None
+        if teacher is None and labels is None:
+            return {}
+        losses = logits_divergence(
+            student,
+            teacher,
+            labels,
+            sample_weight,
+            divergence_weight=self.weight_now("logits"),
+            cross_entropy_weight=self.weight_now("supervised"),
+            temperature=self.temperature,
+            vocabulary=self.vocabulary,
+        )
+        terms = {"loss": losses.loss}
+        if teacher is not None:
+            terms |= {"logits": losses.divergence, "kl": losses.kl}
+        if labels is not None:
+            terms["supervised"] = losses.cross_entropy
+        return terms
 
     def update_metrics(self, x, y, sample_weight, y_pred, terms):
         """Updates every metric; returns the logs of a step."""

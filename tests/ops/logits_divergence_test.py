@@ -1,44 +1,331 @@
+"""Both implementations, against an oracle in float64 that shares no code."""
+
+import hypothesis
+import keras
 import numpy as np
 import pytest
+from hypothesis import strategies
 from keras import ops
 
+from keras_laid.ops import Unembedding
 from keras_laid.ops import logits_divergence
+from keras_laid.ops.logits_divergence import chunked
+from tests.support import assert_as_good_as
 from tests.support import to_numpy
 from tests.support import value_and_grads
 
+IMPLEMENTATION = pytest.mark.parametrize(
+    "implementation", ["chunked", "definition"]
+)
+NAMES = ("loss", "hidden", "kernel")
+LOSSES = ("divergence", "cross_entropy", "kl")
 
-def softmax(x):
-    e = np.exp(x - x.max(axis=-1, keepdims=True))
-    return e / e.sum(axis=-1, keepdims=True)
+
+@pytest.fixture(autouse=True, scope="module")
+def small_blocks():
+    """So that small tests have several blocks, the last one not full."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunked, "ROWS", 4)
+        patch.setattr(chunked, "ELEMENTS", 4)
+        yield
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
-def test_is_tau_squared_times_divergence(temperature):
-    rng = np.random.default_rng(0)
-    student, teacher = rng.normal(scale=3.0, size=(2, 3, 5, 11))
-    p, q = softmax(teacher / temperature), softmax(student / temperature)
-    expected = temperature**2 * (p * np.log(p / q)).sum(axis=-1)
-    found = logits_divergence(
-        ops.convert_to_tensor(student, "float32"),
-        ops.convert_to_tensor(teacher, "float32"),
-        temperature,
+class Case:
+    """Random arguments as NumPy arrays, turned into the op's on call."""
+
+    def __init__(
+        self,
+        length=7,
+        vocabularies=(11, 11),
+        seed=0,
+        dtype="float32",
+        soft_caps=(2.0, None),
+        temperature=2.0,
+        counted=0.5,
+        of="both",
+    ):
+        rng = np.random.default_rng(seed)
+        self.dtype = dtype
+        self.arrays = []
+        for width, vocabulary in zip((5, 3), vocabularies, strict=True):
+            for shape in ((2, length, width), (width, vocabulary)):
+                tensor = ops.convert_to_tensor(
+                    rng.standard_normal(shape).astype("f4"), dtype
+                )
+                self.arrays.append(to_numpy(tensor))  # Rounded to the dtype.
+        # A label of -1 is none.
+        self.labels = rng.integers(-1, vocabularies[0], (2, length))
+        weights = rng.random((2, length)) * (rng.random((2, length)) < counted)
+        self.weights = weights.astype("f4")
+        self.soft_caps, self.temperature = soft_caps, temperature
+        self.of = of
+
+    def run(self, implementation, hidden, kernel):
+        teacher = [
+            ops.convert_to_tensor(array, hidden.dtype)
+            for array in self.arrays[2:]
+        ]
+        teacher = Unembedding(*teacher, self.soft_caps[1])
+        return logits_divergence(
+            Unembedding(hidden, kernel, self.soft_caps[0]),
+            None if self.of == "labels" else teacher,
+            None
+            if self.of == "teacher"
+            else ops.convert_to_tensor(self.labels),
+            ops.convert_to_tensor(self.weights),
+            divergence_weight=0.5,
+            cross_entropy_weight=3.0,
+            temperature=self.temperature,
+            vocabulary="shared",
+            implementation=implementation,
+        )
+
+    def tensors(self):
+        return [
+            ops.convert_to_tensor(array, self.dtype)
+            for array in self.arrays[:2]
+        ]
+
+    def value_and_grads(self, implementation):
+        loss, gradients = value_and_grads(
+            lambda *tensors: self.run(implementation, *tensors).loss,
+            *self.tensors(),
+        )
+        return loss, *gradients
+
+
+def oracle(case, arrays=None):
+    """The losses in NumPy float64, token by token, and their gradients.
+
+    Returns:
+        Loss, gradients of hidden states and kernel, and the losses alone.
+    """
+    hidden, kernel, targets, unembed = (
+        np.asarray(a, "float64") for a in (arrays or case.arrays)
     )
-    np.testing.assert_allclose(to_numpy(found), expected, rtol=1e-4)
+    of_hidden, of_kernel = np.zeros_like(hidden), np.zeros_like(kernel)
+    shared = min(kernel.shape[1], unembed.shape[1])
+    tau = case.temperature
+    labelled = case.weights * (case.labels >= 0)
+    totals = [float(w.sum()) or 1.0 for w in (case.weights, labelled)]
+    losses = dict.fromkeys(LOSSES, 0.0)
+
+    def softmax(logits):
+        e = np.exp(logits - logits.max())
+        return e / e.sum()
+
+    def capped(logits, cap):
+        return logits if cap is None else cap * np.tanh(logits / cap)
+
+    for at in np.ndindex(*case.weights.shape):
+        raw = hidden[at] @ kernel
+        z = capped(raw, case.soft_caps[0])
+        t = capped(targets[at] @ unembed, case.soft_caps[1])[:shared]
+        slope = np.zeros_like(z)
+        if case.of != "labels":
+            w = case.weights[at] / totals[0]
+            p, q = softmax(t / tau), softmax(z[:shared] / tau)
+            losses["divergence"] += w * tau**2 * (p * np.log(p / q)).sum()
+            slope[:shared] += 0.5 * w * tau * (q - p)
+            p, q = softmax(t), softmax(z[:shared])
+            losses["kl"] += w * (p * np.log(p / q)).sum()
+        if case.of != "teacher" and case.labels[at] >= 0:
+            w = case.weights[at] / totals[1]
+            q = softmax(z)
+            losses["cross_entropy"] -= w * np.log(q[case.labels[at]])
+            q[case.labels[at]] -= 1
+            slope += 3.0 * w * q
+        if case.soft_caps[0]:
+            slope /= np.cosh(raw / case.soft_caps[0]) ** 2
+        of_hidden[at] = kernel @ slope
+        of_kernel += np.outer(hidden[at], slope)
+    loss = 0.5 * losses["divergence"] + 3.0 * losses["cross_entropy"]
+    return (loss, of_hidden, of_kernel), losses
 
 
-def test_gradient_is_tau_times_difference():
-    rng = np.random.default_rng(0)
-    student, teacher = rng.normal(size=(2, 1, 7))
-    _, (gradient,) = value_and_grads(
-        lambda s: ops.sum(
-            logits_divergence(s, ops.convert_to_tensor(teacher, "float32"), 2.0)
+def test_oracles_gradients_are_slopes_of_its_values():
+    case = Case()
+    (_, *gradients), _ = oracle(case)
+    rng = np.random.default_rng(1)
+    for which, gradient in enumerate(gradients):
+        direction = rng.standard_normal(gradient.shape)
+        ends = []
+        for step in (1e-5, -1e-5):
+            moved = [a.astype("float64") for a in case.arrays]
+            moved[which] += step * direction
+            ends.append(oracle(case, moved)[0][0])
+        slope = (ends[0] - ends[1]) / 2e-5
+        np.testing.assert_allclose(
+            (gradient * direction).sum(), slope, rtol=1e-7
+        )
+
+
+def assert_is_as_good(case):
+    """At most twice the error of the plain form in the same dtype."""
+    exact, _ = oracle(case)
+    plain = case.value_and_grads("definition")
+    found = case.value_and_grads("chunked")
+    for name, *arrays in zip(NAMES, found, plain, exact, strict=True):
+        # The loss may be 0, a sum of terms of size 1.
+        assert_as_good_as(*arrays, name=name, terms=1.0)
+
+
+OF = pytest.mark.parametrize("of", ["both", "teacher", "labels"])
+
+
+@OF
+@IMPLEMENTATION
+def test_is_the_oracles_in_float32(implementation, of):
+    case = Case(of=of)
+    exact, losses = oracle(case)
+    for found, expected in zip(
+        case.value_and_grads(implementation), exact, strict=True
+    ):
+        np.testing.assert_allclose(to_numpy(found), expected, 1e-4, 1e-6)
+    found = case.run(implementation, *case.tensors())
+    for name in LOSSES:
+        value = to_numpy(getattr(found, name))
+        np.testing.assert_allclose(value, losses[name], 1e-5, err_msg=name)
+
+
+@OF
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_chunked_is_as_good_as_the_definition(dtype, of):
+    assert_is_as_good(Case(dtype=dtype, of=of))
+
+
+@strategies.composite
+def cases(draw):
+    return Case(
+        length=draw(strategies.integers(1, 9)),
+        vocabularies=(
+            draw(strategies.integers(2, 12)),
+            draw(strategies.integers(2, 12)),
         ),
-        ops.convert_to_tensor(student, "float32"),
+        seed=draw(strategies.integers(0, 99)),
+        dtype=draw(strategies.sampled_from(["float32", "float16", "bfloat16"])),
+        soft_caps=draw(
+            strategies.sampled_from([(None, None), (1.0, None), (None, 3.0)])
+        ),
+        temperature=draw(strategies.sampled_from([1.0, 0.5, 4.0])),
+        counted=draw(strategies.sampled_from([0.0, 0.2, 1.0])),
+        of=draw(strategies.sampled_from(["both", "teacher", "labels"])),
     )
-    expected = 2.0 * (softmax(student / 2.0) - softmax(teacher / 2.0))
-    np.testing.assert_allclose(to_numpy(gradient), expected, atol=1e-5)
 
 
-def test_other_vocabulary_is_refused():
-    with pytest.raises(ValueError, match=r"same vocabulary.*\(1, 4\)"):
-        logits_divergence(ops.zeros((1, 3)), ops.zeros((1, 4)))
+@hypothesis.given(case=cases())
+def test_chunked_is_as_good_on_any_case(case):
+    assert_is_as_good(case)
+
+
+@IMPLEMENTATION
+def test_equal_distributions_have_no_divergence(implementation):
+    case = Case(of="teacher", soft_caps=(None, None))
+    case.arrays[2:] = case.arrays[:2]
+    losses = case.run(implementation, *case.tensors())
+    np.testing.assert_allclose(to_numpy(losses.divergence), 0.0, atol=1e-6)
+
+
+@IMPLEMENTATION
+def test_tokens_without_weight_are_not_looked_at(implementation):
+    case = Case(counted=0.3)
+    expected = case.value_and_grads(implementation)
+    case.arrays[2][case.weights == 0] = 7.0  # Of the teacher.
+    found = case.value_and_grads(implementation)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(to_numpy(one), to_numpy(other))
+
+
+@IMPLEMENTATION
+def test_teacher_gets_no_gradient(implementation):
+    case = Case(of="teacher")
+
+    def loss(hidden, kernel):
+        student = Unembedding(
+            ops.stop_gradient(hidden), ops.stop_gradient(kernel)
+        )
+        losses = logits_divergence(
+            student,
+            Unembedding(2.0 * hidden, kernel),
+            implementation=implementation,
+        )
+        return losses.loss + 0.0 * ops.sum(hidden) + 0.0 * ops.sum(kernel)
+
+    _, *gradients = value_and_grads(loss, *case.tensors())
+    for gradient in gradients[0]:
+        assert (to_numpy(gradient) == 0).all()
+
+
+def test_logits_themselves_are_taken():
+    case = Case()
+    hidden, kernel = case.tensors()
+    expected = case.run("definition", hidden, kernel)
+    logits = Unembedding(hidden, kernel, case.soft_caps[0]).logits()
+    case.soft_caps = None, case.soft_caps[1]
+    found = case.run(None, logits, None)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(to_numpy(one), to_numpy(other), rtol=1e-5)
+    with pytest.raises(NotImplementedError, match="logits exist already"):
+        case.run("chunked", logits, None)
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "jax",
+    reason="Only JAX tells a compiled program's memory.",
+)
+def test_no_tensor_of_all_logits(monkeypatch):
+    import jax
+
+    monkeypatch.setattr(chunked, "ROWS", 16)
+    monkeypatch.setattr(chunked, "ELEMENTS", 2**15)
+    hidden, kernel = (1, 1024, 8), (8, 1024)
+    tensors = [
+        jax.ShapeDtypeStruct(shape, "float32")
+        for shape in (hidden, kernel, hidden, kernel)
+    ]
+
+    def temporary_bytes(implementation):
+        def loss(hidden, kernel, *teacher):
+            losses = logits_divergence(
+                Unembedding(hidden, kernel),
+                Unembedding(*teacher),
+                implementation=implementation,
+            )
+            return losses.loss
+
+        gradient = jax.jit(jax.grad(loss, (0, 1)))
+        compiled = gradient.lower(*tensors).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes("chunked") < 0.2 * temporary_bytes("definition")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(teacher=(2, 3, 4, 8)), r"same vocabulary.*7.*8"),
+        (dict(teacher=(2, 4, 4, 7)), r"teacher\.hidden.*\(2, 4, 4\)"),
+        (dict(teacher=None), "something to compare"),
+        (dict(temperature=0.0), "greater than 0.*0.0"),
+        (dict(vocabulary="all"), '"same" or "shared".*all'),
+        (dict(weights=(3,)), r"`weights` must have 2 axes.*\(3,\)"),
+        (dict(labels=(2, 5)), r"`labels`.*\(2, 5\)"),
+        (dict(implementation="fast"), "Unknown `implementation`.*fast"),
+    ],
+)
+def test_wrong_arguments_are_refused(changes, message):
+    def unembedding(batch, length, width, vocabulary):
+        return Unembedding(
+            ops.ones((batch, length, width)), ops.ones((width, vocabulary))
+        )
+
+    arguments = dict(teacher=(2, 3, 4, 7)) | changes
+    for name, make in (
+        ("teacher", lambda shape: unembedding(*shape)),
+        ("weights", ops.ones),
+        ("labels", lambda shape: ops.ones(shape, "int32")),
+    ):
+        if arguments.get(name) is not None:
+            arguments[name] = make(arguments[name])
+    with pytest.raises(ValueError, match=message):
+        logits_divergence(unembedding(2, 3, 5, 7), **arguments)

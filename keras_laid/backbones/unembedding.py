@@ -1,0 +1,69 @@
+"""Stops a KerasHub decoder short of its logits, and tells how to make them."""
+
+import contextlib
+
+from keras import ops
+
+from keras_laid.backbones.decoder import backbone_of
+from keras_laid.backbones.decoder import replaced_method
+from keras_laid.ops.unembedding import Unembedding
+
+
+@contextlib.contextmanager
+def hidden_states_for_logits(model):
+    """Scope in which a causal LM returns what its logits are made of.
+
+    Inside, a call of the model returns its last hidden states, of shape
+    `(batch, length, hidden_dim)`. `unembedding` makes the rest of them. The
+    model is left as it was, also when its call raises.
+
+    Args:
+        model: A `keras_hub.models.CausalLM` of a family that
+            `keras_laid.backbones.attention_layers` knows, or a
+            `keras_laid.MultiImagePaliGemmaCausalLM`.
+    """
+    embedding = backbone_of(model).token_embedding
+    name = "quantized_call" if is_quantized(embedding) else "call"
+    embed = getattr(embedding, name)
+
+    def call(inputs, reverse=False):
+        return inputs if reverse else embed(inputs)
+
+    with replaced_method(embedding, name, call):
+        yield
+
+
+def unembedding(model, hidden):
+    """The `keras_laid.ops.Unembedding` of a model's last hidden states.
+
+    Its logits are those of the model, in the dtype that the model computes them
+    in. Gradients reach the embedding, also through LoRA. Those of a quantised
+    one are dequantised at once.
+    """
+    embedding = backbone_of(model).token_embedding
+    dtype = embedding.reverse_dtype or embedding.compute_dtype
+    if is_quantized(embedding):
+        if embedding.inputs_quantizer:
+            integers, scale = embedding.inputs_quantizer(hidden)
+            hidden = ops.cast(integers, dtype) / ops.cast(scale, dtype)
+        kernel = dequantized_kernel(embedding)
+    elif embedding.tie_weights:
+        kernel = ops.transpose(embedding.embeddings)
+    else:
+        kernel = ops.convert_to_tensor(embedding.reverse_embeddings)
+    return Unembedding(
+        ops.cast(hidden, dtype),
+        ops.cast(kernel, dtype),
+        embedding.logit_soft_cap,
+    )
+
+
+def is_quantized(embedding):
+    return embedding.quantization_mode is not None
+
+
+def dequantized_kernel(embedding):
+    """What the layer makes of each unit vector, which quantises exactly."""
+    units = ops.eye(embedding.output_dim, dtype=embedding.compute_dtype)
+    with replaced_method(embedding, "logit_soft_cap", None):
+        return embedding(units, reverse=True)

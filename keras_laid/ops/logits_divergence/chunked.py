@@ -1,0 +1,149 @@
+"""The losses over blocks of tokens: only a block's logits ever exist.
+
+Tokens that do not count are in no block. A block gives its losses and their
+gradients at once, since the share of each token in the loss is known before:
+as many matrix products as in the plain form, and nothing is kept for later.
+"""
+
+from typing import Any
+from typing import NamedTuple
+
+from keras import ops
+
+from keras_laid.ops.logits_divergence import definition
+
+ELEMENTS = 2**22  # About how many logits of one model a block has.
+ROWS = 16  # The fewest tokens a block has.
+
+
+class Block(NamedTuple):
+    """The op's arguments, each with one axis of tokens."""
+
+    student: Any
+    teacher: Any
+    labels: Any
+    shares: Any
+
+    def map(self, function):
+        """The same with `function` of every tensor that has tokens."""
+
+        def of_hidden(side):
+            return side and side._replace(hidden=function(side.hidden))
+
+        return Block(
+            student=of_hidden(self.student),
+            teacher=of_hidden(self.teacher),
+            labels=None if self.labels is None else function(self.labels),
+            shares=[function(each) for each in self.shares],
+        )
+
+    def losses(self, temperature):
+        """Losses of each token, and the loss's slope at each logit."""
+        logits = self.student.logits()
+        divergence = cross_entropy = kl = ops.zeros_like(logits[:, 0])
+        slope = ops.zeros_like(logits)
+        if self.teacher is not None:
+            shared = logits[:, : self.teacher.vocabulary]
+            targets = self.teacher.logits()
+            log_q = ops.log_softmax(shared / temperature)
+            log_p = ops.log_softmax(targets / temperature)
+            kl = definition.kl_divergence(log_q, log_p)
+            divergence = temperature**2 * kl
+            slope = temperature * (ops.exp(log_q) - ops.exp(log_p))
+            slope = slope * self.shares[0][:, None]
+            others = logits.shape[1] - shared.shape[1]
+            slope = ops.pad(slope, ((0, 0), (0, others)))
+            if temperature != 1.0:
+                kl = definition.kl_divergence(
+                    ops.log_softmax(shared), ops.log_softmax(targets)
+                )
+        if self.labels is not None:
+            log_q = ops.log_softmax(logits)
+            cross_entropy = -definition.of_labels(log_q, self.labels)
+            is_label = ops.arange(logits.shape[1]) == self.labels[:, None]
+            of_labels = ops.exp(log_q) - ops.cast(is_label, "float32")
+            slope = slope + of_labels * self.shares[1][:, None]
+        soft_cap = self.student.soft_cap
+        if soft_cap is not None:
+            slope = slope * (1.0 - ops.square(logits / soft_cap))
+        return (divergence, cross_entropy, kl), slope
+
+
+def logits_divergence(student, teacher, labels, counted, shares, temperature):
+    length = tokens_of(student.hidden).shape[0]
+    size = max(ROWS, ELEMENTS // student.vocabulary)  # Of a block, in tokens.
+    if length is not None and length <= size:
+        return definition.logits_divergence(
+            student, teacher, labels, counted, shares, temperature
+        )
+    trained = tokens_of(student.hidden), student.kernel
+    hidden, kernel = map(ops.stop_gradient, trained)
+    every = Block(student, teacher, labels, shares).map(tokens_of)
+    every = every._replace(
+        student=student._replace(hidden=hidden, kernel=kernel)
+    )
+    length = ops.shape(hidden)[0]
+    counted = tokens_of(ops.cast(counted, "int32"))
+    count = ops.sum(counted)
+    order = ops.argsort(-counted)  # Those that count come first.
+
+    def add_block(number, sums):
+        slot = number * size + ops.arange(size)
+        index = ops.take(order, ops.minimum(slot, length - 1), axis=0)
+        block = every.map(lambda tensor: ops.take(tensor, index, axis=0))
+        # The last block is filled with tokens that have no share.
+        block = block._replace(
+            shares=[ops.where(slot < count, s, 0.0) for s in block.shares]
+        )
+        of_tokens, slope = block.losses(temperature)
+        of_hidden = ops.matmul(
+            ops.cast(slope, kernel.dtype), ops.transpose(kernel)
+        )
+        # In float32, since blocks add up.
+        of_kernel = ops.matmul(
+            ops.cast(ops.transpose(block.student.hidden), "float32"), slope
+        )
+        *columns, kernels = sums
+        return [
+            *[
+                ops.slice_update(
+                    column,
+                    [number * size] + [0] * (len(found.shape) - 1),
+                    found,
+                )
+                for column, found in zip(
+                    columns, [*of_tokens, of_hidden], strict=True
+                )
+            ],
+            kernels + of_kernel,
+        ]
+
+    slots = (length + size - 1) // size * size
+    *columns, of_kernel = ops.fori_loop(
+        0,
+        (count + size - 1) // size,
+        add_block,
+        [
+            *[ops.zeros((slots,)) for _ in range(3)],
+            ops.zeros((slots, hidden.shape[1]), dtype=hidden.dtype),
+            ops.zeros(kernel.shape),
+        ],
+    )
+    place = ops.argsort(order)  # Of each token among the blocks.
+    *of_tokens, of_hidden = [ops.take(c, place, axis=0) for c in columns]
+    loss = sum(
+        ops.sum(share * each)
+        for share, each in zip(every.shares, of_tokens[:2], strict=True)
+    )
+    # Adds 0 to the loss, and to the gradients what is known of them.
+    gradients = of_hidden, of_kernel
+    for tensor, gradient in zip(trained, gradients, strict=True):
+        nothing = ops.cast(tensor - ops.stop_gradient(tensor), "float32")
+        loss = loss + ops.sum(nothing * ops.cast(gradient, "float32"))
+    shape = ops.shape(student.hidden)[:-1]
+    return loss, *[ops.reshape(each, shape) for each in of_tokens]
+
+
+def tokens_of(tensor):
+    """The same with one axis for batch and length."""
+    return ops.reshape(tensor, (-1, *tensor.shape[2:]))

@@ -1,0 +1,31 @@
+"""The losses in their plainest form: all logits of both models at once."""
+
+from keras import ops
+
+
+def logits_divergence(student, teacher, labels, counted, shares, temperature):
+    logits = student.logits()
+    divergence = cross_entropy = kl = ops.zeros_like(logits[..., 0])
+    if teacher is not None:
+        targets = teacher.logits()
+        shared = logits[..., : teacher.vocabulary]
+        divergence = temperature**2 * kl_divergence(
+            ops.log_softmax(shared / temperature),
+            ops.log_softmax(targets / temperature),
+        )
+        kl = kl_divergence(ops.log_softmax(shared), ops.log_softmax(targets))
+    if labels is not None:
+        cross_entropy = -of_labels(ops.log_softmax(logits), labels)
+    loss = ops.sum(shares[0] * divergence) + ops.sum(shares[1] * cross_entropy)
+    return loss, divergence, cross_entropy, kl
+
+
+def kl_divergence(log_q, log_p):
+    """`KL(p || q)` of logarithms of probabilities."""
+    return ops.sum(ops.exp(log_p) * (log_p - log_q), axis=-1)
+
+
+def of_labels(log_q, labels):
+    """What a label less than 0 gives has no share in the loss."""
+    labels = ops.maximum(labels, 0)[..., None]
+    return ops.take_along_axis(log_q, labels, axis=-1)[..., 0]

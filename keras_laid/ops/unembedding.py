@@ -1,0 +1,45 @@
+"""What describes next-token logits to an op, before they exist."""
+
+from typing import Any
+from typing import NamedTuple
+
+from keras import ops
+
+
+class Unembedding(NamedTuple):
+    """Hidden states, and what makes next-token logits of them.
+
+    Attributes:
+        hidden: Tensor of shape `(batch, length, hidden_dim)`, the last hidden
+            states of a model; or logits, if `kernel` is `None`.
+        kernel: Tensor of shape `(hidden_dim, vocabulary)`, or `None`.
+        soft_cap: Positive float or `None`. Logits `x` become
+            `soft_cap * tanh(x / soft_cap)`.
+    """
+
+    hidden: Any
+    kernel: Any = None
+    soft_cap: float | None = None
+
+    @property
+    def vocabulary(self):
+        """Integer, the number of tokens that have logits."""
+        return (self.hidden if self.kernel is None else self.kernel).shape[-1]
+
+    def logits(self):
+        """Logits of shape `(batch, length, vocabulary)`, in float32."""
+        logits = self.hidden
+        if self.kernel is not None:
+            logits = ops.matmul(logits, self.kernel)
+        logits = ops.cast(logits, "float32")
+        if self.soft_cap is not None:
+            logits = ops.tanh(logits / self.soft_cap) * self.soft_cap
+        return logits
+
+    def first(self, vocabulary):
+        """The same with the logits of the first tokens alone."""
+        if vocabulary == self.vocabulary:
+            return self
+        if self.kernel is None:
+            return self._replace(hidden=self.hidden[..., :vocabulary])
+        return self._replace(kernel=self.kernel[:, :vocabulary])
