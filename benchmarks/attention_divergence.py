@@ -10,29 +10,23 @@ Then draws all rows, a picture for each backend and device.
 """
 
 import argparse
-import csv
 import importlib.metadata
 import json
-import resource
-import subprocess
-import sys
-import time
 
 import keras
 import matplotlib.pyplot as plt
 import numpy as np
 from keras import ops
 
-from benchmarks.compare_methods import RESULTS
-from benchmarks.compare_methods import commit
-from benchmarks.compare_methods import machine
+from benchmarks import measuring
+from benchmarks import rows
 from keras_laid.ops import Attention
 from keras_laid.ops import AttentionMask
 from keras_laid.ops import Distance
 from keras_laid.ops import attention_divergence
 from keras_laid.ops.attention_divergence import IMPLEMENTATIONS
 
-PATH = RESULTS.parent / "attention_divergence.csv"
+PATH = rows.RESULTS / "attention_divergence.csv"
 BACKEND = keras.backend.backend()
 ATTENTION = "dot_product_attention"  # keras.ops': the platform's own.
 REPLAYED = {"triton", ATTENTION} if BACKEND == "torch" else set()
@@ -76,174 +70,41 @@ def make_inputs(length, heads, head_dim, dtype):
     ]
 
 
-def make_step(implementation, inputs):
-    """A function of nothing that computes and waits, and its memory if known.
-
-    Returns:
-        A tuple `(step, temporary_bytes)`; the latter is `None` where only the
-        process can tell.
-    """
-    loss = make_loss(implementation, inputs[0].shape[1])
-    if BACKEND == "jax":
-        import jax
-
-        gradient = jax.jit(jax.value_and_grad(loss, (0, 1)))
-        compiled = gradient.lower(*inputs).compile()
-        temporary = compiled.memory_analysis().temp_size_in_bytes
-        return lambda: jax.block_until_ready(compiled(*inputs)), temporary
-    if BACKEND == "tensorflow":
-        import tensorflow as tf
-
-        @tf.function(jit_compile=True)
-        def gradient(*inputs):
-            with tf.GradientTape() as tape:
-                tape.watch(inputs[:2])
-                value = loss(*inputs)
-            return value, tape.gradient(value, inputs[:2])
-
-        return lambda: float(gradient(*inputs)[0]), None
-    import torch
-
-    trained = [tensor.requires_grad_() for tensor in inputs[:2]]
-
-    def step():
-        value = loss(*trained, *inputs[2:])
-        torch.autograd.grad(value, trained)
-        wait()
-
-    return step, None
-
-
-def replayed(step):
-    """Runs a step in torch once for a CUDA graph; calls then replay it.
-
-    The time of the GPU alone: without Python, which starts each kernel.
-    """
-    import torch
-
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-
-    def replay():
-        graph.replay()
-        torch.cuda.synchronize()
-
-    return replay
-
-
-def wait():
-    """Until a GPU has computed what torch told it to, but for CUDA graphs."""
-    import torch
-
-    if (
-        torch.cuda.is_available()
-        and not torch.cuda.is_current_stream_capturing()
-    ):
-        torch.cuda.synchronize()
-
-
-def median_ms(step, repeats):
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        step()
-        times.append(1e3 * (time.perf_counter() - start))
-    return round(float(np.median(times)), 3)
-
-
-def measure(implementation, length, heads, head_dim, dtype, repeats):
-    """Median milliseconds of a step, and its peak temporary mebibytes.
-
-    The gradients themselves do not count.
-    """
-    inputs = make_inputs(length, heads, head_dim, dtype)
-    peak_bytes()  # What making them took is past.
-    before = peak_bytes()
-    step, temporary = make_step(implementation, inputs)
-    step()
-    if temporary is None:
-        gradients = (
-            2 * np.prod(inputs[0].shape) * (2 if dtype.endswith("16") else 4)
-        )
-        temporary = peak_bytes() - before - gradients
-    row = {"ms": median_ms(step, repeats), "device_ms": None}
-    if implementation in REPLAYED and device() != "cpu":
-        row["device_ms"] = median_ms(replayed(step), repeats)
-    row["peak_mib"] = round(temporary / 2**20, 1)
-    return row
-
-
-def peak_bytes():
-    """The most memory in use, on a GPU since the last call."""
-    if BACKEND == "torch":
-        import torch
-
-        if torch.cuda.is_available():
-            peak = torch.cuda.max_memory_allocated()
-            torch.cuda.reset_peak_memory_stats()  # To what is held now.
-            return peak
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def measure(implementation, length, args):
+    """A measurement in this process."""
+    inputs = make_inputs(length, args.heads, args.head_dim, args.dtype)
+    return measuring.measure(
+        make_loss(implementation, length),
+        inputs[:2],
+        inputs[2:],
+        args.repeats,
+        replay=implementation in REPLAYED,
+    )
 
 
 def measure_apart(implementation, length, args):
     """The same in a process of its own."""
-    done = subprocess.run(
+    return measuring.in_new_process(
+        "benchmarks.attention_divergence",
         [
-            sys.executable,
-            "-m",
-            "benchmarks.attention_divergence",
             *("--one", implementation),
-            *("--lengths", str(length)),
-            *("--heads", str(args.heads)),
-            *("--head-dim", str(args.head_dim)),
+            *("--lengths", length),
+            *("--heads", args.heads),
+            *("--head-dim", args.head_dim),
             *("--dtype", args.dtype),
-            *("--repeats", str(args.repeats)),
+            *("--repeats", args.repeats),
         ],
-        capture_output=True,
-        text=True,
     )
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def device():
-    if BACKEND == "torch":
-        import torch
-
-        if torch.cuda.is_available():
-            return torch.cuda.get_device_name()
-    if BACKEND == "jax":
-        import jax
-
-        return jax.devices()[0].device_kind
-    return "cpu"
-
-
-def write_row(row):
-    new = not PATH.exists()
-    with PATH.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(row))
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-    print(row)
 
 
 def read_lines():
     """Rows by platform, shape of heads and implementation."""
     lines = {}
-    with PATH.open() as file:
-        for row in csv.DictReader(file):
-            platform = row["backend"], row["device"]
-            shape = int(row["heads"]), int(row["head_dim"])
-            of_shape = lines.setdefault(platform, {}).setdefault(shape, {})
-            of_shape.setdefault(row["implementation"], []).append(row)
+    for row in rows.read_rows(PATH):
+        platform = row["backend"], row["device"]
+        shape = int(row["heads"]), int(row["head_dim"])
+        of_shape = lines.setdefault(platform, {}).setdefault(shape, {})
+        of_shape.setdefault(row["implementation"], []).append(row)
     return lines
 
 
@@ -256,12 +117,12 @@ def draw():
         for column, (shape, lines) in zip(
             axes.T, sorted(shapes.items()), strict=True
         ):
-            for name, rows in lines.items():
-                rows = sorted(rows, key=lambda row: int(row["length"]))
-                lengths = [int(row["length"]) for row in rows]
-                ms = [float(row["device_ms"] or row["ms"]) for row in rows]
+            for name, line in lines.items():
+                line = sorted(line, key=lambda row: int(row["length"]))
+                lengths = [int(row["length"]) for row in line]
+                ms = [float(row["device_ms"] or row["ms"]) for row in line]
                 column[0].plot(lengths, ms, marker="o", label=name)
-                mib = [float(row["peak_mib"]) for row in rows]
+                mib = [float(row["peak_mib"]) for row in line]
                 column[1].plot(lengths, mib, marker="o", label=name)
             column[0].set_title(f"{shape[0]} heads of {shape[1]}")
             column[0].legend()
@@ -307,41 +168,29 @@ def main():
         draw()
         return
     if args.one:
-        print(
-            json.dumps(
-                measure(
-                    args.one,
-                    args.lengths[0],
-                    args.heads,
-                    args.head_dim,
-                    args.dtype,
-                    args.repeats,
-                )
-            )
-        )
+        print(json.dumps(measure(args.one, args.lengths[0], args)))
         return
     for length in args.lengths:
         for name in args.implementations:
             if name == "definition" and length > args.definition_up_to:
                 continue
-            measured = measure_apart(name, length, args)
-            write_row(
-                {
-                    "backend": BACKEND,
-                    "implementation": name,
-                    "length": length,
-                    "heads": args.heads,
-                    "head_dim": args.head_dim,
-                    "dtype": args.dtype,
-                    **measured,
-                    "repeats": args.repeats,
-                    "keras": keras.__version__,
-                    "backend_version": importlib.metadata.version(BACKEND),
-                    "device": device(),
-                    "commit": commit(),
-                    "machine": machine(),
-                }
-            )
+            row = {
+                "backend": BACKEND,
+                "implementation": name,
+                "length": length,
+                "heads": args.heads,
+                "head_dim": args.head_dim,
+                "dtype": args.dtype,
+                **measure_apart(name, length, args),
+                "repeats": args.repeats,
+                "keras": keras.__version__,
+                "backend_version": importlib.metadata.version(BACKEND),
+                "device": measuring.device(),
+                "commit": rows.commit(),
+                "machine": rows.machine(),
+            }
+            rows.append_row(PATH, row)
+            print(row)
     draw()
 
 

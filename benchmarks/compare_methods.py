@@ -9,14 +9,14 @@ stopped and started again.
 """
 
 import argparse
-import csv
 import json
 import pathlib
-import platform
 import subprocess
 import sys
 
-RESULTS = pathlib.Path(__file__).parent / "results" / "compare_methods.csv"
+from benchmarks import rows
+
+PATH = rows.RESULTS / "compare_methods.csv"
 GUIDE = pathlib.Path(__file__).parent.parent / "guides" / "distill_paligemma.py"
 LABELS_ALONE = ["--attention-weight", "0", "--logits-weight", "0", "--no-gains"]
 METHODS = {
@@ -34,7 +34,7 @@ def arguments(method, seed):
 
 def run(method, seed, output):
     """Runs the guide once; returns its row."""
-    ran_at = commit()
+    ran_at = rows.commit()
     subprocess.run(
         [
             sys.executable,
@@ -60,45 +60,7 @@ def make_row(method, seed, output):
     for name, value in results["effective_window"].items():
         row[f"window_{name}"] = value
     row |= {f"seconds_{k}": round(v) for k, v in results["seconds"].items()}
-    return row | results["versions"] | {"machine": machine()}
-
-
-def commit():
-    """The commit that runs, marked where code is changed, results apart."""
-    name = git("rev-parse", "--short=10", "HEAD")
-    changed = git(
-        "status", "--porcelain", "--", ".", f":(exclude){RESULTS.parent}"
-    )
-    return f"{name}-dirty" if changed else name
-
-
-def git(*arguments):
-    return subprocess.run(
-        ["git", *arguments], check=True, capture_output=True, text=True
-    ).stdout.strip()
-
-
-def machine():
-    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    names = [
-        line.split(":")[1].strip() for line in lines if "model name" in line
-    ]
-    return f"{len(names)} x {names[0]}, {platform.system()}"
-
-
-def read_rows():
-    if not RESULTS.exists():
-        return []
-    with RESULTS.open() as file:
-        return list(csv.DictReader(file))
-
-
-def write_rows(rows):
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    return row | results["versions"] | {"machine": rows.machine()}
 
 
 def main():
@@ -109,10 +71,10 @@ def main():
     args = parser.parse_args()
     for seed in args.seeds:
         for method in args.methods:
-            done = {(row["method"], int(row["seed"])) for row in read_rows()}
-            if (method, seed) not in done:
+            key = {"method": method, "seed": seed}
+            if not rows.is_done(PATH, key, list(key)):
                 row = run(method, seed, f"{args.output}/{method}_{seed}")
-                write_rows([*read_rows(), row])
+                rows.append_row(PATH, row)
 
 
 if __name__ == "__main__":

@@ -20,11 +20,9 @@ import tensorflow as tf
 from tqdm import tqdm
 
 import keras_laid
-from benchmarks.compare_methods import RESULTS
-from benchmarks.compare_methods import commit
-from benchmarks.compare_methods import machine
+from benchmarks import rows
 
-PATH = RESULTS.parent / "input_pipeline.csv"
+PATH = rows.RESULTS / "input_pipeline.csv"
 
 
 class Prepared(keras.utils.PyDataset):
@@ -132,8 +130,8 @@ def main():
             "keras": keras.__version__,
             "tensorflow": tf.__version__,
             "grain": grain.__version__,
-            "commit": commit(),
-            "machine": machine(),
+            "commit": rows.commit(),
+            "machine": rows.machine(),
         }
         for name in feeders
     ]

@@ -20,10 +20,9 @@ import keras
 import keras_hub
 
 import keras_laid
-from benchmarks.compare_methods import commit
-from benchmarks.compare_methods import machine
+from benchmarks import rows
 from benchmarks.window_extension import methods as study
-from benchmarks.window_extension import rows
+from benchmarks.window_extension.settings import RUNS
 from benchmarks.window_extension.settings import names_of_configs
 from benchmarks.window_extension.settings import read_settings
 from keras_laid.haystacks import draw_haystacks
@@ -67,13 +66,11 @@ def run(settings, name, seed, split, learning_rate):
         split=split,
         learning_rate=learning_rate,
         steps=settings.steps,
-        commit=commit(),
+        commit=rows.commit(),
     )
     keras.utils.set_random_seed(seed)
     student = study.load(keras_laid.presets.STUDENT)
-    output = (
-        rows.RUNS / settings.name / f"{name}_{seed}_{split}_{learning_rate}"
-    )
+    output = RUNS / settings.name / f"{name}_{seed}_{split}_{learning_rate}"
     began = time.time()
     if name in study.UNTRAINED:
         scope = study.UNTRAINED[name]
@@ -92,7 +89,7 @@ def run(settings, name, seed, split, learning_rate):
         keras=keras.__version__,
         keras_hub=keras_hub.__version__,
         backend=keras.backend.backend(),
-        machine=machine(),
+        machine=rows.machine(),
     )
 
 

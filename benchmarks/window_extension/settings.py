@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 import tomllib
 
+RUNS = pathlib.Path("runs/window_extension")
 CONFIGS = pathlib.Path(__file__).parent / "configs"
 
 

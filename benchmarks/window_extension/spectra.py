@@ -16,10 +16,9 @@ import keras
 import numpy as np
 
 import keras_laid
-from benchmarks.compare_methods import commit
-from benchmarks.compare_methods import machine
+from benchmarks import rows
 from benchmarks.window_extension import methods as study
-from benchmarks.window_extension import rows
+from benchmarks.window_extension.settings import RUNS
 from benchmarks.window_extension.settings import names_of_configs
 from benchmarks.window_extension.settings import read_settings
 from keras_laid import spectral
@@ -77,7 +76,7 @@ def students(settings, names, seeds):
         yield "teacher", seed, study.load(keras_laid.presets.TEACHER)
         yield "untouched", seed, study.load(keras_laid.presets.STUDENT)
         for name in names:
-            (weights,) = (rows.RUNS / settings.name).glob(
+            (weights,) = (RUNS / settings.name).glob(
                 f"{name}_{seed}_test_*/student.weights.h5"
             )
             student = study.load(keras_laid.presets.STUDENT)
@@ -115,10 +114,10 @@ def main():
             images=IMAGES,
             questions=QUESTIONS,
             cutoff=CUTOFF,
-            commit=commit(),
+            commit=rows.commit(),
             keras=keras.__version__,
             backend=keras.backend.backend(),
-            machine=machine(),
+            machine=rows.machine(),
         )
         print(row, flush=True)
         rows.append_row(RESULTS, row)

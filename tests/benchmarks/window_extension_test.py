@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import keras_laid
+from benchmarks import rows
 from benchmarks.window_extension import methods as study
 from benchmarks.window_extension import report
-from benchmarks.window_extension import rows
 from benchmarks.window_extension.data import IGNORED
 from benchmarks.window_extension.data import make_data
 from benchmarks.window_extension.settings import Settings

@@ -1,7 +1,8 @@
 """The losses over blocks of tokens: only a block's logits ever exist.
 
-Tokens that do not count are in no block. A block gives its losses and their
-gradients at once, since the share of each token in the loss is known before:
+A block has as many tokens of each example, so that devices that share a batch
+share the work. Tokens that do not count are in none. Losses and their gradients
+are computed at once, since the share of each token in the loss is known before:
 as many matrix products as in the plain form, and nothing is kept for later.
 """
 
@@ -17,7 +18,7 @@ ROWS = 16  # The fewest tokens a block has.
 
 
 class Block(NamedTuple):
-    """The op's arguments, each with one axis of tokens."""
+    """The op's arguments for some of the tokens of each example."""
 
     student: Any
     teacher: Any
@@ -40,19 +41,19 @@ class Block(NamedTuple):
     def losses(self, temperature):
         """Losses of each token, and the loss's slope at each logit."""
         logits = self.student.logits()
-        divergence = cross_entropy = kl = ops.zeros_like(logits[:, 0])
+        divergence = cross_entropy = kl = ops.zeros_like(logits[..., 0])
         slope = ops.zeros_like(logits)
         if self.teacher is not None:
-            shared = logits[:, : self.teacher.vocabulary]
+            shared = logits[..., : self.teacher.vocabulary]
             targets = self.teacher.logits()
             log_q = ops.log_softmax(shared / temperature)
             log_p = ops.log_softmax(targets / temperature)
             kl = definition.kl_divergence(log_q, log_p)
             divergence = temperature**2 * kl
             slope = temperature * (ops.exp(log_q) - ops.exp(log_p))
-            slope = slope * self.shares[0][:, None]
-            others = logits.shape[1] - shared.shape[1]
-            slope = ops.pad(slope, ((0, 0), (0, others)))
+            slope = slope * self.shares[0][..., None]
+            others = logits.shape[-1] - shared.shape[-1]
+            slope = ops.pad(slope, ((0, 0), (0, 0), (0, others)))
             if temperature != 1.0:
                 kl = definition.kl_divergence(
                     ops.log_softmax(shared), ops.log_softmax(targets)
@@ -60,9 +61,9 @@ class Block(NamedTuple):
         if self.labels is not None:
             log_q = ops.log_softmax(logits)
             cross_entropy = -definition.of_labels(log_q, self.labels)
-            is_label = ops.arange(logits.shape[1]) == self.labels[:, None]
+            is_label = ops.arange(logits.shape[-1]) == self.labels[..., None]
             of_labels = ops.exp(log_q) - ops.cast(is_label, "float32")
-            slope = slope + of_labels * self.shares[1][:, None]
+            slope = slope + of_labels * self.shares[1][..., None]
         soft_cap = self.student.soft_cap
         if soft_cap is not None:
             slope = slope * (1.0 - ops.square(logits / soft_cap))
@@ -70,80 +71,81 @@ class Block(NamedTuple):
 
 
 def logits_divergence(student, teacher, labels, counted, shares, temperature):
-    length = tokens_of(student.hidden).shape[0]
-    size = max(ROWS, ELEMENTS // student.vocabulary)  # Of a block, in tokens.
-    if length is not None and length <= size:
+    batch, length = student.hidden.shape[:2]
+    rows = rows_of_block(batch, student.vocabulary)
+    if length is not None and length <= rows:
         return definition.logits_divergence(
             student, teacher, labels, counted, shares, temperature
         )
-    trained = tokens_of(student.hidden), student.kernel
+    trained = student.hidden, student.kernel
     hidden, kernel = map(ops.stop_gradient, trained)
-    every = Block(student, teacher, labels, shares).map(tokens_of)
-    every = every._replace(
-        student=student._replace(hidden=hidden, kernel=kernel)
-    )
-    length = ops.shape(hidden)[0]
-    counted = tokens_of(ops.cast(counted, "int32"))
-    count = ops.sum(counted)
-    order = ops.argsort(-counted)  # Those that count come first.
+    student = student._replace(hidden=hidden, kernel=kernel)
+    every = Block(student, teacher, labels, shares)
+    batch, length, width = ops.shape(hidden)
+    counted = ops.cast(counted, "int32")
+    count = ops.sum(counted, axis=1, keepdims=True)
+    # In each example, those that count come first.
+    order = ops.argsort(-counted, axis=1)
 
     def add_block(number, sums):
-        slot = number * size + ops.arange(size)
-        index = ops.take(order, ops.minimum(slot, length - 1), axis=0)
-        block = every.map(lambda tensor: ops.take(tensor, index, axis=0))
-        # The last block is filled with tokens that have no share.
+        slot = number * rows + ops.arange(rows)
+        index = ops.take(order, ops.minimum(slot, length - 1), axis=1)
+        block = every.map(lambda tensor: tokens_at(tensor, index))
+        # Blocks are filled up with tokens that have no share.
         block = block._replace(
-            shares=[ops.where(slot < count, s, 0.0) for s in block.shares]
+            shares=[ops.where(slot < count, each, 0.0) for each in block.shares]
         )
         of_tokens, slope = block.losses(temperature)
         of_hidden = ops.matmul(
             ops.cast(slope, kernel.dtype), ops.transpose(kernel)
         )
         # In float32, since blocks add up.
-        of_kernel = ops.matmul(
-            ops.cast(ops.transpose(block.student.hidden), "float32"), slope
+        of_kernel = ops.einsum(
+            "bid,biv->dv", ops.cast(block.student.hidden, "float32"), slope
         )
         *columns, kernels = sums
-        return [
-            *[
-                ops.slice_update(
-                    column,
-                    [number * size] + [0] * (len(found.shape) - 1),
-                    found,
-                )
-                for column, found in zip(
-                    columns, [*of_tokens, of_hidden], strict=True
-                )
-            ],
-            kernels + of_kernel,
+        columns = [
+            ops.slice_update(
+                column, [0, number * rows] + [0] * (len(found.shape) - 2), found
+            )
+            for column, found in zip(
+                columns, [*of_tokens, of_hidden], strict=True
+            )
         ]
+        return [*columns, kernels + of_kernel]
 
-    slots = (length + size - 1) // size * size
+    slots = (length + rows - 1) // rows * rows
     *columns, of_kernel = ops.fori_loop(
         0,
-        (count + size - 1) // size,
+        (ops.max(count) + rows - 1) // rows,
         add_block,
         [
-            *[ops.zeros((slots,)) for _ in range(3)],
-            ops.zeros((slots, hidden.shape[1]), dtype=hidden.dtype),
+            *[ops.zeros((batch, slots)) for _ in range(3)],
+            ops.zeros((batch, slots, width), dtype=hidden.dtype),
             ops.zeros(kernel.shape),
         ],
     )
-    place = ops.argsort(order)  # Of each token among the blocks.
-    *of_tokens, of_hidden = [ops.take(c, place, axis=0) for c in columns]
+    place = ops.argsort(order, axis=1)  # Of each token among the blocks.
+    *of_tokens, of_hidden = [tokens_at(column, place) for column in columns]
     loss = sum(
         ops.sum(share * each)
-        for share, each in zip(every.shares, of_tokens[:2], strict=True)
+        for share, each in zip(shares, of_tokens[:2], strict=True)
     )
     # Adds 0 to the loss, and to the gradients what is known of them.
     gradients = of_hidden, of_kernel
     for tensor, gradient in zip(trained, gradients, strict=True):
         nothing = ops.cast(tensor - ops.stop_gradient(tensor), "float32")
         loss = loss + ops.sum(nothing * ops.cast(gradient, "float32"))
-    shape = ops.shape(student.hidden)[:-1]
-    return loss, *[ops.reshape(each, shape) for each in of_tokens]
+    return loss, *of_tokens
 
 
-def tokens_of(tensor):
-    """The same with one axis for batch and length."""
-    return ops.reshape(tensor, (-1, *tensor.shape[2:]))
+def rows_of_block(batch, vocabulary):
+    """Tokens of each example in a block; batches known only later count 1."""
+    return max(ROWS, ELEMENTS // vocabulary) // (batch or 1) or 1
+
+
+def tokens_at(tensor, index):
+    """The tokens of each example that `index` names."""
+    if len(tensor.shape) == 3:
+        index = index[:, :, None]
+    return ops.take_along_axis(tensor, index, axis=1)

@@ -1,0 +1,162 @@
+"""Time and peak memory of a value and its gradients, on any backend."""
+
+import json
+import resource
+import subprocess
+import sys
+import time
+
+import keras
+import numpy as np
+
+BACKEND = keras.backend.backend()
+
+
+def make_step(loss, trained, others):
+    """A function of nothing that computes and waits, and its memory if known.
+
+    Args:
+        loss: Function of `(*trained, *others)` that returns a scalar.
+        trained: List of tensors that gradients are computed for.
+        others: List of tensors.
+
+    Returns:
+        A tuple `(step, temporary_bytes)`; the latter is `None` where only the
+        process can tell.
+    """
+    count = len(trained)
+    if BACKEND == "jax":
+        import jax
+
+        gradient = jax.jit(jax.value_and_grad(loss, tuple(range(count))))
+        compiled = gradient.lower(*trained, *others).compile()
+        temporary = compiled.memory_analysis().temp_size_in_bytes
+        return (
+            lambda: jax.block_until_ready(compiled(*trained, *others)),
+            temporary,
+        )
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        @tf.function(jit_compile=True)
+        def gradient(*inputs):
+            with tf.GradientTape() as tape:
+                tape.watch(inputs[:count])
+                value = loss(*inputs)
+            return value, tape.gradient(value, inputs[:count])
+
+        return lambda: float(gradient(*trained, *others)[0]), None
+    import torch
+
+    trained = [tensor.requires_grad_() for tensor in trained]
+
+    def step():
+        value = loss(*trained, *others)
+        torch.autograd.grad(value, trained)
+        wait()
+
+    return step, None
+
+
+def replayed(step):
+    """Runs a step in torch once for a CUDA graph; calls then replay it.
+
+    The time of the GPU alone: without Python, which starts each kernel.
+    """
+    import torch
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+
+    def replay():
+        graph.replay()
+        torch.cuda.synchronize()
+
+    return replay
+
+
+def wait():
+    """Until a GPU has computed what torch told it to, but for CUDA graphs."""
+    import torch
+
+    if (
+        torch.cuda.is_available()
+        and not torch.cuda.is_current_stream_capturing()
+    ):
+        torch.cuda.synchronize()
+
+
+def median_ms(step, repeats):
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        step()
+        times.append(1e3 * (time.perf_counter() - start))
+    return round(float(np.median(times)), 3)
+
+
+def measure(loss, trained, others, repeats, replay=False):
+    """Median milliseconds of a step, and its peak temporary mebibytes.
+
+    The gradients themselves do not count.
+    """
+    peak_bytes()  # What making the inputs took is past.
+    before = peak_bytes()
+    step, temporary = make_step(loss, trained, others)
+    step()
+    if temporary is None:
+        gradients = sum(
+            np.prod(tensor.shape) * (2 if "16" in str(tensor.dtype) else 4)
+            for tensor in trained
+        )
+        temporary = peak_bytes() - before - gradients
+    row = {"ms": median_ms(step, repeats), "device_ms": None}
+    if replay and device() != "cpu":
+        row["device_ms"] = median_ms(replayed(step), repeats)
+    row["peak_mib"] = round(temporary / 2**20, 1)
+    return row
+
+
+def peak_bytes():
+    """The most memory in use, on a GPU since the last call."""
+    if BACKEND == "torch":
+        import torch
+
+        if torch.cuda.is_available():
+            peak = torch.cuda.max_memory_allocated()
+            torch.cuda.reset_peak_memory_stats()  # To what is held now.
+            return peak
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def in_new_process(module, arguments):
+    """What `python -m module` prints last, as JSON.
+
+    A measurement has a process of its own, so that its peak memory is its own.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def device():
+    if BACKEND == "torch":
+        import torch
+
+        if torch.cuda.is_available():
+            return torch.cuda.get_device_name()
+    if BACKEND == "jax":
+        import jax
+
+        return jax.devices()[0].device_kind
+    return "cpu"

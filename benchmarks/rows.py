@@ -1,0 +1,53 @@
+"""Rows of results, which several processes may add to, and where they ran."""
+
+import csv
+import fcntl
+import pathlib
+import platform
+import subprocess
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+
+
+def read_rows(path):
+    if not path.exists():
+        return []
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def append_row(path, row):
+    """Adds a row; processes that share the work take turns."""
+    with path.open("a", newline="") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        writer = csv.DictWriter(file, list(row))
+        if not file.tell():
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def is_done(path, row, names):
+    """Whether there is a row with the same values of those names."""
+    key = [str(row[name]) for name in names]
+    return key in [[old[name] for name in names] for old in read_rows(path)]
+
+
+def commit():
+    """The commit that runs, marked where code is changed, results apart."""
+    name = git("rev-parse", "--short=10", "HEAD")
+    changed = git("status", "--porcelain", "--", ".", f":(exclude){RESULTS}")
+    return f"{name}-dirty" if changed else name
+
+
+def git(*arguments):
+    return subprocess.run(
+        ["git", *arguments], check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+def machine():
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    names = [
+        line.split(":")[1].strip() for line in lines if "model name" in line
+    ]
+    return f"{len(names)} x {names[0]}, {platform.system()}"
