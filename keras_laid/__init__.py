@@ -15,6 +15,7 @@ from keras_laid.distillation.distiller import (
 )
 from keras_laid.distillation.group_optimizer import group_optimizer
 from keras_laid.distillation.position_stretching import PositionStretching
+from keras_laid.distribution import ModelParallel
 from keras_laid.haystacks.callback import HaystackEvaluation
 from keras_laid.haystacks.dataset import Haystacks
 from keras_laid.haystacks.digits import Digits
@@ -37,6 +38,7 @@ __all__ = [
     "HaystackEvaluation",
     "Haystacks",
     "HeadMixer",
+    "ModelParallel",
     "MultiImagePaliGemmaCausalLM",
     "PositionStretching",
     "attach_gain_modulation",

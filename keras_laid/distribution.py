@@ -1,0 +1,98 @@
+"""Shards KerasHub models and the distiller over devices."""
+
+import re
+
+import keras
+
+# Which axis of a kernel is best split, counted from the front or the back: what
+# one product puts out, the next takes in, and devices talk once for both.
+PREFERRED_AXES = (
+    (r"token_embedding/embeddings$", 0),  # The vocabulary.
+    (r"reverse_embeddings$", -1),
+    (r"decoder_block.*/attention/(query|key|value)/(dense/)?kernel$", 0),
+    (r"self_attention/(query|key|value)/kernel$", 1),  # Heads.
+    (r"(attention_output|out_proj)/(dense/)?kernel$", 0),
+    (r"(ffw_linear|output_dense|mlp_dense_2)/(dense/)?kernel$", 0),
+    (r"(gating(_2)?|gate_dense|intermediate_dense)/(dense/)?kernel$", -1),
+    (r"(mlp_dense_1|_proj|in_proj_\w+)/kernel$", -1),
+)
+REPLICATED = r"(mixing_logits|log_gain)$"  # Small, and used by all.
+
+
+class ModelParallel(keras.distribution.ModelParallel):
+    """Splits the weights of any KerasHub model by their names and shapes.
+
+    KerasHub has layout maps for a few text models; this one needs none.
+    Matrices are split over the model axis of the mesh: attention by heads and
+    feedforward layers by their inner width where these divide, else by their
+    longest axis that does; vocabularies by tokens. Vectors, mixers and gains
+    are copied to every device. Batches are split over the other axis.
+
+    Args:
+        device_mesh: A `keras.distribution.DeviceMesh` with two axes, of data
+            and of model, in this order.
+        layout_map: Optional `keras.distribution.LayoutMap` for variables to lay
+            out otherwise.
+        **kwargs: Passed to `keras.distribution.ModelParallel`.
+
+    Raises:
+        ValueError: If the mesh does not have two axes, or the backend is not
+            JAX, the only one that Keras can shard models on.
+
+    Example:
+
+    ```python
+    mesh = keras.distribution.DeviceMesh((2, 4), ["batch", "model"])
+    keras.distribution.set_distribution(keras_laid.ModelParallel(mesh))
+    # Weights are read to the host, and from there each device gets its part.
+    with jax.default_device(jax.devices("cpu")[0]):
+        teacher = keras_hub.models.PaliGemmaCausalLM.from_preset(...)
+    ```
+    """
+
+    def __init__(self, device_mesh, layout_map=None, **kwargs):
+        if keras.backend.backend() != "jax":
+            raise ValueError(
+                "Keras shards models over devices on JAX alone. Received: "
+                f"backend={keras.backend.backend()!r}. Set KERAS_BACKEND=jax."
+            )
+        if len(device_mesh.shape) != 2:
+            raise ValueError(
+                "`device_mesh` must have an axis of data and one of model. "
+                f"Received: device_mesh.shape={tuple(device_mesh.shape)}. "
+                "Give the one you do not want the size 1."
+            )
+        if layout_map is None:
+            layout_map = keras.distribution.LayoutMap(device_mesh)
+        super().__init__(layout_map=layout_map, **kwargs)
+        self.layout_map = layout_map
+
+    def get_variable_layout(self, variable):
+        """The `keras.distribution.TensorLayout` of a variable."""
+        given = getattr(variable, "_layout", None) is not None
+        if given or self.layout_map[variable.path] is not None:
+            return super().get_variable_layout(variable)
+        axes = [None] * len(variable.shape)
+        axis = split_axis(
+            variable.path, variable.shape, self.device_mesh.shape[1]
+        )
+        if axis is not None:
+            axes[axis] = self.device_mesh.axis_names[1]
+        return keras.distribution.TensorLayout(axes, self.device_mesh)
+
+
+def split_axis(path, shape, devices):
+    """The axis of a variable to split over devices, or `None` for none.
+
+    Args:
+        path: String, the variable's path.
+        shape: Tuple of integers.
+        devices: Integer, how many there are.
+    """
+    if len(shape) < 2 or re.search(REPLICATED, path):
+        return None
+    for pattern, axis in PREFERRED_AXES:
+        if re.search(pattern, path) and shape[axis] % devices == 0:
+            return axis % len(shape)
+    dividing = [i for i, size in enumerate(shape) if size % devices == 0]
+    return max(dividing, key=lambda i: shape[i], default=None)

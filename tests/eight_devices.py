@@ -1,0 +1,117 @@
+"""What `distribution_test.py` runs in a process with eight devices."""
+
+import collections
+import json
+import math
+import os
+import sys
+
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 "
+    "--xla_backend_optimization_level=0"
+)
+
+import jax
+import keras
+import keras_hub
+
+import keras_laid
+from tests.support import make_haystacks
+from tests.support import make_multi_image
+from tests.support import make_preprocessor
+
+SHAPE = dict(
+    hidden_dim=32,
+    intermediate_dim=64,
+    num_query_heads=8,
+    num_key_value_heads=1,
+    vit_hidden_dim=32,
+    vit_intermediate_dim=64,
+)
+
+
+def mesh(*shape):
+    return keras.distribution.DeviceMesh(shape, ["batch", "model"])
+
+
+def losses(distribution):
+    """Those of ten steps of the distiller, and its variables' layouts."""
+    keras.distribution.set_distribution(distribution)
+    keras.utils.set_random_seed(0)
+    preprocessor = make_preprocessor()
+    size = preprocessor.tokenizer.vocabulary_size()
+    teacher, student = (
+        make_multi_image(seed=seed, vocabulary_size=size, **SHAPE)
+        for seed in (1, 2)
+    )
+    keras_laid.attach_gain_modulation(student)
+    distiller = keras_laid.DistanceWeightedAttentionDistillation(
+        teacher, student, query_key_weight=0.1
+    )
+    distiller.compile(keras.optimizers.SGD(0.03))
+    seen = []
+    distiller.fit(
+        make_haystacks(preprocessor, 80, (3,), batch_size=8),
+        shuffle=False,
+        callbacks=[
+            keras.callbacks.LambdaCallback(
+                on_train_batch_end=lambda batch, logs: seen.append(logs["loss"])
+            )
+        ],
+        verbose=0,
+    )
+    keras.distribution.set_distribution(None)
+    split = {
+        v.path: [str(a) for a in v.value.sharding.spec]
+        for v in [*distiller.trainable_variables, *teacher.variables]
+        if not v.value.sharding.is_fully_replicated
+    }
+    return [float(loss) for loss in seen], split
+
+
+def most_bytes_while_loading(folder):
+    """The most that a device holds at any assignment, and the whole model.
+
+    The last device stands for the host, where weights are read to.
+    """
+    host = jax.devices()[-1]
+    most = collections.Counter()
+    assign = keras.Variable._direct_assign
+
+    def watching(self, value):
+        held = collections.Counter()
+        for array in jax.live_arrays():
+            shape = array.sharding.shard_shape(array.shape)
+            for device in array.sharding.device_set:
+                held[device.id] += math.prod(shape) * array.dtype.itemsize
+        for device, count in held.items():
+            most[device] = max(most[device], count)
+        return assign(self, value)
+
+    keras.Variable._direct_assign = watching
+    keras.distribution.set_distribution(keras_laid.ModelParallel(mesh(1, 8)))
+    with jax.default_device(host):
+        model = keras_hub.models.PaliGemmaBackbone.from_preset(folder)
+    del most[host.id]
+    whole = sum(v.value.nbytes for v in model.variables)
+    split = sum(
+        v.value.nbytes
+        for v in model.variables
+        if not v.value.sharding.is_fully_replicated
+    )
+    return {"most": max(most.values()), "whole": whole, "split": split}
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "losses":
+        result = {
+            name: losses(distribution)
+            for name, distribution in {
+                "one": None,
+                "data": keras.distribution.DataParallel(),
+                "model": keras_laid.ModelParallel(mesh(2, 4)),
+            }.items()
+        }
+    else:
+        result = most_bytes_while_loading(sys.argv[2])
+    sys.stdout.write(json.dumps(result))
