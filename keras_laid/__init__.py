@@ -15,6 +15,7 @@ from keras_laid.distillation.distiller import (
 )
 from keras_laid.distillation.group_optimizer import group_optimizer
 from keras_laid.distillation.position_stretching import PositionStretching
+from keras_laid.distillation.resumable_training import ResumableTraining
 from keras_laid.distribution import ModelParallel
 from keras_laid.haystacks.callback import HaystackEvaluation
 from keras_laid.haystacks.dataset import Haystacks
@@ -41,6 +42,7 @@ __all__ = [
     "ModelParallel",
     "MultiImagePaliGemmaCausalLM",
     "PositionStretching",
+    "ResumableTraining",
     "attach_gain_modulation",
     "draw_haystacks",
     "effective_window",

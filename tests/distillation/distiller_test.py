@@ -362,43 +362,6 @@ def test_schedule_needs_a_length(preprocessor):
     distiller.fit(Endless(), steps_per_epoch=2, verbose=0)
 
 
-def test_interrupted_training_goes_on_as_if_it_had_not_been(
-    preprocessor, tmp_path
-):
-    haystacks = make_haystacks(preprocessor, sizes=(2,))
-
-    def run(distiller, callbacks=()):
-        return distiller.fit(
-            haystacks,
-            epochs=3,
-            shuffle=False,
-            verbose=0,
-            callbacks=[
-                keras.callbacks.BackupAndRestore(str(tmp_path / "backup")),
-                *callbacks,
-            ],
-        )
-
-    class Interrupt(keras.callbacks.Callback):
-        def on_epoch_begin(self, epoch, logs=None):
-            if epoch == 2:
-                raise KeyboardInterrupt
-
-    adam = keras.optimizers.Adam
-    whole = make_distiller(preprocessor, adam(1e-2))
-    whole.fit(haystacks, epochs=3, shuffle=False, verbose=0)
-    with pytest.raises(KeyboardInterrupt):
-        run(make_distiller(preprocessor, adam(1e-2)), [Interrupt()])
-    resumed = make_distiller(preprocessor, adam(1e-2))
-    history = run(resumed)
-    assert history.epoch == [2]
-    assert int(resumed.total_steps) == 6
-    for one, other in zip(
-        values(whole.student), values(resumed.student), strict=True
-    ):
-        np.testing.assert_allclose(one, other, atol=1e-6)
-
-
 def test_weight_files_hold_no_teacher(preprocessor, tmp_path):
     import h5py
 
