@@ -83,10 +83,11 @@ IMAGE = "<start_of_image>"
 
 
 class ImageQuestions(keras.utils.PyDataset):
-    """Batches for Gemma 3; each has one number of images a prompt."""
+    """Batches for Gemma 3, others in each epoch; each has one size."""
 
     def __init__(self, preprocessor, steps, sizes, stretching=None):
         super().__init__()
+        self.epoch = 0
         side, _ = preprocessor.image_converter.image_size
         self.source = keras_laid.Digits("train", side, augment=True)
         self.preprocessor = preprocessor
@@ -101,7 +102,7 @@ class ImageQuestions(keras.utils.PyDataset):
         size = self.sizes[index % len(self.sizes)]
         haystacks = list(
             keras_laid.draw_haystacks(
-                self.source, 32, (size,), seed=(args.seed, index)
+                self.source, 32, (size,), seed=(args.seed, self.epoch, index)
             )
         )
         self.preprocessor.max_images_per_prompt = size
@@ -117,11 +118,14 @@ class ImageQuestions(keras.utils.PyDataset):
         batch = keras.tree.map_structure(keras.ops.convert_to_numpy, batch)
         if self.stretching is not None:
             x, _, _ = batch
-            rng = np.random.default_rng((args.seed, index))
+            rng = np.random.default_rng((args.seed, self.epoch, index))
             x["positions"] = self.stretching.positions_in_text(
                 x["vision_mask"], rng, margin=2
             )
         return batch
+
+    def on_epoch_end(self):
+        self.epoch += 1
 
 
 """
@@ -142,9 +146,10 @@ def make_tokenizer():
     ]
     proto = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([*sentences, "yes", "no"]),
+        sentence_iterator=iter([*sentences, *100 * ["yes", "no"]]),
         model_writer=proto,
-        model_type="word",
+        model_type="bpe",
+        vocab_size=120,
         hard_vocab_limit=False,
         pad_id=0,
         eos_id=1,
@@ -261,7 +266,9 @@ accuracy = {
 
 Nothing here is about Gemma 3: the distiller finds the layers with full
 attention, catches their queries and keys after rotation, and describes the mask
-(causal, and whole images at once) without ever storing it.
+(causal, and whole images at once) without ever storing it. A run that is killed
+goes on from its last hundred steps when it is started again; a new one wants a
+new `--output`.
 """
 
 keras_laid.attach_gain_modulation(student)
@@ -281,9 +288,16 @@ distiller.compile(
 image_length = preprocessor.num_vision_tokens_per_image + 4
 stretching = keras_laid.PositionStretching(args.window, image_length)
 training_sizes = sorted({*student_sizes, args.images})
-history = distiller.fit(
-    ImageQuestions(preprocessor, args.steps, training_sizes, stretching),
-    callbacks=[keras.callbacks.BackupAndRestore(str(output / "backup"))],
+steps_per_epoch = min(100, args.steps)
+questions = ImageQuestions(
+    preprocessor, steps_per_epoch, training_sizes, stretching
+)
+resumable = keras_laid.ResumableTraining(output / "training", questions)
+distiller.fit(
+    questions,
+    epochs=args.steps // steps_per_epoch,
+    shuffle=False,
+    callbacks=[resumable],
 )
 
 """
@@ -312,7 +326,7 @@ spectral.plot_accuracy(
 results = {
     "accuracy": accuracy,
     "effective_window": windows,
-    "history": history.history,
+    "history": resumable.history,
     "settings": vars(args),
 }
 (output / "results.json").write_text(json.dumps(results, indent=2))

@@ -15,7 +15,7 @@ import numpy as np
 from scipy import stats
 
 import keras_laid
-from benchmarks.window_extension.rows import read_rows
+from benchmarks.rows import read_rows
 from benchmarks.window_extension.settings import names_of_configs
 from benchmarks.window_extension.settings import read_settings
 
