@@ -116,12 +116,10 @@ def replaced_method(layer, name, function):
     """Scope in which `layer.name` is `function`, for this one layer."""
     # In the instance's own dictionary: Keras tracks what `setattr` sets.
     attributes = vars(layer)
-    outer = attributes.get(name)
+    outer = {name: attributes[name]} if name in attributes else {}
     attributes[name] = function
     try:
         yield
     finally:
-        if outer is None:
-            del attributes[name]
-        else:
-            attributes[name] = outer
+        del attributes[name]
+        attributes.update(outer)

@@ -15,6 +15,7 @@ from keras_laid import PositionStretching
 from keras_laid import attach_gain_modulation
 from keras_laid.backbones.multi_image_pali_gemma import multi_image_preprocessor
 from keras_laid.distillation.distiller import weighted_mean
+from keras_laid.ops.logits_divergence import chunked
 from tests.support import PALI_GEMMA_2
 from tests.support import make_haystacks
 from tests.support import make_multi_image
@@ -186,6 +187,38 @@ def test_loss_is_the_weighted_sum_of_its_terms(preprocessor):
     )
     np.testing.assert_allclose(logs["loss"], total, rtol=1e-5)
     np.testing.assert_allclose(logs["kl"], logs["logits"], rtol=1e-6)
+
+
+def test_loss_without_logits_is_the_loss_with_them(preprocessor, monkeypatch):
+    """One step from hidden states, in blocks, and one from whole logits."""
+    monkeypatch.setattr(chunked, "ELEMENTS", 2**8)
+    haystacks = make_haystacks(preprocessor, 4)
+    cross_entropy = keras.losses.SparseCategoricalCrossentropy(
+        from_logits=True, reduction="mean_with_sample_weight"
+    )
+    logs, weights = [], []
+    for loss in ("auto", cross_entropy):
+        distiller = make_distiller(
+            preprocessor, temperature=2.0, compile_kwargs={"loss": loss}
+        )
+        logs.append(distiller.fit(haystacks, verbose=0).history)
+        weights.append(values(distiller.student))
+    assert logs[0].keys() == logs[1].keys()
+    for name, (value,) in logs[0].items():
+        np.testing.assert_allclose(value, logs[1][name][0], rtol=1e-5)
+    for one, other in zip(*weights, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+def test_metrics_see_the_logits(preprocessor):
+    haystacks = make_haystacks(preprocessor, 4)
+    distiller = make_distiller(
+        preprocessor,
+        compile_kwargs={"weighted_metrics": ["sparse_categorical_accuracy"]},
+    )
+    logs = distiller.fit(haystacks, verbose=0).history
+    (accuracy,) = logs["sparse_categorical_accuracy"]
+    assert 0 <= accuracy <= 1
 
 
 def test_a_term_fades_out_by_a_schedule(preprocessor):

@@ -43,7 +43,9 @@ def test_quick_run_leaves_everything(tmp_path):
     x, _, _ = preprocessor(
         {
             "images": np.zeros((1, 2, 16, 16, 3), "uint8"),
-            "prompts": [2 * "<start_of_image>" + question("three", "seven")],
+            "prompts": [
+                2 * "<start_of_image>" + question("red square", "pink square")
+            ],
             "responses": ["yes"],
         },
         sequence_length=40,

@@ -1,0 +1,236 @@
+"""One training step: ours, `keras.distillation.Distiller`'s, and plain SFT.
+
+    KERAS_BACKEND=jax python -m benchmarks.training_step
+
+Appends rows to `benchmarks/results/training_step.csv`: the time of a step and
+what it takes of memory beyond weights and optimizer, for a student and a
+teacher of PaliGemma's shape, by default at a quarter of its width with four
+layers and its whole vocabulary. Each method has a process of its own; rounds of
+all methods alternate, and a row is the median of a method's rounds.
+
+- `keras_laid`: attention, logits and supervised terms.
+- `keras_distiller`: logits and the features of the last layer, supervised.
+- `sft`: supervised alone, as KerasHub trains; `teacher_forward`: the teacher's
+  logits alone. Together they are the least that distillation can cost.
+"""
+
+import argparse
+import importlib.metadata
+import json
+
+import keras
+import keras_hub
+import numpy as np
+
+import keras_laid
+from benchmarks import measuring
+from benchmarks import rows
+
+PATH = rows.RESULTS / "training_step.csv"
+BACKEND = keras.backend.backend()
+METHODS = ("keras_laid", "keras_distiller", "sft", "teacher_forward")
+IMAGE_TOKENS = 256
+
+
+def make_model(args):
+    """A `PaliGemmaCausalLM` with random weights."""
+    backbone = keras_hub.models.PaliGemmaBackbone(
+        vocabulary_size=args.vocabulary,
+        image_size=224,
+        num_layers=args.layers,
+        num_query_heads=8,
+        num_key_value_heads=1,
+        hidden_dim=args.width,
+        intermediate_dim=16 * args.width,
+        head_dim=args.width // 8,
+        vit_patch_size=14,
+        vit_num_heads=4,
+        vit_hidden_dim=args.width // 2,
+        vit_num_layers=args.layers,
+        vit_intermediate_dim=2 * args.width,
+    )
+    return keras_hub.models.PaliGemmaCausalLM(
+        backbone=backbone, preprocessor=None
+    )
+
+
+def make_batch(args):
+    """One image, a prompt, and a response that counts."""
+    rng = np.random.default_rng(0)
+    length = args.tokens - IMAGE_TOKENS
+    token_ids = rng.integers(args.vocabulary, size=(1, length), dtype="int32")
+    response = np.arange(length)[None] >= length - args.response
+    x = {
+        "images": rng.normal(size=(1, 224, 224, 3)).astype("float32"),
+        "token_ids": token_ids,
+        "padding_mask": np.ones((1, length), "int32"),
+        "response_mask": response.astype("int32"),
+    }
+    return x, token_ids, response.astype("float32")
+
+
+def cross_entropy():
+    return keras.losses.SparseCategoricalCrossentropy(
+        from_logits=True, reduction="mean_with_sample_weight"
+    )
+
+
+def with_logits(model):
+    """A plain Keras model: KerasHub's own takes raw text."""
+    backbone = model.backbone
+    # As its `CausalLM`, without the rows of images.
+    logits = backbone.token_embedding(
+        backbone.output[:, IMAGE_TOKENS:], reverse=True
+    )
+    return keras.Model(backbone.input, logits)
+
+
+def make_step(method, args):
+    """A function of nothing that takes one step and waits."""
+    batch = make_batch(args)
+    optimizer = keras.optimizers.AdamW(1e-5)
+    if method == "teacher_forward":
+        teacher = with_logits(make_model(args))
+        return forward_of(teacher, batch[0])
+    if method == "sft":
+        trained = with_logits(make_model(args))
+        trained.compile(optimizer, cross_entropy())
+    elif method == "keras_distiller":
+        student, teacher = (with_logits(make_model(args)) for _ in range(2))
+        last = f"decoder_block_{args.layers - 1}"
+        trained = keras.distillation.Distiller(
+            teacher=teacher,
+            student=student,
+            distillation_losses=[
+                keras.distillation.LogitsDistillation(
+                    loss=keras.losses.KLDivergence()
+                ),
+                keras.distillation.FeatureDistillation(
+                    loss="mse",
+                    teacher_layer_name=last,
+                    student_layer_name=last,
+                ),
+            ],
+            distillation_loss_weights=[1.0, 1.0],
+        )
+        trained.compile(optimizer=optimizer, loss=cross_entropy())
+    else:
+        student, teacher = make_model(args), make_model(args)
+        trained = keras_laid.DistanceWeightedAttentionDistillation(
+            teacher=teacher,
+            student=student,
+            distance_weighting=keras_laid.DistanceWeighting(
+                strength=4.0, schedule="constant"
+            ),
+        )
+        trained.compile(optimizer)
+    optimizer.build(trained.trainable_variables)
+    return lambda: trained.train_on_batch(*batch)
+
+
+def forward_of(model, x):
+    if BACKEND == "jax":
+        import jax
+
+        variables = [
+            [v.value for v in of_model]
+            for of_model in (
+                model.trainable_variables,
+                model.non_trainable_variables,
+            )
+        ]
+        forward = jax.jit(
+            lambda variables, x: model.stateless_call(
+                *variables, x, training=False
+            )[0]
+        )
+        return lambda: jax.block_until_ready(forward(variables, x))
+    if BACKEND == "torch":
+        import torch
+
+        def step():
+            with torch.no_grad():
+                model(x, training=False)
+            measuring.wait()
+
+        return step
+    import tensorflow as tf
+
+    forward = tf.function(lambda x: model(x, training=False), jit_compile=True)
+    return lambda: forward(x).numpy()[0, 0, 0]
+
+
+def measure(method, args):
+    """Milliseconds of a step and its mebibytes, in this process."""
+    step = make_step(method, args)
+    before = measuring.peak_bytes()
+    step()
+    step_bytes = measuring.peak_bytes() - before
+    return {
+        "ms": measuring.median_ms(step, args.repeats),
+        "peak_mib": round(step_bytes / 2**20, 1),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--response", type=int, default=64)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--vocabulary", type=int, default=257152)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--one", help="measure this one here, and print it")
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(measure(args.one, args)))
+        return
+    settings = {
+        name: getattr(args, name)
+        for name in (
+            "tokens",
+            "response",
+            "layers",
+            "width",
+            "vocabulary",
+            "repeats",
+        )
+    }
+    flags = [
+        part for name in settings for part in (f"--{name}", settings[name])
+    ]
+    measured = {method: [] for method in args.methods}
+    for _ in range(args.rounds):
+        for method, rounds in measured.items():
+            rounds.append(
+                measuring.in_new_process(
+                    "benchmarks.training_step", ["--one", method, *flags]
+                )
+            )
+            print(method, rounds[-1], flush=True)
+    for method, rounds in measured.items():
+        row = {
+            "backend": BACKEND,
+            "method": method,
+            **settings,
+            "rounds": args.rounds,
+            **{
+                name: float(np.median([each[name] for each in rounds]))
+                for name in ("ms", "peak_mib")
+            },
+            "keras": keras.__version__,
+            "backend_version": importlib.metadata.version(BACKEND),
+            "device": measuring.device(),
+            "commit": rows.commit(),
+            "machine": rows.machine(),
+        }
+        rows.append_row(PATH, row)
+
+
+if __name__ == "__main__":
+    main()
