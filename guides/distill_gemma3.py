@@ -167,8 +167,8 @@ class ImageQuestions(keras.utils.PyDataset):
 ## The teacher and the student
 
 The tiny presets are an ordinary `Gemma3Backbone`, with its vision encoder, and
-an ordinary tokenizer. The teacher is trained on up to twelve images, the other
-on up to two.
+an ordinary tokenizer. Both are trained on one and two images, then the teacher
+on up to twelve.
 """
 
 
@@ -207,7 +207,7 @@ def make_tokenizer():
     return keras_hub.models.Gemma3Tokenizer(proto=proto.getvalue())
 
 
-def make_tiny(name, width, sizes):
+def make_tiny(name, width, *stages):
     """Trains a tiny Gemma 3 and saves it; returns the preset's folder."""
     folder = output / name
     if (folder / "config.json").exists():
@@ -245,12 +245,15 @@ def make_tiny(name, width, sizes):
     # KerasHub's tasks preprocess what they are fitted on; this is done already.
     logits = backbone.token_embedding(backbone.output, reverse=True)
     model = keras.Model(backbone.input, logits)
-    model.compile(
-        optimizer=adamw(1e-3, args.tiny_steps),
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-    )
-    print(f"Training a tiny {name}:", flush=True)
-    model.fit(ImageQuestions(preprocessor, args.tiny_steps, sizes))
+    for stage in stages:
+        model.compile(
+            optimizer=adamw(1e-3, args.tiny_steps),
+            loss=keras.losses.SparseCategoricalCrossentropy(
+                from_logits=True, reduction="mean_with_sample_weight"
+            ),
+        )
+        print(f"A tiny {name}, on {stage} images:", flush=True)
+        model.fit(ImageQuestions(preprocessor, args.tiny_steps, stage))
     keras_hub.models.Gemma3CausalLM(
         backbone=backbone, preprocessor=preprocessor
     ).save_to_preset(str(folder))
@@ -272,7 +275,7 @@ if not (args.teacher and args.student):
 teacher, student = (
     keras_hub.models.Gemma3CausalLM.from_preset(preset)
     for preset in (
-        args.teacher or make_tiny("teacher", 128, teacher_sizes),
+        args.teacher or make_tiny("teacher", 128, student_sizes, teacher_sizes),
         args.student or make_tiny("student", 64, student_sizes),
     )
 )
