@@ -8,7 +8,6 @@ import keras
 import keras_hub
 
 import keras_laid
-from benchmarks.window_extension.data import IGNORED
 from benchmarks.window_extension.data import make_data
 
 WINDOW = 150  # Stretched positions range over so many images.
@@ -185,12 +184,7 @@ def train(method, settings, seed, learning_rate, student):
             student=adamw(learning_rate, steps),
             mixer=adamw(10 * learning_rate, steps),
             gains=adamw(10 * learning_rate, steps),
-        ),
-        loss=keras.losses.SparseCategoricalCrossentropy(
-            from_logits=True,
-            ignore_class=IGNORED,
-            reduction="mean_with_sample_weight",
-        ),
+        )
     )
     with scope_of(method)(student, length=None):
         fit(distiller, data, steps)
