@@ -10,7 +10,6 @@ Then draws all rows, a picture for each backend and device.
 """
 
 import argparse
-import importlib.metadata
 import json
 
 import keras
@@ -183,11 +182,7 @@ def main():
                 "dtype": args.dtype,
                 **measure_apart(name, length, args),
                 "repeats": args.repeats,
-                "keras": keras.__version__,
-                "backend_version": importlib.metadata.version(BACKEND),
-                "device": measuring.device(),
-                "commit": rows.commit(),
-                "machine": rows.machine(),
+                **measuring.provenance(),
             }
             rows.append_row(PATH, row)
             print(row)

@@ -9,7 +9,6 @@ own, so that its peak memory is its own.
 """
 
 import argparse
-import importlib.metadata
 import json
 
 import keras
@@ -105,11 +104,7 @@ def main():
                 **measuring.in_new_process(
                     "benchmarks.logits_divergence", ["--one", name, *flags]
                 ),
-                "keras": keras.__version__,
-                "backend_version": importlib.metadata.version(BACKEND),
-                "device": measuring.device(),
-                "commit": rows.commit(),
-                "machine": rows.machine(),
+                **measuring.provenance(),
             }
             rows.append_row(PATH, row)
             print(row)

@@ -1,5 +1,6 @@
 """Time and peak memory of a value and its gradients, on any backend."""
 
+import importlib.metadata
 import json
 import resource
 import subprocess
@@ -8,6 +9,8 @@ import time
 
 import keras
 import numpy as np
+
+from benchmarks import rows
 
 BACKEND = keras.backend.backend()
 
@@ -160,3 +163,14 @@ def device():
 
         return jax.devices()[0].device_kind
     return "cpu"
+
+
+def provenance():
+    """What a row says of the versions, the code and the machine it is from."""
+    return {
+        "keras": keras.__version__,
+        "backend_version": importlib.metadata.version(BACKEND),
+        "device": device(),
+        "commit": rows.commit(),
+        "machine": rows.machine(),
+    }

@@ -15,7 +15,6 @@ all methods alternate, and a row is the median of a method's rounds.
 """
 
 import argparse
-import importlib.metadata
 import json
 
 import keras
@@ -223,11 +222,7 @@ def main():
                 name: float(np.median([each[name] for each in rounds]))
                 for name in ("ms", "peak_mib")
             },
-            "keras": keras.__version__,
-            "backend_version": importlib.metadata.version(BACKEND),
-            "device": measuring.device(),
-            "commit": rows.commit(),
-            "machine": rows.machine(),
+            **measuring.provenance(),
         }
         rows.append_row(PATH, row)
 
