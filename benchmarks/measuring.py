@@ -2,7 +2,8 @@
 
 import importlib.metadata
 import json
-import resource
+import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -126,7 +127,7 @@ def measure(loss, trained, others, repeats, replay=False):
 
 
 def peak_bytes():
-    """The most memory in use, on a GPU since the last call."""
+    """The most memory in use since the last call: a GPU's, or the process's."""
     if BACKEND == "torch":
         import torch
 
@@ -134,7 +135,10 @@ def peak_bytes():
             peak = torch.cuda.max_memory_allocated()
             torch.cuda.reset_peak_memory_stats()  # To what is held now.
             return peak
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    process = pathlib.Path("/proc/self")
+    status = (process / "status").read_text()
+    (process / "clear_refs").write_text("5")
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])
 
 
 def in_new_process(module, arguments):

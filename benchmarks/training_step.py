@@ -162,6 +162,7 @@ def forward_of(model, x):
 def measure(method, args):
     """Milliseconds of a step and its mebibytes, in this process."""
     step = make_step(method, args)
+    measuring.peak_bytes()  # What making the models took is past.
     before = measuring.peak_bytes()
     step()
     step_bytes = measuring.peak_bytes() - before
