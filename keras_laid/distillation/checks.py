@@ -104,9 +104,18 @@ def check_vocabularies(teacher, student, vocabulary):
         )
 
 
-def check_head_dims(pairs):
-    """Refuses pairs of student and teacher layers of different head dims."""
+def check_features(pairs):
+    """Refuses pairs of layers whose queries have other features."""
     for student, teacher in pairs:
+        kinds = [type(layer.layer) for layer in (teacher, student)]
+        if kinds[0] is not kinds[1]:
+            raise ValueError(
+                "The query/key term needs models of one family: others have "
+                "the features of a query in another order. Received: teacher "
+                f"with {kinds[0].__name__}, student with {kinds[1].__name__}. "
+                "Pass `query_key_weight=0`: attention maps can be matched all "
+                "the same."
+            )
         if student.head_dim != teacher.head_dim:
             raise ValueError(
                 "The query/key term needs equal head dims. Received: teacher "

@@ -149,7 +149,7 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         of_student, of_teacher = map(attention_layers, (student, teacher))
         pairs = [(of_student[s], of_teacher[t]) for s, t in layer_pairs]
         if query_key_weight:
-            checks.check_head_dims(pairs)
+            checks.check_features(pairs)
 
         super().__init__(**kwargs)
         self.student = student

@@ -266,6 +266,35 @@ def test_one_step_reaches_every_weight(family):
     assert any("mixer" in name for name in names)
 
 
+@pytest.mark.parametrize(
+    "teacher, student",
+    [
+        (small_models.llama, small_models.qwen_3),
+        (small_models.qwen, small_models.phi_3),
+        (small_models.mistral, small_models.gemma_2),
+    ],
+)
+def test_a_teacher_of_another_family(teacher, student):
+    teacher = make_model(teacher, seed=5, **small_models.LARGER)
+    student = make_model(student)
+    distiller = DistanceWeightedAttentionDistillation(teacher, student)
+    distiller.compile(keras.optimizers.SGD(0.1), run_eagerly=True)
+    before = outputs_of(student)
+    inputs = make_inputs(student)
+    logs = distiller.train_on_batch(
+        inputs,
+        inputs["token_ids"],
+        inputs["padding_mask"],
+        return_dict=True,
+    )
+    assert logs["attention"] > 0 and np.isfinite(logs["loss"])
+    assert np.abs(outputs_of(student) - before).max() > 1e-3
+    with pytest.raises(ValueError, match="needs models of one family"):
+        DistanceWeightedAttentionDistillation(
+            teacher, student, query_key_weight=0.1
+        )
+
+
 def test_multi_dimensional_positions():
     model = make_model(small_models.qwen_3_5)
     inputs = make_inputs(model)
