@@ -296,8 +296,9 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         """
         layers = [s for s, _ in self.layer_pairs] if self.mixers else ()
         student, attention = self.run(self.student, x, layers, training)
-        y_pred = student.logits() if self.needs_logits else None
+        y_pred = None
         if self.needs_logits:
+            y_pred = student.logits()
             student = Unembedding(y_pred)
         if sample_weight is None:
             sample_weight = ops.ones_like(y)
@@ -452,7 +453,7 @@ class TotalSteps(keras.callbacks.Callback):
                 "steps, and the data has no length. Pass `steps_per_epoch` to "
                 "`fit`, or `steps` to `DistanceWeighting`."
             )
-        # Set where `BackupAndRestore` has found an earlier run.
+        # Set where a callback has found an earlier run.
         initial_epoch = self.model._initial_epoch or self.initial_epoch
         remaining = self.params["epochs"] - initial_epoch
         self.model.total_steps.assign(

@@ -9,11 +9,15 @@ def logits_divergence(student, teacher, labels, counted, shares, temperature):
     if teacher is not None:
         targets = teacher.logits()
         shared = logits[..., : teacher.vocabulary]
-        divergence = temperature**2 * kl_divergence(
+        divergence = kl = kl_divergence(
             ops.log_softmax(shared / temperature),
             ops.log_softmax(targets / temperature),
         )
-        kl = kl_divergence(ops.log_softmax(shared), ops.log_softmax(targets))
+        if temperature != 1.0:
+            divergence = temperature**2 * divergence
+            kl = kl_divergence(
+                ops.log_softmax(shared), ops.log_softmax(targets)
+            )
     if labels is not None:
         cross_entropy = -of_labels(ops.log_softmax(logits), labels)
     loss = ops.sum(shares[0] * divergence) + ops.sum(shares[1] * cross_entropy)
