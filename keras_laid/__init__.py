@@ -16,6 +16,8 @@ from keras_laid.distillation.distiller import (
 from keras_laid.distillation.group_optimizer import group_optimizer
 from keras_laid.distillation.position_stretching import PositionStretching
 from keras_laid.distillation.resumable_training import ResumableTraining
+from keras_laid.distillation.store_teacher import store_teacher
+from keras_laid.distillation.stored_teacher import StoredTeacher
 from keras_laid.distribution import ModelParallel
 from keras_laid.haystacks.callback import HaystackEvaluation
 from keras_laid.haystacks.dataset import Haystacks
@@ -43,6 +45,7 @@ __all__ = [
     "MultiImagePaliGemmaCausalLM",
     "PositionStretching",
     "ResumableTraining",
+    "StoredTeacher",
     "attach_gain_modulation",
     "draw_haystacks",
     "effective_window",
@@ -53,5 +56,6 @@ __all__ = [
     "presets",
     "rotary_positions",
     "self_extend",
+    "store_teacher",
     "yarn",
 ]

@@ -38,18 +38,19 @@ def pali_gemma_backbone_of(model):
 
 def global_layers(model):
     """Indices of the layers with full attention, of which one must be."""
-    layers = [
-        layer.index
-        for layer in attention_layers(model)
-        if layer.kind == "global"
-    ]
-    if not layers:
+    return indices_of_global(attention_layers(model), backbone_of(model).name)
+
+
+def indices_of_global(layers, name):
+    """The same, of a list of `families.AttentionLayer` of a model so named."""
+    indices = [layer.index for layer in layers if layer.kind == "global"]
+    if not indices:
         raise ValueError(
             "The model must have a decoder layer with full attention, without "
             "a sliding window, which sees no further in a longer prompt. "
-            f"Received: {backbone_of(model).name!r}, without any"
+            f"Received: {name!r}, without any"
         )
-    return layers
+    return indices
 
 
 def chosen_layers(model, layers):

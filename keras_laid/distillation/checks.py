@@ -5,9 +5,6 @@ import math
 from keras.optimizers.schedules import LearningRateSchedule
 
 from keras_laid.backbones import decoder
-from keras_laid.backbones.multi_image_pali_gemma import (
-    MultiImagePaliGemmaCausalLM,
-)
 
 
 def check_numbers(term_weights, temperature):
@@ -39,8 +36,15 @@ def check_choice(name, value, choices):
         )
 
 
-def check_pair(teacher, student):
-    """Refuses models whose sequences of tokens are not the same."""
+def check_models(teacher, student):
+    """Refuses what cannot be one and the other."""
+    for model, name in ((teacher, "teacher"), (student, "student")):
+        if not hasattr(model, "generate"):
+            raise ValueError(
+                f"`{name}` must be a task with logits, such as "
+                "`keras_hub.models.PaliGemmaCausalLM`. "
+                f"Received: {type(model).__name__}"
+            )
     if teacher is student:
         raise ValueError(
             "`teacher` and `student` must be two models. Received the same "
@@ -54,38 +58,26 @@ def check_pair(teacher, student):
             "`teacher` and `student` must not share weights. Received: "
             f"{len(shared)} shared variables. Load the preset once for each."
         )
-    for model, name in ((teacher, "teacher"), (student, "student")):
-        if not hasattr(model, "generate"):
-            raise ValueError(
-                f"`{name}` must be a task with logits, such as "
-                "`keras_hub.models.PaliGemmaCausalLM`. "
-                f"Received: {type(model).__name__}"
-            )
-    layouts = [decoder.image_layout(model) for model in (teacher, student)]
-    if layouts[0] != layouts[1]:
+
+
+def check_pair(teacher, student):
+    """Refuses two `Description`s whose sequences of tokens are not the same."""
+    if teacher.image_layout != student.image_layout:
         raise ValueError(
             "Both models must turn an image into the same tokens. "
-            f"Received: teacher {layouts[0]}, student {layouts[1]}. "
-            "Choose presets of one resolution."
+            f"Received: teacher {teacher.image_layout}, student "
+            f"{student.image_layout}. Choose presets of one resolution."
         )
-    kinds = [
-        isinstance(m, MultiImagePaliGemmaCausalLM) for m in (teacher, student)
-    ]
-    if kinds[0] != kinds[1]:
+    if teacher.several_images != student.several_images:
         raise ValueError(
             "Both models must take several images a prompt, or both one. "
-            f"Received: teacher {type(teacher).__name__}, student "
-            f"{type(student).__name__}. Make both with "
+            f"Received: teacher {teacher.model}, student {student.model}. "
+            "Make both with "
             "`keras_laid.MultiImagePaliGemmaCausalLM.from_causal_lm`."
         )
-    tokenizers = [
-        model.preprocessor and model.preprocessor.tokenizer
-        for model in (teacher, student)
-    ]
-    if all(tokenizers):
-        vocabularies = [t.get_vocabulary() for t in tokenizers]
-        shortest = min(map(len, vocabularies))
-        if vocabularies[0][:shortest] != vocabularies[1][:shortest]:
+    if teacher.tokens and student.tokens:
+        shortest = min(len(teacher.tokens), len(student.tokens))
+        if teacher.tokens[:shortest] != student.tokens[:shortest]:
             raise ValueError(
                 "Both models must have the same tokenizer: the student is "
                 "taught token by token. Received: vocabularies that differ. "
@@ -94,7 +86,7 @@ def check_pair(teacher, student):
 
 
 def check_vocabularies(teacher, student, vocabulary):
-    sizes = [decoder.backbone_of(m).vocabulary_size for m in (teacher, student)]
+    sizes = [model.vocabulary_size for model in (teacher, student)]
     if vocabulary == "same" and sizes[0] != sizes[1]:
         raise ValueError(
             "The logits term needs one vocabulary. Received: teacher "
@@ -104,22 +96,29 @@ def check_vocabularies(teacher, student, vocabulary):
         )
 
 
-def check_features(pairs):
+def check_features(teacher, student, layer_pairs):
     """Refuses pairs of layers whose queries have other features."""
-    for student, teacher in pairs:
-        kinds = [type(layer.layer) for layer in (teacher, student)]
-        if kinds[0] is not kinds[1]:
+    for student_layer, teacher_layer in layer_pairs:
+        kinds = [
+            teacher.layer_types[teacher_layer],
+            student.layer_types[student_layer],
+        ]
+        if kinds[0] != kinds[1]:
             raise ValueError(
                 "The query/key term needs models of one family: others have "
                 "the features of a query in another order. Received: teacher "
-                f"with {kinds[0].__name__}, student with {kinds[1].__name__}. "
+                f"with {kinds[0]}, student with {kinds[1]}. "
                 "Pass `query_key_weight=0`: attention maps can be matched all "
                 "the same."
             )
-        if student.head_dim != teacher.head_dim:
+        head_dims = [
+            teacher.layers[teacher_layer].head_dim,
+            student.layers[student_layer].head_dim,
+        ]
+        if head_dims[0] != head_dims[1]:
             raise ValueError(
                 "The query/key term needs equal head dims. Received: teacher "
-                f"head_dim={teacher.head_dim}, student "
-                f"head_dim={student.head_dim}. Pass `query_key_weight=0`: "
-                "attention maps can be matched all the same."
+                f"head_dim={head_dims[0]}, student head_dim={head_dims[1]}. "
+                "Pass `query_key_weight=0`: attention maps can be matched all "
+                "the same."
             )

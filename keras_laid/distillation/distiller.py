@@ -3,17 +3,14 @@
 import keras
 from keras import ops
 
-from keras_laid.backbones import attention_layers
-from keras_laid.backbones import decoder
 from keras_laid.backbones.attention_capture import attention_mask
-from keras_laid.backbones.attention_capture import captured_attention
 from keras_laid.backbones.attention_capture import text_rows
-from keras_laid.backbones.rotary_positions import rotary_positions
-from keras_laid.backbones.unembedding import hidden_states_for_logits
-from keras_laid.backbones.unembedding import unembedding
+from keras_laid.backbones.forward import forward
 from keras_laid.distillation import checks
+from keras_laid.distillation.description import Description
 from keras_laid.distillation.distance_weighting import DistanceWeighting
 from keras_laid.distillation.layer_map import resolve_layer_map
+from keras_laid.distillation.stored_teacher import StoredTeacher
 from keras_laid.layers.head_mixer import HeadMixer
 from keras_laid.ops.attention import Distance
 from keras_laid.ops.attention_divergence import attention_divergence
@@ -62,7 +59,8 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
     Args:
         teacher: A `keras_hub.models.CausalLM` of a family that
             `keras_laid.backbones.attention_layers` knows, or a
-            `keras_laid.MultiImagePaliGemmaCausalLM`.
+            `keras_laid.MultiImagePaliGemmaCausalLM`; or a
+            `keras_laid.StoredTeacher`, to train without it in memory.
         student: Another, of the same tokenizer and with the same tokens for an
             image; of any size, and of any family that reads the same inputs.
         distance_weighting: A `keras_laid.DistanceWeighting`. Defaults to
@@ -142,14 +140,23 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         checks.check_numbers(self.term_weights, temperature)
         checks.check_choice("rows", rows, ("text", "all"))
         checks.check_choice("vocabulary", vocabulary, ("same", "shared"))
-        checks.check_pair(teacher, student)
+        is_stored = isinstance(teacher, StoredTeacher)
+        if is_stored:
+            of_teacher = teacher.description
+        else:
+            checks.check_models(teacher, student)
+            of_teacher = Description.of(teacher)
+        of_student = Description.of(student)
+        checks.check_pair(of_teacher, of_student)
         if logits_weight:
-            checks.check_vocabularies(teacher, student, vocabulary)
-        layer_pairs = resolve_layer_map(layer_map, student, teacher)
-        of_student, of_teacher = map(attention_layers, (student, teacher))
-        pairs = [(of_student[s], of_teacher[t]) for s, t in layer_pairs]
+            checks.check_vocabularies(of_teacher, of_student, vocabulary)
+        layer_pairs = resolve_layer_map(layer_map, of_student, of_teacher)
         if query_key_weight:
-            checks.check_features(pairs)
+            checks.check_features(of_teacher, of_student, layer_pairs)
+        matches = attention_weight or query_key_weight
+        if is_stored:
+            layers = [t for _, t in layer_pairs] if matches else []
+            teacher.check(layers, rows, logits_weight, temperature)
 
         super().__init__(**kwargs)
         self.student = student
@@ -163,15 +170,15 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         self.vocabulary = vocabulary
         self.implementation = implementation
         self.mixers = []
-        if attention_weight or query_key_weight:
+        if matches:
             self.mixers = [
                 HeadMixer(
-                    one.num_query_heads,
-                    other.num_query_heads,
+                    of_student.layers[s].num_query_heads,
+                    of_teacher.layers[t].num_query_heads,
                     sharpness=mixer_sharpness,
-                    name=f"mixer_{one.index}",
+                    name=f"mixer_{s}",
                 )
-                for one, other in pairs
+                for s, t in layer_pairs
             ]
         # Training steps done, and in all: they drive `progress` as tensors, so
         # that a step is never compiled anew.
@@ -204,7 +211,7 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
     @property
     def non_trainable_variables(self):
         # A compiled step has to be given the teacher's as well.
-        return super().non_trainable_variables + self.teacher.variables
+        return [*super().non_trainable_variables, *self.teacher.variables]
 
     def compile(self, optimizer="rmsprop", loss="auto", **kwargs):
         """Configures training.
@@ -240,7 +247,7 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         )
 
     def call(self, inputs, training=None):
-        return self.run(self.student, inputs, (), training)[0].logits()
+        return forward(self.student, inputs, training=training)[0].logits()
 
     def generate(self, *args, **kwargs):
         """Generates with the student; see `keras_hub.models.CausalLM`."""
@@ -253,28 +260,17 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
             "or the state of training with `distiller.save_weights()`."
         )
 
-    def run(self, model, inputs, layers, training):
-        """Runs a model once.
-
-        Returns:
-            A tuple of its `Unembedding` and the attention of the layers named.
-        """
-        positions = inputs.get("positions")
-        inputs = {name: inputs[name] for name in decoder.input_names(model)}
-        with (
-            captured_attention(model, layers) as attention,
-            rotary_positions(model, positions),
-            hidden_states_for_logits(model),
-        ):
-            hidden = model(inputs, training=training)
-        return unembedding(model, hidden), attention
-
     def run_teacher(self, x):
-        """What `run` returns for the teacher; `None` if no term needs it."""
+        """The teacher's `Unembedding`, or `TopLogits`, and attention.
+
+        `None` if no term needs it.
+        """
         if not (self.mixers or self.term_weights["logits"]):
             return None
         layers = {t for _, t in self.layer_pairs} if self.mixers else ()
-        return self.run(self.teacher, x, layers, training=False)
+        if isinstance(self.teacher, StoredTeacher):
+            return self.teacher.targets(x, layers)
+        return forward(self.teacher, x, layers)
 
     def compute_terms(self, x, y, sample_weight, targets, training):
         """Runs the student and computes every loss term.
@@ -295,7 +291,7 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
             unweighted, and `"loss"`.
         """
         layers = [s for s, _ in self.layer_pairs] if self.mixers else ()
-        student, attention = self.run(self.student, x, layers, training)
+        student, attention = forward(self.student, x, layers, training)
         y_pred = None
         if self.needs_logits:
             y_pred = student.logits()
@@ -333,7 +329,8 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         student_layer, _ = self.layer_pairs[0]
         key_length = ops.shape(student[student_layer].key)[1]
         length = ops.shape(x["token_ids"])[1]
-        first_row = key_length - length if self.rows == "text" else 0
+        num_rows = length if self.rows == "text" else key_length
+        first_row = key_length - num_rows
         row_index = ops.arange(first_row, key_length)
         mask = attention_mask(self.student, x, key_length, row_index)
         attended = ops.logical_or(mask.bidirectional, mask.causal)
@@ -359,8 +356,9 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         row_weight = example_weight * ops.cast(counted, "float32")
         divergences, distances = [], []
         for mixer, (s, t) in zip(self.mixers, self.layer_pairs, strict=True):
+            # A stored teacher has no other rows.
             of_student, of_teacher = (
-                attention._replace(query=attention.query[:, first_row:])
+                attention._replace(query=attention.query[:, -num_rows:])
                 for attention in (student[s], teacher[t])
             )
             mixture = mixer.mixture()

@@ -1,7 +1,6 @@
 """Which student layer learns from which teacher layer."""
 
-from keras_laid.backbones import attention_layers
-from keras_laid.backbones import decoder
+from keras_laid.backbones.decoder import indices_of_global
 
 
 def resolve_layer_map(layer_map, student, teacher):
@@ -15,8 +14,8 @@ def resolve_layer_map(layer_map, student, teacher):
             the end. Layers with a sliding window see no long range, and linear
             ones have no map: the first two pass over them, the last may not
             name one.
-        student: The student model.
-        teacher: The teacher model.
+        student: The student's `Description`.
+        teacher: The teacher's `Description`.
 
     Returns:
         A tuple of pairs of non-negative integers.
@@ -25,8 +24,8 @@ def resolve_layer_map(layer_map, student, teacher):
         ValueError: If a layer does not exist, has not full attention, or a
             student layer is named twice.
     """
-    of_student = decoder.global_layers(student)
-    of_teacher = decoder.global_layers(teacher)
+    of_student = indices_of_global(student.layers, student.model)
+    of_teacher = indices_of_global(teacher.layers, teacher.model)
     if layer_map == "last":
         return ((of_student[-1], of_teacher[-1]),)
     if layer_map == "uniform":
@@ -56,7 +55,7 @@ def resolve_layer_map(layer_map, student, teacher):
 
 
 def resolve_index(name, model, allowed, index):
-    count = len(attention_layers(model))
+    count = len(model.layers)
     resolved = index + count if index < 0 else index
     if resolved not in allowed:
         raise ValueError(

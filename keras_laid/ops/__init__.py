@@ -4,12 +4,14 @@ from keras_laid.ops.attention import Distance
 from keras_laid.ops.attention_divergence import attention_divergence
 from keras_laid.ops.logits_divergence import logits_divergence
 from keras_laid.ops.query_key_distance import query_key_distance
+from keras_laid.ops.top_logits import TopLogits
 from keras_laid.ops.unembedding import Unembedding
 
 __all__ = [
     "Attention",
     "AttentionMask",
     "Distance",
+    "TopLogits",
     "Unembedding",
     "attention_divergence",
     "logits_divergence",

@@ -36,6 +36,33 @@ class Unembedding(NamedTuple):
             logits = ops.tanh(logits / self.soft_cap) * self.soft_cap
         return logits
 
+    def log_probabilities(self, log_q, temperature):
+        """Log-probabilities of next tokens, softened, in float32.
+
+        Args:
+            log_q: Another model's, which these do not depend on.
+            temperature: Float greater than 0.
+        """
+        del log_q
+        return ops.log_softmax(self.logits() / temperature)
+
+    def computed(self):
+        """The same with its logits, which are computed no second time."""
+        return Unembedding(self.logits())
+
+    def constant(self):
+        """The same without gradients."""
+        kernel = self.kernel
+        if kernel is not None:
+            kernel = ops.stop_gradient(kernel)
+        return self._replace(
+            hidden=ops.stop_gradient(self.hidden), kernel=kernel
+        )
+
+    def map_tokens(self, function):
+        """The same with `function` of every tensor over tokens."""
+        return self._replace(hidden=function(self.hidden))
+
     def first(self, vocabulary):
         """The same with the logits of the first tokens alone."""
         if vocabulary == self.vocabulary:

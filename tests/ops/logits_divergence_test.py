@@ -7,6 +7,7 @@ import pytest
 from hypothesis import strategies
 from keras import ops
 
+from keras_laid.ops import TopLogits
 from keras_laid.ops import Unembedding
 from keras_laid.ops import logits_divergence
 from keras_laid.ops.logits_divergence import chunked
@@ -43,6 +44,7 @@ class Case:
         temperature=2.0,
         counted=0.5,
         of="both",
+        top=None,
     ):
         rng = np.random.default_rng(seed)
         self.dtype = dtype
@@ -59,6 +61,7 @@ class Case:
         self.weights = weights.astype("f4")
         self.soft_caps, self.temperature = soft_caps, temperature
         self.of = of
+        self.top = top  # How many of the teacher's logits are known.
 
     def run(self, implementation, hidden, kernel):
         teacher = [
@@ -66,6 +69,11 @@ class Case:
             for array in self.arrays[2:]
         ]
         teacher = Unembedding(*teacher, self.soft_caps[1])
+        if self.top:
+            shared = min(kernel.shape[1], teacher.vocabulary)
+            teacher = TopLogits.of(
+                teacher.first(shared).logits(), self.top, self.temperature
+            )
         return logits_divergence(
             Unembedding(hidden, kernel, self.soft_caps[0]),
             None if self.of == "labels" else teacher,
@@ -114,6 +122,15 @@ def oracle(case, arrays=None):
         e = np.exp(logits - logits.max())
         return e / e.sum()
 
+    def known(p, q):
+        """Of the teacher's: the largest; the others share as the student's."""
+        if not case.top:
+            return p
+        others = np.argsort(p)[: -case.top]
+        p = p.copy()
+        p[others] = p[others].sum() * q[others] / q[others].sum()
+        return p
+
     def capped(logits, cap):
         return logits if cap is None else cap * np.tanh(logits / cap)
 
@@ -125,9 +142,11 @@ def oracle(case, arrays=None):
         if case.of != "labels":
             w = case.weights[at] / totals[0]
             p, q = softmax(t / tau), softmax(z[:shared] / tau)
+            p = known(p, q)
             losses["divergence"] += w * tau**2 * (p * np.log(p / q)).sum()
             slope[:shared] += 0.5 * w * tau * (q - p)
             p, q = softmax(t), softmax(z[:shared])
+            p = known(p, q)
             losses["kl"] += w * (p * np.log(p / q)).sum()
         if case.of != "teacher" and case.labels[at] >= 0:
             w = case.weights[at] / totals[1]
@@ -143,8 +162,10 @@ def oracle(case, arrays=None):
     return (loss, of_hidden, of_kernel), losses
 
 
-def test_oracles_gradients_are_slopes_of_its_values():
-    case = Case()
+@pytest.mark.parametrize("top", [None, 3])
+def test_oracles_gradients_are_slopes_of_its_values(top):
+    # The tokens that are not known count as one.
+    case = Case(top=top)
     (_, *gradients), _ = oracle(case)
     rng = np.random.default_rng(1)
     for which, gradient in enumerate(gradients):
@@ -173,10 +194,14 @@ def assert_is_as_good(case):
 OF = pytest.mark.parametrize("of", ["both", "teacher", "labels"])
 
 
+TOP = pytest.mark.parametrize("top", [None, 3, 11])
+
+
+@TOP
 @OF
 @IMPLEMENTATION
-def test_is_the_oracles_in_float32(implementation, of):
-    case = Case(of=of)
+def test_is_the_oracles_in_float32(implementation, of, top):
+    case = Case(of=of, top=top)
     exact, losses = oracle(case)
     for found, expected in zip(
         case.value_and_grads(implementation), exact, strict=True
@@ -188,10 +213,11 @@ def test_is_the_oracles_in_float32(implementation, of):
         np.testing.assert_allclose(value, losses[name], 1e-5, err_msg=name)
 
 
+@TOP
 @OF
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_chunked_is_as_good_as_the_definition(dtype, of):
-    assert_is_as_good(Case(dtype=dtype, of=of))
+def test_chunked_is_as_good_as_the_definition(dtype, of, top):
+    assert_is_as_good(Case(dtype=dtype, of=of, top=top))
 
 
 @strategies.composite
@@ -210,6 +236,7 @@ def cases(draw):
         temperature=draw(strategies.sampled_from([1.0, 0.5, 4.0])),
         counted=draw(strategies.sampled_from([0.0, 0.2, 1.0])),
         of=draw(strategies.sampled_from(["both", "teacher", "labels"])),
+        top=draw(strategies.sampled_from([None, 1, 2])),
     )
 
 
@@ -311,6 +338,8 @@ def test_no_tensor_of_all_logits(monkeypatch):
         (dict(weights=(3,)), r"`weights` must have 2 axes.*\(3,\)"),
         (dict(labels=(2, 5)), r"`labels`.*\(2, 5\)"),
         (dict(implementation="fast"), "Unknown `implementation`.*fast"),
+        (dict(top=(7, 2.0)), "temperature=1.0, teacher.temperature=2.0"),
+        (dict(top=(8, 1.0), vocabulary="shared"), "largest of 8, 7 shared"),
     ],
 )
 def test_wrong_arguments_are_refused(changes, message):
@@ -318,6 +347,10 @@ def test_wrong_arguments_are_refused(changes, message):
         return Unembedding(
             ops.ones((batch, length, width)), ops.ones((width, vocabulary))
         )
+
+    def top_logits(vocabulary, temperature):
+        logits = ops.ones((2, 3, vocabulary))
+        return TopLogits.of(logits, 2, temperature)
 
     arguments = dict(teacher=(2, 3, 4, 7)) | changes
     for name, make in (
@@ -327,5 +360,7 @@ def test_wrong_arguments_are_refused(changes, message):
     ):
         if arguments.get(name) is not None:
             arguments[name] = make(arguments[name])
+    if "top" in arguments:
+        arguments["teacher"] = top_logits(*arguments.pop("top"))
     with pytest.raises(ValueError, match=message):
         logits_divergence(unembedding(2, 3, 5, 7), **arguments)

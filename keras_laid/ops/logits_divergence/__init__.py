@@ -9,6 +9,7 @@ from keras_laid.ops.dispatch import Implementation
 from keras_laid.ops.dispatch import select
 from keras_laid.ops.logits_divergence import chunked
 from keras_laid.ops.logits_divergence import definition
+from keras_laid.ops.top_logits import TopLogits
 
 TINY = 1e-7  # Of no token at all, the mean is 0.
 
@@ -68,7 +69,8 @@ def logits_divergence(
         student: `keras_laid.ops.Unembedding` of the student, over
             `(batch, length)` tokens.
         teacher: `keras_laid.ops.Unembedding` of the teacher, over the same
-            tokens, or `None`. No gradient reaches it.
+            tokens, or a `keras_laid.ops.TopLogits` of what it said, or `None`.
+            No gradient reaches it.
         labels: Integer tensor of shape `(batch, length)`, the next tokens, or
             `None`. A token with a label less than 0 has none, and does not
             count in the cross-entropy.
@@ -98,10 +100,7 @@ def logits_divergence(
     check_arguments(student, teacher, labels, weights, temperature, vocabulary)
     if teacher is not None:
         shared = min(student.vocabulary, teacher.vocabulary)
-        teacher = teacher.first(shared)
-        teacher = teacher._replace(hidden=ops.stop_gradient(teacher.hidden))
-        if teacher.kernel is not None:
-            teacher = teacher._replace(kernel=ops.stop_gradient(teacher.kernel))
+        teacher = teacher.first(shared).constant()
     if weights is None:
         weights = ops.ones(ops.shape(student.hidden)[:2])
     weights = ops.stop_gradient(ops.cast(weights, "float32"))
@@ -151,16 +150,24 @@ def check_arguments(student, teacher, labels, weights, temperature, vocabulary):
                 f"{teacher.vocabulary} for the teacher. "
                 'Pass `vocabulary="shared"` to compare the first ones.'
             )
+    if isinstance(teacher, TopLogits) and temperature != teacher.temperature:
+        raise ValueError(
+            "`temperature` must be the one that the largest logits were taken "
+            f"at. Received: temperature={temperature}, "
+            f"teacher.temperature={teacher.temperature}"
+        )
     expected = tuple(student.hidden.shape[:2])
-    for name, tensor in (
-        ("student.hidden", student.hidden),
-        ("teacher.hidden", None if teacher is None else teacher.hidden),
-        ("labels", labels),
-        ("weights", weights),
-    ):
+    tensors = [(3, "student.hidden", student.hidden)]
+    if teacher is not None:
+        tensors += [
+            (3, f"teacher.{name}", getattr(teacher, name))
+            for name in ("hidden", "logits", "index", "others")
+            if name in teacher._fields
+        ]
+    tensors += [(2, "labels", labels), (2, "weights", weights)]
+    for rank, name, tensor in tensors:
         if tensor is None:
             continue
-        rank = 3 if "hidden" in name else 2
         shape = tuple(tensor.shape)
         fits = all(
             None in (one, other) or one == other

@@ -28,12 +28,9 @@ class Block(NamedTuple):
     def map(self, function):
         """The same with `function` of every tensor that has tokens."""
 
-        def of_hidden(side):
-            return side and side._replace(hidden=function(side.hidden))
-
         return Block(
-            student=of_hidden(self.student),
-            teacher=of_hidden(self.teacher),
+            student=self.student.map_tokens(function),
+            teacher=self.teacher and self.teacher.map_tokens(function),
             labels=None if self.labels is None else function(self.labels),
             shares=[function(each) for each in self.shares],
         )
@@ -45,9 +42,9 @@ class Block(NamedTuple):
         slope = ops.zeros_like(logits)
         if self.teacher is not None:
             shared = logits[..., : self.teacher.vocabulary]
-            targets = self.teacher.logits()
+            teacher = self.teacher.computed()
             log_q = ops.log_softmax(shared / temperature)
-            log_p = ops.log_softmax(targets / temperature)
+            log_p = teacher.log_probabilities(log_q, temperature)
             kl = definition.kl_divergence(log_q, log_p)
             divergence = temperature**2 * kl
             slope = temperature * (ops.exp(log_q) - ops.exp(log_p))
@@ -55,9 +52,7 @@ class Block(NamedTuple):
             others = logits.shape[-1] - shared.shape[-1]
             slope = ops.pad(slope, ((0, 0), (0, 0), (0, others)))
             if temperature != 1.0:
-                kl = definition.kl_divergence(
-                    ops.log_softmax(shared), ops.log_softmax(targets)
-                )
+                kl = definition.softened(shared, teacher, 1.0)
         if self.labels is not None:
             log_q = ops.log_softmax(logits)
             cross_entropy = -definition.of_labels(log_q, self.labels)

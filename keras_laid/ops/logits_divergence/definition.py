@@ -7,21 +7,23 @@ def logits_divergence(student, teacher, labels, counted, shares, temperature):
     logits = student.logits()
     divergence = cross_entropy = kl = ops.zeros_like(logits[..., 0])
     if teacher is not None:
-        targets = teacher.logits()
+        teacher = teacher.computed()
         shared = logits[..., : teacher.vocabulary]
-        divergence = kl = kl_divergence(
-            ops.log_softmax(shared / temperature),
-            ops.log_softmax(targets / temperature),
-        )
+        divergence = kl = softened(shared, teacher, temperature)
         if temperature != 1.0:
             divergence = temperature**2 * divergence
-            kl = kl_divergence(
-                ops.log_softmax(shared), ops.log_softmax(targets)
-            )
+            kl = softened(shared, teacher, 1.0)
     if labels is not None:
         cross_entropy = -of_labels(ops.log_softmax(logits), labels)
     loss = ops.sum(shares[0] * divergence) + ops.sum(shares[1] * cross_entropy)
     return loss, divergence, cross_entropy, kl
+
+
+def softened(logits, teacher, temperature):
+    """`KL(teacher || student)` of softened distributions."""
+    log_q = ops.log_softmax(logits / temperature)
+    log_p = teacher.log_probabilities(log_q, temperature)
+    return kl_divergence(log_q, ops.stop_gradient(log_p))
 
 
 def kl_divergence(log_q, log_p):

@@ -1,0 +1,32 @@
+"""One run of a model for all that is compared."""
+
+from keras_laid.backbones import decoder
+from keras_laid.backbones.attention_capture import captured_attention
+from keras_laid.backbones.rotary_positions import rotary_positions
+from keras_laid.backbones.unembedding import hidden_states_for_logits
+from keras_laid.backbones.unembedding import unembedding
+
+
+def forward(model, inputs, layers=(), training=False):
+    """Runs a model once.
+
+    Args:
+        model: As in `keras_laid.backbones.attention_layers`.
+        inputs: Dictionary of its inputs; others are passed over, except
+            `"positions"`, which replace those of every rotary embedding.
+        layers: Sequence of integers, whose attention is wanted.
+        training: Boolean.
+
+    Returns:
+        A tuple of its `keras_laid.ops.Unembedding` and a dictionary from layer
+        index to `keras_laid.ops.Attention`.
+    """
+    positions = inputs.get("positions")
+    inputs = {name: inputs[name] for name in decoder.input_names(model)}
+    with (
+        captured_attention(model, layers) as attention,
+        rotary_positions(model, positions),
+        hidden_states_for_logits(model),
+    ):
+        hidden = model(inputs, training=training)
+    return unembedding(model, hidden), attention

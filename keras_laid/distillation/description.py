@@ -1,0 +1,66 @@
+"""What a distiller has to know of a model before it runs it."""
+
+import dataclasses
+
+from keras_laid.backbones import attention_layers
+from keras_laid.backbones import decoder
+from keras_laid.backbones.families import AttentionLayer
+from keras_laid.backbones.multi_image_pali_gemma import (
+    MultiImagePaliGemmaCausalLM,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """A model in numbers and names, which can be written down as JSON.
+
+    Attributes:
+        model: String, the name of its class.
+        several_images: Boolean, whether a prompt may hold several images by
+            `keras_laid.MultiImagePaliGemmaCausalLM`.
+        image_layout: Dictionary, what decides how many tokens an image becomes.
+        vocabulary_size: Integer, the number of tokens that have logits.
+        tokens: List of strings, those of the tokenizer; empty without one.
+        layers: List of `keras_laid.backbones.AttentionLayer`, all of its
+            decoder.
+        layer_types: List of strings, the class of each.
+    """
+
+    model: str
+    several_images: bool
+    image_layout: dict
+    vocabulary_size: int
+    tokens: list
+    layers: list
+    layer_types: list
+
+    @classmethod
+    def of(cls, model):
+        """The description of a `keras_hub.models.CausalLM`."""
+        layers = attention_layers(model)
+        tokenizer = model.preprocessor and model.preprocessor.tokenizer
+        return cls(
+            model=type(model).__name__,
+            several_images=isinstance(model, MultiImagePaliGemmaCausalLM),
+            image_layout={
+                name: list(value) if isinstance(value, tuple) else value
+                for name, value in decoder.image_layout(model).items()
+            },
+            vocabulary_size=decoder.backbone_of(model).vocabulary_size,
+            tokens=list(tokenizer.get_vocabulary()) if tokenizer else [],
+            layers=layers,
+            layer_types=[type(layer.layer).__name__ for layer in layers],
+        )
+
+    def to_json(self):
+        numbers = [f.name for f in dataclasses.fields(AttentionLayer) if f.repr]
+        layers = [
+            {name: getattr(layer, name) for name in numbers}
+            for layer in self.layers
+        ]
+        return vars(self) | {"layers": layers}
+
+    @classmethod
+    def from_json(cls, values):
+        layers = [AttentionLayer(**layer) for layer in values["layers"]]
+        return cls(**values | {"layers": layers})

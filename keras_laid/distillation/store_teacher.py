@@ -1,0 +1,309 @@
+"""Runs a teacher once over the training data, and keeps what losses need."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+
+import keras
+import numpy as np
+from keras import ops
+from tqdm import tqdm
+
+from keras_laid.backbones.decoder import chosen_layers
+from keras_laid.backbones.forward import forward
+from keras_laid.distillation import checks
+from keras_laid.distillation import stored_teacher
+from keras_laid.distillation.description import Description
+from keras_laid.distillation.stored_teacher import StoredTeacher
+from keras_laid.ops.top_logits import TopLogits
+
+ROWS = 16  # Tokens of each example whose logits exist at a time.
+
+
+def store_teacher(
+    teacher,
+    data,
+    folder,
+    layers=(-1,),
+    rows="text",
+    top_k=64,
+    vocabulary_size=None,
+    temperature=1.0,
+    dtype="float16",
+    epochs=1,
+    batches_per_shard=64,
+):
+    """Writes a teacher's targets to disk, to train students without it.
+
+    Queries and keys of some layers after rotary embedding, and the largest
+    logits of the tokens that `sample_weight` marks. Each token of images and
+    text takes `2 * head_dim * key_heads` bytes a layer in float16, each row as
+    much for its query heads, each marked token `8 * top_k + 8`; what it came to
+    is `StoredTeacher.bytes_per_token`.
+
+    Shards are `array_record` files of one `safetensors` record an example, each
+    with a JSON file that holds its SHA-256 and its batches' fingerprints. The
+    same call goes on where it was stopped, at the first shard that is missing.
+
+    Args:
+        teacher: As in `keras_laid.DistanceWeightedAttentionDistillation`.
+        data: A `keras.utils.PyDataset` of batches `(x, y, sample_weight)` that
+            depend on their index alone, and on the attribute `epoch` if it has
+            one, as `keras_laid.Haystacks` do.
+        folder: Path of a folder for this store alone; made if it is not there.
+        layers: Sequence of integers, the teacher's layers to match, of those
+            with full attention; negative ones count from the last. Defaults to
+            `(-1,)`; with `()` no attention is stored.
+        rows: `"text"` or `"all"`, as in the distiller. Defaults to `"text"`.
+        top_k: Integer, how many logits of a marked token: all others count as
+            one, see `keras_laid.ops.TopLogits`. Defaults to `64`; with `0` no
+            logits are stored.
+        vocabulary_size: Integer, for a student with fewer tokens than the
+            teacher: of how many first tokens logits are taken. Defaults to all.
+        temperature: Float greater than 0, the distiller's. Defaults to `1.0`.
+        dtype: `"float16"` or `"float32"`, of queries and keys. Defaults to
+            `"float16"`.
+        epochs: Integer, of how many epochs. Defaults to `1`: right for data
+            that are the same in every epoch.
+        batches_per_shard: Integer. Defaults to `64`.
+
+    Returns:
+        A `StoredTeacher`.
+
+    Raises:
+        ValueError: If an argument is out of range, the folder holds a store
+            with other settings or of other weights, or queries and keys are too
+            large for `dtype`.
+        OSError: If the folder cannot be written to. Complete shards stay.
+    """
+    settings = dict(
+        layers=chosen_layers(teacher, layers) if len(layers) else [],
+        rows=rows,
+        top_k=top_k,
+        vocabulary_size=vocabulary_size,
+        temperature=temperature,
+        dtype=dtype,
+        epochs=epochs,
+        batches=epochs * len(data),
+        batches_per_shard=batches_per_shard,
+    )
+    description = Description.of(teacher)
+    if vocabulary_size is None:
+        settings["vocabulary_size"] = description.vocabulary_size
+    check_settings(settings, description.vocabulary_size, data)
+    description = dataclasses.replace(
+        description, vocabulary_size=settings["vocabulary_size"]
+    )
+    settings["weights"] = weights_checksum(teacher)
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    begin(folder, settings, description)
+    missing = [
+        number
+        for number in range(stored_teacher.num_shards(settings))
+        if not is_complete(stored_teacher.shard_path(folder, settings, number))
+    ]
+    model = Targets(teacher, settings)
+    first_epoch = getattr(data, "epoch", None)
+    try:
+        with tqdm(
+            total=len(missing) * batches_per_shard, unit="batch"
+        ) as progress:
+            for number in missing:
+                write_shard(model, data, folder, settings, number, progress)
+    finally:
+        if first_epoch is not None:
+            data.epoch = first_epoch
+    return StoredTeacher(folder)
+
+
+def check_settings(settings, vocabulary_size, data):
+    checks.check_choice("rows", settings["rows"], ("text", "all"))
+    checks.check_choice("dtype", settings["dtype"], ("float16", "float32"))
+    for name, least, most in (
+        ("vocabulary_size", 1, vocabulary_size),
+        ("top_k", 0, settings["vocabulary_size"]),
+        ("epochs", 1, float("inf")),
+        ("batches_per_shard", 1, float("inf")),
+    ):
+        if not least <= settings[name] <= most:
+            raise ValueError(
+                f"`{name}` must be from {least} to {most}. "
+                f"Received: {name}={settings[name]}"
+            )
+    if not settings["temperature"] > 0:
+        raise ValueError(
+            "`temperature` must be greater than 0. "
+            f"Received: temperature={settings['temperature']}"
+        )
+    if not (settings["layers"] or settings["top_k"]):
+        raise ValueError(
+            "There must be something to store. Received: layers=(), top_k=0"
+        )
+    if settings["epochs"] > 1 and not hasattr(data, "epoch"):
+        raise ValueError(
+            "`epochs` must be 1 for data without an attribute `epoch`, which "
+            "are the same in every epoch. "
+            f"Received: epochs={settings['epochs']}, {type(data).__name__}"
+        )
+
+
+def begin(folder, settings, description):
+    """Writes what all shards share, or compares it with what is there."""
+    path = folder / stored_teacher.SETTINGS
+    if not path.is_file():
+        values = {"settings": settings, "description": description.to_json()}
+        write_whole(path, json.dumps(values))
+        return
+    before = json.loads(path.read_text())["settings"]
+    changed = sorted(k for k in settings if settings[k] != before.get(k))
+    if changed:
+        raise ValueError(
+            "A store must be gone on with as it was begun. Received: other "
+            f"{changed} than those in {str(folder)!r}. Pass another folder."
+        )
+
+
+def is_complete(shard):
+    return shard.is_file() and stored_teacher.sidecar(shard).is_file()
+
+
+def write_shard(model, data, folder, settings, number, progress):
+    array_record, _ = stored_teacher.file_formats()
+    shard = stored_teacher.shard_path(folder, settings, number)
+    new = shard.with_name("new")
+    writer = array_record.ArrayRecordWriter(
+        str(new), "group_size:1,uncompressed"
+    )
+    batches = []
+    first = number * settings["batches_per_shard"]
+    last = min(first + settings["batches_per_shard"], settings["batches"])
+    for index in range(first, last):
+        epoch, of_epoch = divmod(index, len(data))
+        if hasattr(data, "epoch"):
+            data.epoch = epoch
+        batch = data[of_epoch]
+        records, tokens = model.records(batch)
+        for record in records:
+            writer.write(record)
+        x, marked = stored_teacher.inputs_and_marked(batch)
+        batches.append(
+            {
+                "fingerprint": stored_teacher.fingerprint(x, marked),
+                "examples": len(records),
+                "tokens": tokens,
+            }
+        )
+        progress.update()
+    writer.close()
+    values = {"sha256": stored_teacher.checksum(new), "batches": batches}
+    new.replace(shard)
+    write_whole(stored_teacher.sidecar(shard), json.dumps(values))
+
+
+class Targets(keras.Model):
+    """The teacher as a function from inputs to what is stored of them."""
+
+    def __init__(self, teacher, settings):
+        super().__init__()
+        self.teacher = teacher
+        self.settings = settings
+        self.built = True
+
+    def call(self, inputs):
+        inputs = dict(inputs)
+        marked = inputs.pop("marked")
+        unembedding, attention = forward(
+            self.teacher, inputs, self.settings["layers"]
+        )
+        outputs = {}
+        length = inputs["token_ids"].shape[1]
+        for index, of_layer in attention.items():
+            query = of_layer.query
+            if self.settings["rows"] == "text":
+                query = query[:, -length:]
+            outputs[f"query_{index}"] = ops.cast(query, "float32")
+            outputs[f"key_{index}"] = ops.cast(of_layer.key, "float32")
+        if self.settings["top_k"]:
+            top = self.top_logits(unembedding, marked)
+            outputs |= dict(
+                zip(stored_teacher.TOP_LOGITS, top[:3], strict=True)
+            )
+        return outputs
+
+    def top_logits(self, unembedding, marked):
+        """Those of the tokens at `marked`, `ROWS` of an example at a time."""
+        unembedding = unembedding.first(self.settings["vocabulary_size"])
+        hidden = ops.take_along_axis(
+            unembedding.hidden, marked[:, :, None], axis=1
+        )
+        batch, slots, width = ops.shape(hidden)
+        blocks = ops.reshape(hidden, (batch, slots // ROWS, ROWS, width))
+
+        def of_block(hidden):
+            return TopLogits.of(
+                unembedding._replace(hidden=hidden).logits(),
+                self.settings["top_k"],
+                self.settings["temperature"],
+            )[:3]
+
+        return [
+            ops.reshape(ops.moveaxis(each, 0, 1), (batch, slots, -1))
+            for each in ops.map(of_block, ops.moveaxis(blocks, 1, 0))
+        ]
+
+    def records(self, batch):
+        """The examples of a batch as bytes, and how many tokens they have."""
+        _, safetensors = stored_teacher.file_formats()
+        x, marked = stored_teacher.inputs_and_marked(batch)
+        counts = marked.sum(axis=1)
+        slots = max(1, -(-counts.max() // ROWS)) * ROWS
+        # In each example, those that are marked come first.
+        order = np.argsort(~marked, axis=1, kind="stable")
+        order = np.pad(order, ((0, 0), (0, slots)))[:, :slots]
+        outputs = self.predict_on_batch(x | {"marked": order.astype("int32")})
+        keys = [n for n in outputs if n.startswith("key")]
+        tokens = outputs[keys[0]].shape[1] if keys else marked.shape[1]
+        examples = []
+        for example, count in enumerate(counts):
+            arrays = {}
+            for name, values in outputs.items():
+                if name in stored_teacher.TOP_LOGITS:
+                    arrays[name] = values[example, :count]
+                else:
+                    arrays[name] = self.rounded(name, values[example])
+            examples.append(
+                safetensors.save(
+                    {k: np.ascontiguousarray(v) for k, v in arrays.items()}
+                )
+            )
+        return examples, tokens * len(marked)
+
+    def rounded(self, name, values):
+        with np.errstate(over="ignore"):
+            rounded = values.astype(self.settings["dtype"])
+        if not np.isfinite(rounded).all():
+            raise ValueError(
+                "Queries and keys must be finite numbers of `dtype`. Received: "
+                f"dtype={self.settings['dtype']!r}, {name} up to "
+                f'{np.abs(values).max()}. Pass `dtype="float32"`.'
+            )
+        return rounded
+
+
+def weights_checksum(model):
+    """SHA-256 of all weights of a model."""
+    parts = hashlib.sha256()
+    for variable in model.weights:
+        parts.update(variable.path.encode())
+        parts.update(ops.convert_to_numpy(variable).tobytes())
+    return parts.hexdigest()
+
+
+def write_whole(path, text):
+    """Writes a file that is never there in part."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(text)
+    os.replace(new, path)

@@ -1,0 +1,300 @@
+"""A teacher that ran before: what it said and looked at, read from disk."""
+
+import hashlib
+import json
+import pathlib
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_laid.distillation.description import Description
+from keras_laid.ops.attention import Attention
+from keras_laid.ops.top_logits import TopLogits
+
+SETTINGS = "teacher.json"
+TOP_LOGITS = ("logits", "index", "others")
+
+
+class StoredTeacher:
+    """The targets that `keras_laid.store_teacher` wrote, in a teacher's place.
+
+    Args:
+        folder: Path of the folder.
+
+    Attributes:
+        description: What is known of the teacher, see
+            `keras_laid.distillation.description.Description`.
+        settings: Dictionary, the arguments it was written with.
+        bytes_per_token: Float, the size on disk over all tokens of images and
+            text.
+
+    Raises:
+        ValueError: If there is no store in the folder, or it is not complete.
+
+    Example:
+
+    ```python
+    keras_laid.store_teacher(teacher, haystacks, "runs/teacher")
+    teacher = keras_laid.StoredTeacher("runs/teacher")
+    distiller = keras_laid.DistanceWeightedAttentionDistillation(
+        teacher=teacher, student=student
+    )
+    distiller.compile(optimizer=keras.optimizers.AdamW(1e-5))
+    distiller.fit(teacher.targets_for(haystacks))
+    ```
+    """
+
+    variables = ()  # None of it is in memory.
+
+    def __init__(self, folder):
+        self.folder = pathlib.Path(folder)
+        path = self.folder / SETTINGS
+        if not path.is_file():
+            raise ValueError(
+                "`folder` must be one that `keras_laid.store_teacher` wrote. "
+                f"Received: folder={str(folder)!r}, without {SETTINGS!r}"
+            )
+        values = json.loads(path.read_text())
+        self.settings = values["settings"]
+        self.description = Description.from_json(values["description"])
+        self.shards = []
+        self._batches = {}  # Where the batch with a fingerprint is.
+        tokens = 0
+        for number in range(num_shards(self.settings)):
+            shard = shard_path(self.folder, self.settings, number)
+            if not sidecar(shard).is_file():
+                raise ValueError(
+                    "The store must be complete. Received: "
+                    f"{str(sidecar(shard))!r} is missing. Call "
+                    "`keras_laid.store_teacher` again: it goes on."
+                )
+            written = json.loads(sidecar(shard).read_text())
+            self.shards.append((shard, written["sha256"]))
+            first = 0
+            for batch in written["batches"]:
+                place = number, first, batch["examples"]
+                self._batches[batch["fingerprint"]] = place
+                first += batch["examples"]
+                tokens += batch["tokens"]
+        size = sum(shard.stat().st_size for shard, _ in self.shards)
+        self.bytes_per_token = size / tokens
+        self._verified = set()
+
+    def targets_for(self, data):
+        """The same data, with the teacher's targets among the inputs.
+
+        Args:
+            data: The `keras.utils.PyDataset` that the store was written from,
+                or another with batches that are bit for bit the same.
+
+        Returns:
+            A `keras.utils.PyDataset`.
+        """
+        return StoredTargets(self, data)
+
+    def check(self, layers, rows, logits, temperature):
+        """Refuses what a distiller wants and the store does not have."""
+        missing = set(layers) - set(self.settings["layers"])
+        wanted = {
+            "layers": (sorted(missing), not missing),
+            "rows": (rows, not layers or rows == self.settings["rows"]),
+            "top_k": (1, not logits or self.settings["top_k"] > 0),
+            "temperature": (
+                temperature,
+                not logits or temperature == self.settings["temperature"],
+            ),
+        }
+        for name, (value, is_there) in wanted.items():
+            if not is_there:
+                raise ValueError(
+                    "A stored teacher must have what the losses need. "
+                    f"Received: a store with {name}={self.settings[name]}; "
+                    f"wanted: {value}. Write one with "
+                    f"`keras_laid.store_teacher(..., {name}=...)`."
+                )
+
+    def targets(self, x, layers):
+        """What a run of the teacher would give, from a batch with targets.
+
+        Args:
+            x: Inputs, as `targets_for` makes them.
+            layers: Sequence of integers, whose attention is wanted.
+
+        Returns:
+            A tuple of a `keras_laid.ops.TopLogits`, or `None` if there are
+            none, and a dictionary from layer index to
+            `keras_laid.ops.Attention`.
+        """
+        missing = [name for name in self.names() if name not in x]
+        if missing:
+            raise ValueError(
+                "With a stored teacher, inputs must have its targets. "
+                f"Received: inputs without {missing}. "
+                "Pass `teacher.targets_for(data)`."
+            )
+        top = None
+        if self.settings["top_k"]:
+            top = TopLogits(
+                *[x[f"teacher_{name}"] for name in TOP_LOGITS],
+                vocabulary=self.description.vocabulary_size,
+                temperature=self.settings["temperature"],
+            )
+        attention = {}
+        for index in layers:
+            layer = self.description.layers[index]
+            attention[index] = Attention(
+                x[f"teacher_query_{index}"],
+                x[f"teacher_key_{index}"],
+                layer.scale,
+                layer.soft_cap,
+            )
+        return top, attention
+
+    def names(self):
+        """Names of the targets among the inputs."""
+        names = TOP_LOGITS if self.settings["top_k"] else ()
+        for index in self.settings["layers"]:
+            names = (*names, f"query_{index}", f"key_{index}")
+        return [f"teacher_{name}" for name in names]
+
+    def read(self, batch):
+        """Reads the targets of a batch.
+
+        Args:
+            batch: Tuple `(x, y, sample_weight)` of arrays.
+
+        Returns:
+            A dictionary of arrays.
+
+        Raises:
+            ValueError: If the batch is not in the store, or its shard is not
+                what was written.
+        """
+        array_record, safetensors = file_formats()
+        x, marked = inputs_and_marked(batch)
+        place = self._batches.get(fingerprint(x, marked))
+        if place is None:
+            raise ValueError(
+                "Batches must be those that the teacher has seen, bit for bit. "
+                f"Received: a batch that is not in {str(self.folder)!r}. Data "
+                "that change with the epoch are stored with `epochs=...`."
+            )
+        number, first, count = place
+        reader = array_record.ArrayRecordReader(str(self.verified(number)))
+        examples = [
+            safetensors.load(r) for r in reader.read(first, first + count)
+        ]
+        reader.close()
+        targets = {
+            f"teacher_{name}": np.stack([each[name] for each in examples])
+            for name in examples[0]
+            if name not in TOP_LOGITS
+        }
+        if self.settings["top_k"]:
+            targets |= dense_top_logits(examples, marked)
+        return targets
+
+    def verified(self, number):
+        """The path of a shard, which is read whole once and checked."""
+        path, expected = self.shards[number]
+        if number not in self._verified:
+            found = checksum(path)
+            if found != expected:
+                raise ValueError(
+                    "A shard must be what was written. Received: "
+                    f"{str(path)!r}, whose SHA-256 is {found}, not {expected}. "
+                    "Delete it and call `keras_laid.store_teacher` again: it "
+                    "writes what is missing."
+                )
+            self._verified.add(number)
+        return path
+
+
+class StoredTargets(keras.utils.PyDataset):
+    """Data with a stored teacher's targets; see `StoredTeacher.targets_for`.
+
+    After the last epoch that is stored comes the first one again.
+    """
+
+    def __init__(self, teacher, data):
+        super().__init__(
+            workers=data.workers,
+            use_multiprocessing=data.use_multiprocessing,
+            max_queue_size=data.max_queue_size,
+        )
+        self.teacher = teacher
+        self.data = data
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        x, *rest = batch = self.data[index]
+        return x | self.teacher.read(batch), *rest
+
+    def on_epoch_end(self):
+        self.data.on_epoch_end()
+        if hasattr(self.data, "epoch"):
+            self.data.epoch %= self.teacher.settings["epochs"]
+
+
+def file_formats():
+    """The modules that write and read shards, and records in them."""
+    try:
+        import safetensors.numpy
+        from array_record.python import array_record_module
+    except ImportError as error:
+        raise ImportError(
+            "Stored teachers need array_record and safetensors. Received: "
+            f'{error}. Install them with `pip install "keras_laid[offline]"`.'
+        ) from error
+    return array_record_module, safetensors.numpy
+
+
+def inputs_and_marked(batch):
+    """A batch's inputs, and which tokens' logits count, as arrays."""
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
+    marked = np.ones(np.shape(y), "bool")
+    if sample_weight is not None:
+        marked = ops.convert_to_numpy(sample_weight) > 0
+    return {name: ops.convert_to_numpy(x[name]) for name in x}, marked
+
+
+def fingerprint(x, marked):
+    """A hash of all that a teacher's targets depend on."""
+    parts = hashlib.blake2b(digest_size=16)
+    for name, array in sorted((x | {"marked": marked}).items()):
+        parts.update(f"{name} {array.dtype} {array.shape} ".encode())
+        parts.update(np.ascontiguousarray(array).tobytes())
+    return parts.hexdigest()
+
+
+def dense_top_logits(examples, marked):
+    """Top logits of every token: zeros where it is not marked."""
+    targets = {}
+    for name in TOP_LOGITS:
+        found = np.concatenate([each[name] for each in examples])
+        values = np.zeros((*marked.shape, found.shape[-1]), found.dtype)
+        values[marked] = found
+        targets[f"teacher_{name}"] = values
+    return targets
+
+
+def num_shards(settings):
+    return -(-settings["batches"] // settings["batches_per_shard"])
+
+
+def shard_path(folder, settings, number):
+    count = num_shards(settings)
+    return folder / f"teacher.array_record-{number:05d}-of-{count:05d}"
+
+
+def sidecar(shard):
+    """Of a shard that is complete: its checksum and what is in it."""
+    return shard.with_name(f"{shard.name}.json")
+
+
+def checksum(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,105 @@
+"""The largest next-token logits, which stand for all of them."""
+
+from typing import Any
+from typing import NamedTuple
+
+from keras import ops
+
+NOTHING = -1e30  # The logarithm of no probability; finite, so that sums are.
+
+
+class TopLogits(NamedTuple):
+    """The largest logits of each token, and how much all others weigh.
+
+    The divergence of a student from them takes the other tokens as one: the
+    student gets no wish among these. It is never more than the divergence from
+    all logits, and equal where they are all here.
+
+    Attributes:
+        logits: Float tensor of shape `(batch, length, count)`.
+        index: Integer tensor of shape `(batch, length, count)`: whose logits
+            they are.
+        others: Float tensor of shape `(batch, length, 2)`:
+            `logsumexp(others / temperature)` at `temperature` and at 1.
+        vocabulary: Integer, the number of tokens that had logits.
+        temperature: Float greater than 0.
+    """
+
+    logits: Any
+    index: Any
+    others: Any
+    vocabulary: int
+    temperature: float = 1.0
+
+    @classmethod
+    def of(cls, logits, count, temperature=1.0):
+        """The largest of all logits.
+
+        Args:
+            logits: Tensor of shape `(batch, length, vocabulary)`.
+            count: Integer, from 1 to `vocabulary`.
+            temperature: Float greater than 0.
+
+        Returns:
+            A `TopLogits`.
+        """
+        logits = ops.cast(logits, "float32")
+        vocabulary = logits.shape[-1]
+        top, index = ops.top_k(logits, count)
+        rest = put(logits, index, ops.full_like(top, NOTHING))
+        others = [ops.logsumexp(rest / t, axis=-1) for t in (temperature, 1.0)]
+        return cls(
+            top, index, ops.stack(others, axis=-1), vocabulary, temperature
+        )
+
+    def log_probabilities(self, log_q, temperature):
+        """Log-probabilities of next tokens, softened, in float32.
+
+        Args:
+            log_q: The student's, of shape `(batch, length, vocabulary)`: the
+                other tokens share what they weigh together as they do there.
+            temperature: Float, the one that `others` are for, or 1.
+        """
+        top = ops.cast(self.logits, "float32") / temperature
+        column = 0 if temperature == self.temperature else 1
+        others = ops.cast(self.others[..., column], "float32")
+        total = ops.logaddexp(ops.logsumexp(top, axis=-1), others)[..., None]
+        rest = put(log_q, self.index, ops.full_like(top, NOTHING))
+        rest = rest - ops.logsumexp(rest, axis=-1, keepdims=True)
+        return put(rest + others[..., None] - total, self.index, top - total)
+
+    def computed(self):
+        return self
+
+    def constant(self):
+        return self.map_tokens(ops.stop_gradient)
+
+    def map_tokens(self, function):
+        return self._replace(
+            logits=function(self.logits),
+            index=function(self.index),
+            others=function(self.others),
+        )
+
+    def first(self, vocabulary):
+        if vocabulary == self.vocabulary:
+            return self
+        raise ValueError(
+            "The largest logits must be of tokens that the student has too. "
+            f"Received: the largest of {self.vocabulary}, {vocabulary} shared. "
+            f"Take them of the first {vocabulary} logits."
+        )
+
+
+def put(tensor, index, values):
+    """A tensor with other values where `index` names its last axis."""
+    *outer, size = ops.shape(tensor)
+    count = index.shape[-1]
+    column = ops.reshape(ops.cast(index, "int32"), (-1,))
+    row = ops.repeat(ops.arange(ops.shape(column)[0] // count), count)
+    flat = ops.scatter_update(
+        ops.reshape(tensor, (-1, size)),
+        ops.stack([ops.cast(row, "int32"), column], axis=-1),
+        ops.reshape(values, (-1,)),
+    )
+    return ops.reshape(flat, (*outer, size))
