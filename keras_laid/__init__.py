@@ -30,6 +30,7 @@ from keras_laid.layers.gain_modulated_rotary_embedding import (
     GainModulatedRotaryEmbedding,
 )
 from keras_laid.layers.head_mixer import HeadMixer
+from keras_laid.memory_plan import plan
 
 __version__ = "0.1.0"
 
@@ -53,6 +54,7 @@ __all__ = [
     "evaluate_haystacks",
     "fold_gain_modulation",
     "group_optimizer",
+    "plan",
     "presets",
     "rotary_positions",
     "self_extend",
