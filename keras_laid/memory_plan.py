@@ -139,10 +139,10 @@ def plan(
 
     No weight is allocated. Weights, gradients and the optimizer's state are
     counted variable by variable, split as `keras_laid.ModelParallel` splits
-    them. Activations are those of a student whose blocks are rematerialised
-    (`keras.RematScope`) and of attention that stores no map: what blocks are
-    given, and what is alive in one block while it runs. What the compiler and
-    the communication need on top is not counted.
+    them. Activations are those of a distiller with `rematerialize=True` and of
+    attention that stores no map: what blocks are given, and what is alive in
+    one block while it runs. What compilers and communication need on top is not
+    counted.
 
     Args:
         teacher: A KerasHub model, the name or folder of a preset, or a function
@@ -187,15 +187,17 @@ def plan(
     ```
     """
     batch_axis, model_axis = mesh_shape
-    for name, value in (
-        ("text_tokens", text_tokens),
-        ("batch_size", batch_size),
-        ("mesh_shape", min(mesh_shape)),
-        ("matched_layers", matched_layers),
+    for name, value, least in (
+        ("image_tokens", image_tokens, 0),
+        ("text_tokens", text_tokens, 1),
+        ("batch_size", batch_size, 1),
+        ("mesh_shape", min(mesh_shape), 1),
+        ("optimizer_slots", optimizer_slots, 0),
+        ("matched_layers", matched_layers, 0),
     ):
-        if value < 1:
+        if value < least:
             raise ValueError(
-                f"`{name}` must be at least 1. Received: {name}={value}"
+                f"`{name}` must be at least {least}. Received: {name}={value}"
             )
     if batch_size % batch_axis:
         raise ValueError(

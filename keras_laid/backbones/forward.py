@@ -1,13 +1,16 @@
 """One run of a model for all that is compared."""
 
+import contextlib
+
 from keras_laid.backbones import decoder
 from keras_laid.backbones.attention_capture import captured_attention
+from keras_laid.backbones.rematerialization import rematerialized
 from keras_laid.backbones.rotary_positions import rotary_positions
 from keras_laid.backbones.unembedding import hidden_states_for_logits
 from keras_laid.backbones.unembedding import unembedding
 
 
-def forward(model, inputs, layers=(), training=False):
+def forward(model, inputs, layers=(), training=False, rematerialize=False):
     """Runs a model once.
 
     Args:
@@ -16,6 +19,8 @@ def forward(model, inputs, layers=(), training=False):
             `"positions"`, which replace those of every rotary embedding.
         layers: Sequence of integers, whose attention is wanted.
         training: Boolean.
+        rematerialize: Boolean, whether its blocks run once more in the backward
+            pass and keep less for it.
 
     Returns:
         A tuple of its `keras_laid.ops.Unembedding` and a dictionary from layer
@@ -27,6 +32,9 @@ def forward(model, inputs, layers=(), training=False):
         captured_attention(model, layers) as attention,
         rotary_positions(model, positions),
         hidden_states_for_logits(model),
+        rematerialized(model, positions, layers, attention)
+        if rematerialize
+        else contextlib.nullcontext(),
     ):
         hidden = model(inputs, training=training)
     return unembedding(model, hidden), attention

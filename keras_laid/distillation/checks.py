@@ -122,3 +122,14 @@ def check_features(teacher, student, layer_pairs):
                 "Pass `query_key_weight=0`: attention maps can be matched all "
                 "the same."
             )
+
+
+def check_dropout(student):
+    """Refuses blocks that would not do the same when they run once more."""
+    dropout = getattr(decoder.backbone_of(student), "dropout", 0.0)
+    if dropout:
+        raise ValueError(
+            "`rematerialize` needs a student without dropout, whose random "
+            "state may not change inside a block. "
+            f"Received: student.backbone.dropout={dropout}"
+        )

@@ -1,0 +1,100 @@
+"""Lets a model's blocks be computed again in the backward pass."""
+
+import contextlib
+import functools
+
+import keras
+
+from keras_laid.backbones.attention_capture import captured_attention
+from keras_laid.backbones.decoder import backbone_of
+from keras_laid.backbones.decoder import replaced_method
+from keras_laid.backbones.rotary_positions import rotary_positions
+
+# What families call the list of a vision encoder's blocks.
+VISION_BLOCKS = ("resblocks", "encoder_blocks", "blocks")
+
+
+@contextlib.contextmanager
+def rematerialized(model, positions, layers, captured):
+    """Scope in which each block keeps what it is given, and no more.
+
+    Blocks of the decoder and of the vision encoder; in the backward pass they
+    run once more. Unlike `keras.RematScope`, which acts where layers are made,
+    this takes any model, and on every backend.
+
+    Args:
+        model: As in `keras_laid.backbones.attention_layers`.
+        positions: Those of the outer `rotary_positions`, or `None`.
+        layers: Those of the outer `captured_attention`.
+        captured: Its dictionary.
+    """
+    backbone = backbone_of(model)
+    with contextlib.ExitStack() as stack:
+        for index, block in enumerate(backbone.transformer_layers):
+            # Scopes have ended when a block runs again.
+            inside = [index] if index in layers else []
+            scopes = functools.partial(
+                scopes_of_block, model, positions, inside
+            )
+            call = recomputing(block.call, scopes, captured)
+            stack.enter_context(replaced_method(block, "call", call))
+        for block in vision_blocks(backbone):
+            call = recomputing(block.call, no_scopes, captured)
+            stack.enter_context(replaced_method(block, "call", call))
+        yield
+
+
+@contextlib.contextmanager
+def scopes_of_block(model, positions, layers):
+    """Those that change what a block of the decoder does."""
+    with (
+        rotary_positions(model, positions),
+        captured_attention(model, layers) as captured,
+    ):
+        yield captured
+
+
+@contextlib.contextmanager
+def no_scopes():
+    yield {}
+
+
+def vision_blocks(backbone):
+    """The blocks of a backbone's vision encoder, if it has one."""
+    for name in ("vit_encoder", "vision_encoder"):
+        encoder = getattr(backbone, name, None)
+        for part in (encoder, *getattr(encoder, "layers", ())):
+            for blocks in VISION_BLOCKS:
+                if hasattr(part, blocks):
+                    return list(getattr(part, blocks))
+    return []
+
+
+def recomputing(call, scopes, captured):
+    """`call`, which runs again inside of its scopes.
+
+    What a rematerialised function computes may leave it as an output alone: so
+    does what is captured in it.
+    """
+
+    def call_and_keep(*args, **kwargs):
+        arguments = keras.tree.flatten((args, kwargs))
+        places = [i for i, a in enumerate(arguments) if keras.ops.is_tensor(a)]
+        wanted = []  # Known once it has run.
+
+        def run(*tensors):
+            filled = list(arguments)
+            for place, tensor in zip(places, tensors, strict=True):
+                filled[place] = tensor
+            args_, kwargs_ = keras.tree.pack_sequence_as((args, kwargs), filled)
+            with scopes() as inside:
+                outputs = call(*args_, **kwargs_)
+            wanted[:] = inside
+            return outputs, [(a.query, a.key) for a in inside.values()]
+
+        outputs, kept = keras.remat(run)(*[arguments[i] for i in places])
+        for index, (query, key) in zip(wanted, kept, strict=True):
+            captured[index] = captured[index]._replace(query=query, key=key)
+        return outputs
+
+    return call_and_keep

@@ -1,0 +1,106 @@
+"""A student whose blocks run twice learns the same and keeps less."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_laid
+from keras_laid.backbones import decoder
+from keras_laid.backbones.forward import forward
+from keras_laid.backbones.rematerialization import vision_blocks
+from tests.backbones import small_models
+from tests.backbones.small_models import LENGTH
+from tests.backbones.small_models import make_inputs
+from tests.backbones.small_models import make_model
+from tests.support import to_numpy
+
+BACKEND = keras.backend.backend()
+# Compilers take their time.
+FAMILIES = [small_models.pali_gemma_2]
+if BACKEND == "torch":
+    FAMILIES = small_models.FAMILIES
+
+
+def one_step(family, rematerialize):
+    """The terms and the student's weights."""
+    student = make_model(family)
+    keras_laid.attach_gain_modulation(student)
+    distiller = keras_laid.DistanceWeightedAttentionDistillation(
+        make_model(family, seed=5),
+        student,
+        layer_map="uniform",
+        query_key_weight=0.1,
+        rematerialize=rematerialize,
+    )
+    distiller.compile(keras.optimizers.SGD(0.1), jit_compile=BACKEND == "jax")
+    inputs = make_inputs(student)
+    if family is not small_models.phi_3:  # It takes one set for a batch.
+        length = LENGTH + (
+            4 if "images" in inputs and "response_mask" in inputs else 0
+        )
+        positions = 3 * np.arange(length)
+        inputs["positions"] = np.stack([positions, positions + 1])
+    history = distiller.fit(inputs, inputs["token_ids"], verbose=0).history
+    return history, [to_numpy(v) for v in distiller.trainable_variables]
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
+def test_learns_the_same(family):
+    # Also at given positions, although blocks run again outside of all scopes.
+    terms, weights = one_step(family, rematerialize=False)
+    same_terms, same_weights = one_step(family, rematerialize=True)
+    for name, values in terms.items():
+        np.testing.assert_allclose(same_terms[name], values, rtol=1e-5)
+    for one, other in zip(weights, same_weights, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        small_models.pali_gemma,
+        small_models.gemma_3,
+        small_models.gemma_4,
+    ],
+    ids=lambda family: family.__name__,
+)
+def test_vision_blocks_are_found(family):
+    backbone = decoder.backbone_of(make_model(family))
+    assert len(vision_blocks(backbone)) == 1
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="Only JAX tells what is kept.")
+def test_keeps_less():
+    import jax
+
+    model = make_model(small_models.llama, num_layers=8)
+    inputs = make_inputs(model)
+    variables = model.trainable_variables
+
+    def kept_bytes(rematerialize):
+        def loss(values):
+            mapping = list(zip(variables, values, strict=True))
+            with keras.StatelessScope(mapping):
+                unembedding, attention = forward(
+                    model, inputs, [7], True, rematerialize
+                )
+                return ops.sum(unembedding.logits()) + ops.sum(
+                    attention[7].query
+                )
+
+        _, pullback = jax.vjp(loss, [v.value for v in variables])
+        kept = jax.tree.leaves(pullback)
+        return sum(each.nbytes for each in kept)
+
+    assert kept_bytes(True) < 0.5 * kept_bytes(False)
+
+
+def test_dropout_is_refused():
+    student = make_model(small_models.gemma_2, dropout=0.5)
+    with pytest.raises(ValueError, match="without dropout.*0.5"):
+        keras_laid.DistanceWeightedAttentionDistillation(
+            make_model(small_models.gemma_2, seed=5),
+            student,
+            rematerialize=True,
+        )

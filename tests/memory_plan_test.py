@@ -1,0 +1,112 @@
+"""The memory plan against real variables, and against sums by hand."""
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+
+import keras_laid
+from keras_laid import memory_plan
+from tests.backbones import small_models
+from tests.support import PALI_GEMMA
+
+SHAPE = PALI_GEMMA | dict(vocabulary_size=40, num_query_heads=8)
+ARGUMENTS = dict(image_tokens=8, text_tokens=14, batch_size=2)
+
+
+def build():
+    return keras_hub.models.PaliGemmaBackbone(**SHAPE)
+
+
+def plan(teacher=build, student=build, **kwargs):
+    return keras_laid.plan(teacher, student, **ARGUMENTS | kwargs)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "mixed_bfloat16"])
+def test_weights_are_those_of_the_built_model(dtype):
+    parts = plan(teacher_dtype=dtype, student_dtype=dtype).parts
+    variables = keras_hub.models.PaliGemmaBackbone(
+        **SHAPE, dtype=dtype
+    ).variables
+    size = 2 if dtype == "bfloat16" else 4
+    expected = size * sum(np.prod(v.shape) for v in variables)
+    assert parts["teacher: weights"] == expected
+    assert parts["student: weights"] == expected
+    assert parts["student: gradients"] == expected
+    assert parts["student: optimizer"] == 2 * expected
+
+
+def test_live_models_and_presets_are_the_same(tmp_path):
+    dtype = dict(teacher_dtype="float32", student_dtype="float32")
+    expected = plan(**dtype)
+    model = build()
+    assert plan(model, model).parts == expected.parts
+    model.save_to_preset(str(tmp_path))
+    assert plan(str(tmp_path), model, **dtype).parts == expected.parts
+
+
+def test_frozen_weights_have_no_gradient():
+    model = build()
+    model.trainable = False
+    model.token_embedding.trainable = True
+    parts = plan(model, model).parts
+    assert parts["student: gradients"] == 4 * 40 * SHAPE["hidden_dim"]
+
+
+def test_activations_by_hand():
+    parts = plan(teacher_dtype="float32", student_dtype="float32").parts
+    decoder, vision = 2 * 16 * (8 + 14), 1 * 8 * 8  # Layers, width, tokens.
+    assert parts["student: what blocks are given"] == 2 * 4 * (decoder + vision)
+    heads = (8 + 1) * 8
+    inside = 22 * (2 * 16 + 2 * heads + 3 * 24)
+    assert parts["one block at work"] == 2 * 2 * 4 * inside
+    assert parts["queries and keys that are matched"] == 2 * 22 * 2 * heads * 4
+    half = plan(batch_size=4, mesh_shape=(2, 2), student_dtype="float32").parts
+    assert half["student: what blocks are given"] == 2 * 4 * (decoder + vision)
+
+
+@pytest.mark.parametrize(
+    "family", small_models.FAMILIES, ids=lambda family: family.__name__
+)
+def test_every_family(family):
+    text = "pali" not in family.__name__ and "gemma_" not in family.__name__
+    found = plan(family, family, image_tokens=0 if text else 8)
+    assert found.student_parameters == family().count_params()
+    assert all(size > 0 for size in found.parts.values())
+
+
+def test_nothing_is_allocated():
+    wide = SHAPE | dict(hidden_dim=2**16, intermediate_dim=2**21)
+
+    def teacher():
+        return keras_hub.models.PaliGemmaBackbone(**wide)
+
+    found = plan(teacher, mesh_shape=(1, 8), memory=80e9)
+    assert found.teacher_parameters > 4e11  # A terabyte and a half.
+    assert not found.fits
+    before = keras.config.dtype_policy().name
+    assert before == "float32"
+
+
+def test_the_table():
+    text = str(plan(mesh_shape=(1, 2), memory=1e9))
+    assert "1 x 2 devices" in text and text.endswith("fits in 1 GB")
+    assert "total" in text
+    assert memory_plan.MemoryPlan.__repr__ is memory_plan.MemoryPlan.__str__
+
+
+@pytest.mark.parametrize(
+    "kwargs, words",
+    [
+        (dict(text_tokens=0), "text_tokens=0"),
+        (dict(image_tokens=-1), "image_tokens=-1"),
+        (dict(batch_size=0), "batch_size=0"),
+        (dict(matched_layers=-1), "matched_layers=-1"),
+        (dict(mesh_shape=(0, 1)), "mesh_shape=0"),
+        (dict(mesh_shape=(3, 1)), "split evenly.*batch_size=2"),
+        (dict(teacher=keras.Sequential), "family must be known.*Sequential"),
+    ],
+)
+def test_wrong_arguments_are_refused(kwargs, words):
+    with pytest.raises(ValueError, match=words):
+        plan(**kwargs)
