@@ -3,6 +3,7 @@
 from keras_laid import presets
 from keras_laid.backbones.gain_modulation import attach_gain_modulation
 from keras_laid.backbones.gain_modulation import fold_gain_modulation
+from keras_laid.backbones.linear_memory import linear_memory_attention
 from keras_laid.backbones.multi_image_pali_gemma import (
     MultiImagePaliGemmaCausalLM,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "evaluate_haystacks",
     "fold_gain_modulation",
     "group_optimizer",
+    "linear_memory_attention",
     "plan",
     "presets",
     "rotary_positions",

@@ -4,13 +4,21 @@ import contextlib
 
 from keras_laid.backbones import decoder
 from keras_laid.backbones.attention_capture import captured_attention
+from keras_laid.backbones.linear_memory import linear_blocks
 from keras_laid.backbones.rematerialization import rematerialized
 from keras_laid.backbones.rotary_positions import rotary_positions
 from keras_laid.backbones.unembedding import hidden_states_for_logits
 from keras_laid.backbones.unembedding import unembedding
 
 
-def forward(model, inputs, layers=(), training=False, rematerialize=False):
+def forward(
+    model,
+    inputs,
+    layers=(),
+    training=False,
+    rematerialize=False,
+    linear_memory=False,
+):
     """Runs a model once.
 
     Args:
@@ -21,6 +29,8 @@ def forward(model, inputs, layers=(), training=False, rematerialize=False):
         training: Boolean.
         rematerialize: Boolean, whether its blocks run once more in the backward
             pass and keep less for it.
+        linear_memory: Boolean, whether attention is computed as in
+            `keras_laid.linear_memory_attention`.
 
     Returns:
         A tuple of its `keras_laid.ops.Unembedding` and a dictionary from layer
@@ -28,13 +38,17 @@ def forward(model, inputs, layers=(), training=False, rematerialize=False):
     """
     positions = inputs.get("positions")
     inputs = {name: inputs[name] for name in decoder.input_names(model)}
-    with (
-        captured_attention(model, layers) as attention,
-        rotary_positions(model, positions),
-        hidden_states_for_logits(model),
-        rematerialized(model, positions, layers, attention)
-        if rematerialize
-        else contextlib.nullcontext(),
-    ):
+    with contextlib.ExitStack() as scopes:
+        if linear_memory:
+            scopes.enter_context(linear_blocks(model))
+        attention = scopes.enter_context(captured_attention(model, layers))
+        scopes.enter_context(rotary_positions(model, positions))
+        scopes.enter_context(hidden_states_for_logits(model))
+        if rematerialize:
+            scopes.enter_context(
+                rematerialized(
+                    model, positions, layers, attention, linear_memory
+                )
+            )
         hidden = model(inputs, training=training)
     return unembedding(model, hidden), attention

@@ -8,6 +8,7 @@ import keras
 from keras_laid.backbones.attention_capture import captured_attention
 from keras_laid.backbones.decoder import backbone_of
 from keras_laid.backbones.decoder import replaced_method
+from keras_laid.backbones.linear_memory import linear_blocks
 from keras_laid.backbones.rotary_positions import rotary_positions
 
 # What families call the list of a vision encoder's blocks.
@@ -15,7 +16,7 @@ VISION_BLOCKS = ("resblocks", "encoder_blocks", "blocks")
 
 
 @contextlib.contextmanager
-def rematerialized(model, positions, layers, captured):
+def rematerialized(model, positions, layers, captured, linear_memory):
     """Scope in which each block keeps what it is given, and no more.
 
     Blocks of the decoder and of the vision encoder; in the backward pass they
@@ -27,14 +28,18 @@ def rematerialized(model, positions, layers, captured):
         positions: Those of the outer `rotary_positions`, or `None`.
         layers: Those of the outer `captured_attention`.
         captured: Its dictionary.
+        linear_memory: Boolean, whether there is an outer `linear_blocks`.
     """
     backbone = backbone_of(model)
     with contextlib.ExitStack() as stack:
         for index, block in enumerate(backbone.transformer_layers):
             # Scopes have ended when a block runs again.
-            inside = [index] if index in layers else []
             scopes = functools.partial(
-                scopes_of_block, model, positions, inside
+                scopes_of_block,
+                model,
+                positions,
+                layers=[index] if index in layers else [],
+                linear=[index] if linear_memory else [],
             )
             call = recomputing(block.call, scopes, captured)
             stack.enter_context(replaced_method(block, "call", call))
@@ -45,9 +50,10 @@ def rematerialized(model, positions, layers, captured):
 
 
 @contextlib.contextmanager
-def scopes_of_block(model, positions, layers):
+def scopes_of_block(model, positions, layers, linear):
     """Those that change what a block of the decoder does."""
     with (
+        linear_blocks(model, linear),
         rotary_positions(model, positions),
         captured_attention(model, layers) as captured,
     ):
@@ -80,7 +86,7 @@ def recomputing(call, scopes, captured):
     def call_and_keep(*args, **kwargs):
         arguments = keras.tree.flatten((args, kwargs))
         places = [i for i, a in enumerate(arguments) if keras.ops.is_tensor(a)]
-        wanted = []  # Known once it has run.
+        caught = {}  # Filled when it has run.
 
         def run(*tensors):
             filled = list(arguments)
@@ -89,12 +95,12 @@ def recomputing(call, scopes, captured):
             args_, kwargs_ = keras.tree.pack_sequence_as((args, kwargs), filled)
             with scopes() as inside:
                 outputs = call(*args_, **kwargs_)
-            wanted[:] = inside
+            caught.update(inside)
             return outputs, [(a.query, a.key) for a in inside.values()]
 
         outputs, kept = keras.remat(run)(*[arguments[i] for i in places])
-        for index, (query, key) in zip(wanted, kept, strict=True):
-            captured[index] = captured[index]._replace(query=query, key=key)
+        for index, (query, key) in zip(caught, kept, strict=True):
+            captured[index] = caught[index]._replace(query=query, key=key)
         return outputs
 
     return call_and_keep

@@ -6,6 +6,7 @@ from keras import ops
 from keras_laid.backbones.attention_capture import attention_mask
 from keras_laid.backbones.attention_capture import text_rows
 from keras_laid.backbones.forward import forward
+from keras_laid.backbones.linear_memory import check_linear_memory
 from keras_laid.distillation import checks
 from keras_laid.distillation.description import Description
 from keras_laid.distillation.distance_weighting import DistanceWeighting
@@ -85,6 +86,9 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         rematerialize: Boolean, whether the student's blocks run once more in
             the backward pass: about a third more work, for activations of one
             block in place of all. Defaults to `False`.
+        linear_memory: Boolean, whether both models' attention is computed as in
+            `keras_laid.linear_memory_attention`, for prompts whose masks and
+            maps would not fit. Defaults to `False`.
         implementation: Of `keras_laid.ops.attention_divergence`. Defaults to
             `None`.
         **kwargs: Passed to `keras.Model`.
@@ -132,6 +136,7 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         mixer_sharpness=0.0,
         vocabulary="same",
         rematerialize=False,
+        linear_memory=False,
         implementation=None,
         **kwargs,
     ):
@@ -159,6 +164,10 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
             checks.check_features(of_teacher, of_student, layer_pairs)
         if rematerialize:
             checks.check_dropout(student)
+        if linear_memory:
+            check_linear_memory(student)
+            if not is_stored:
+                check_linear_memory(teacher)
         matches = attention_weight or query_key_weight
         if is_stored:
             layers = [t for _, t in layer_pairs] if matches else []
@@ -175,6 +184,7 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         self.rows = rows
         self.vocabulary = vocabulary
         self.rematerialize = rematerialize
+        self.linear_memory = linear_memory
         self.implementation = implementation
         self.mixers = []
         if matches:
@@ -277,7 +287,9 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         layers = {t for _, t in self.layer_pairs} if self.mixers else ()
         if isinstance(self.teacher, StoredTeacher):
             return self.teacher.targets(x, layers)
-        return forward(self.teacher, x, layers)
+        return forward(
+            self.teacher, x, layers, linear_memory=self.linear_memory
+        )
 
     def compute_terms(self, x, y, sample_weight, targets, training):
         """Runs the student and computes every loss term.
@@ -299,7 +311,12 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         """
         layers = [s for s, _ in self.layer_pairs] if self.mixers else ()
         student, attention = forward(
-            self.student, x, layers, training, self.rematerialize
+            self.student,
+            x,
+            layers,
+            training,
+            self.rematerialize,
+            self.linear_memory,
         )
         y_pred = None
         if self.needs_logits:

@@ -2,6 +2,7 @@ from keras_laid.ops.attention import Attention
 from keras_laid.ops.attention import AttentionMask
 from keras_laid.ops.attention import Distance
 from keras_laid.ops.attention_divergence import attention_divergence
+from keras_laid.ops.attention_output import attention_output
 from keras_laid.ops.logits_divergence import logits_divergence
 from keras_laid.ops.query_key_distance import query_key_distance
 from keras_laid.ops.top_logits import TopLogits
@@ -14,6 +15,7 @@ __all__ = [
     "TopLogits",
     "Unembedding",
     "attention_divergence",
+    "attention_output",
     "logits_divergence",
     "query_key_distance",
 ]

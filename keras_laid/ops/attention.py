@@ -36,8 +36,13 @@ class Attention(NamedTuple):
 
     def key_of_each_head(self):
         """Keys of shape `(batch, keys, heads, head_dim)`, in float32."""
-        key = ops.cast(self.key, "float32")
-        return ops.repeat(key, self.query.shape[2] // key.shape[2], axis=2)
+        return self.of_each_head(self.key)
+
+    def of_each_head(self, tensor):
+        """What each head reads of a tensor like `key`, in float32."""
+        tensor = ops.cast(tensor, "float32")
+        repeats = self.query.shape[2] // tensor.shape[2]
+        return ops.repeat(tensor, repeats, axis=2)
 
 
 class AttentionMask(NamedTuple):

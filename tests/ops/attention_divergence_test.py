@@ -19,7 +19,7 @@ from keras_laid.ops import Attention
 from keras_laid.ops import AttentionMask
 from keras_laid.ops import Distance
 from keras_laid.ops import attention_divergence
-from keras_laid.ops.attention_divergence import chunked
+from keras_laid.ops import row_blocks
 from keras_laid.ops.attention_divergence import tiles
 from tests.support import assert_as_good_as
 from tests.support import has_gpu
@@ -69,7 +69,7 @@ def run(implementation, *arguments):
 def small_tiles():
     """So that small tests have several tiles, the last ones not full."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunked, "ROWS", 5)
+        patch.setattr(row_blocks, "ROWS", 5)
         patch.setattr(
             tiles,
             "choose_tiles",
@@ -420,7 +420,7 @@ def test_mask_from_lengths():
     BACKEND != "jax", reason="Only JAX tells a compiled program's memory."
 )
 def test_memory_of_chunked_is_linear_in_length(monkeypatch):
-    monkeypatch.setattr(chunked, "ROWS", 128)
+    monkeypatch.setattr(row_blocks, "ROWS", 128)
 
     def temporary_bytes(implementation, length):
         inputs = benchmark.make_inputs(length, 4, 64, "float32")

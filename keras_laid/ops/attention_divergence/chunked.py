@@ -10,10 +10,8 @@ from typing import NamedTuple
 from keras import ops
 
 from keras_laid.ops.attention_divergence import definition
-
-# Each block's maps have shape (batch, heads, block, keys).
-ROWS = 128  # The most a block has.
-ELEMENTS = 2**18  # About how many rows times keys it has, over long prompts.
+from keras_laid.ops.row_blocks import RowBlocks
+from keras_laid.ops.row_blocks import rows_of_block
 
 
 class Block(NamedTuple):
@@ -92,27 +90,14 @@ class Block(NamedTuple):
 
 
 def attention_divergence(student, teacher, mask, distance, mixture):
-    block = rows_of_block(student.key.shape[1])
-    if student.query.shape[1] is not None and student.query.shape[1] <= block:
+    size = rows_of_block(student.key.shape[1])
+    if student.query.shape[1] is not None and student.query.shape[1] <= size:
         return definition.attention_divergence(
             student, teacher, mask, distance, mixture
         )
     teacher = teacher._replace(key=ops.cast(teacher.key, "float32"))
     batch, rows, heads, width = ops.shape(student.query)
-    blocks = (rows + block - 1) // block
-
-    def fill(tensor, axis):
-        """Rows for full blocks: the last row is repeated."""
-        index = ops.minimum(ops.arange(blocks * block), rows - 1)
-        return ops.take(tensor, index, axis=axis)
-
-    def block_of(number):
-        def rows_of(tensor, axis):
-            start, shape = [0] * len(tensor.shape), list(ops.shape(tensor))
-            start[axis], shape[axis] = number * block, block
-            return ops.slice(tensor, start, shape)
-
-        return rows_of
+    blocks = RowBlocks(rows, size)
 
     @ops.custom_gradient
     def divergence(query, key, *mixtures):
@@ -122,32 +107,31 @@ def attention_divergence(student, teacher, mask, distance, mixture):
             mask,
             distance,
             *(mixtures or [None]),
-        ).of_rows(fill)
+        ).of_rows(blocks.fill)
 
         def add_sums(number, sums):
-            found = every.of_rows(block_of(number)).sums()
+            found = every.of_rows(blocks.of(number)).sums()
             return [
-                ops.slice_update(a, (0, 0, number * block), b)
+                blocks.put(a, number, 2, b)
                 for a, b in zip(sums, found, strict=True)
             ]
 
         each = (heads, heads, teacher.query.shape[2], heads)
         values, *normalizers, center = ops.fori_loop(
             0,
-            blocks,
+            blocks.count,
             add_sums,
-            [ops.zeros((batch, n, blocks * block)) for n in each],
+            [ops.zeros((batch, n, blocks.filled)) for n in each],
         )
 
         def gradients(*arguments, upstream=None):
             if upstream is None:  # Only torch gives it by name.
                 (upstream,) = arguments
             # Repeated rows count once.
-            once = ops.arange(blocks * block) < rows
-            upstream = ops.where(once, fill(upstream, 2), 0.0)
+            upstream = blocks.fill_zeros(upstream, 2)
 
             def add_gradients(number, gradients):
-                rows_of = block_of(number)
+                rows_of = blocks.of(number)
                 of_query, *others = every.of_rows(rows_of).gradients(
                     rows_of(upstream, 2),
                     [rows_of(each, 2) for each in normalizers],
@@ -155,19 +139,20 @@ def attention_divergence(student, teacher, mask, distance, mixture):
                 )
                 queries, *sums = gradients
                 return [
-                    ops.slice_update(
-                        queries, (0, 0, number * block, 0), of_query
-                    ),
+                    blocks.put(queries, number, 2, of_query),
                     *[a + b for a, b in zip(sums, others, strict=True)],
                 ]
 
             shapes = [
-                (batch, heads, blocks * block, width),
+                (batch, heads, blocks.filled, width),
                 (batch, heads, width, ops.shape(key)[1]),
                 *[ops.shape(each) for each in mixtures],
             ]
             of_query, of_key, *rest = ops.fori_loop(
-                0, blocks, add_gradients, [ops.zeros(each) for each in shapes]
+                0,
+                blocks.count,
+                add_gradients,
+                [ops.zeros(each) for each in shapes],
             )
             of_query = ops.transpose(of_query[:, :, :rows], (0, 2, 1, 3))
             # Heads that read one key head add up.
@@ -185,8 +170,3 @@ def attention_divergence(student, teacher, mask, distance, mixture):
 
     mixtures = [] if mixture is None else [mixture]
     return divergence(student.query, student.key, *mixtures)
-
-
-def rows_of_block(keys):
-    """Fewer rows for more keys; the most where keys are known only later."""
-    return ROWS if keys is None else max(1, min(ROWS, ELEMENTS // keys))

@@ -1,0 +1,182 @@
+"""Attention of KerasHub's decoders in memory linear in the prompt's length."""
+
+import contextlib
+import inspect
+
+from keras import ops
+from keras_hub.models import Gemma4Backbone
+
+from keras_laid.backbones import decoder
+from keras_laid.backbones.attention_capture import numbered_runs
+from keras_laid.backbones.families import attention_layers
+from keras_laid.ops.attention import Attention
+from keras_laid.ops.attention import AttentionMask
+from keras_laid.ops.attention_output import attention_output
+
+# What families call the method of a block that makes its mask.
+MASK_METHODS = ("_compute_attention_mask", "_compute_self_attention_mask")
+# What the names of that method's arguments end with.
+MASKS = ("padding_mask", "response_mask", "vision_mask", "attention_mask")
+
+
+@contextlib.contextmanager
+def linear_memory_attention(model):
+    """Scope in which a model's decoder makes no tensor of length squared.
+
+    KerasHub makes a mask of shape `(batch, length, length)` in every decoder
+    block, and where attention is not fused a map of each head. Inside, masks
+    are described by `keras_laid.ops.AttentionMask`, and
+    `keras_laid.ops.attention_output` computes the same attention over blocks of
+    rows, in the backward pass too. On a prompt of a few hundred tokens that is
+    slower. Calls with a cache, as in `generate`, run as they do outside.
+
+    Outputs are those of the model to its dtype's precision, except at padding
+    that attends nothing: its attention is 0, where some families take a mean.
+    Capture, gains, positions and `keras_laid.yarn` work inside.
+
+    Compiled functions of `model` and its backbone are dropped on entry and on
+    exit. The model is left as it was, also when the body raises.
+
+    Args:
+        model: A KerasHub model of a family that
+            `keras_laid.backbones.attention_layers` knows, except Gemma 4, and
+            Qwen with a sliding window.
+
+    Raises:
+        ValueError: On entry, if the family is another, the model has dropout in
+            its attention, or `keras_laid.self_extend` is active.
+
+    Example:
+
+    ```python
+    with keras_laid.linear_memory_attention(student):
+        distiller.fit(haystacks)
+    ```
+    """
+    check_linear_memory(model)
+    with contextlib.ExitStack() as stack:
+        stack.callback(decoder.forget_compiled, model)
+        stack.enter_context(linear_blocks(model))
+        decoder.forget_compiled(model)
+        yield
+
+
+@contextlib.contextmanager
+def linear_blocks(model, indices=None):
+    """The same, for a call inside of a function that is being compiled.
+
+    Args:
+        model: A model that `check_linear_memory` does not refuse.
+        indices: Sequence of integers, of which blocks. Defaults to all.
+    """
+    blocks = decoder.backbone_of(model).transformer_layers
+    with contextlib.ExitStack() as stack:
+        for layer in attention_layers(model):
+            if layer.kind == "linear":
+                continue
+            if indices is not None and layer.index not in indices:
+                continue
+            block = blocks[layer.index]
+            name = next(n for n in MASK_METHODS if hasattr(block, n))
+            linear = LinearBlock(block, name, layer)
+            for part, method, function in (
+                (block, name, linear.make_mask),
+                (layer.layer, "_compute_attention", linear.attend),
+            ):
+                stack.enter_context(
+                    decoder.replaced_method(part, method, function)
+                )
+        yield
+
+
+def check_linear_memory(model):
+    """Refuses models whose attention would not be the same."""
+    backbone = decoder.backbone_of(model)
+    name = type(backbone).__name__
+    windows = any(layer.window for layer in attention_layers(model))
+    # Qwen's window depends on the backend: fused attention drops it.
+    if isinstance(backbone, Gemma4Backbone) or ("Qwen" in name and windows):
+        raise ValueError(
+            "`linear_memory_attention` does not know the masks of Gemma 4, nor "
+            f"those of Qwen with a sliding window. Received: {name}"
+        )
+    if getattr(backbone, "dropout", 0.0):
+        raise ValueError(
+            "`linear_memory_attention` needs a model without dropout. "
+            f"Received: backbone.dropout={backbone.dropout}"
+        )
+    layers = [layer.layer for layer in attention_layers(model)]
+    if any(layer and "_compute_attention" in vars(layer) for layer in layers):
+        raise ValueError(
+            "`linear_memory_attention` must be the outermost scope that "
+            "changes a model's attention, and cannot be nested. Received: a "
+            "model inside of another one."
+        )
+
+
+class LinearBlock:
+    """A block's mask and attention, which belong together."""
+
+    def __init__(self, block, name, layer):
+        self.make_whole_mask = getattr(block, name)
+        # Of the family's own: it tells what arguments are.
+        self.signature = inspect.signature(getattr(type(block), name))
+        self.layer = layer
+        self.attend_whole = layer.layer._compute_attention
+        self.mask = None
+
+    def make_mask(self, *args, **kwargs):
+        """Describes the mask; returns which keys there are at all."""
+        given = self.signature.bind(None, *args, **kwargs).arguments
+        (_, _), (_, x), *others = given.items()
+        masks = {
+            kind: value
+            for name, value in others
+            for kind in MASKS
+            if name.endswith(kind) and value is not None
+        }
+        has_cache = any(
+            name.endswith("cache") and value is not None
+            for name, value in others
+        )
+        if has_cache or "attention_mask" in masks:
+            self.mask = None
+            return self.make_whole_mask(*args, **kwargs)
+        self.mask = self.compact_mask(masks, *ops.shape(x)[:2])
+        present = ops.logical_or(self.mask.bidirectional, self.mask.causal)
+        return ops.cast(present[:, None], "int32")
+
+    def compact_mask(self, masks, batch, length):
+        def of_all_tokens(name, of_images):
+            """PaliGemma's are of text alone, which images precede."""
+            mask = ops.cast(masks[name], "bool")
+            images = length - ops.shape(mask)[1]
+            return ops.pad(
+                mask, ((0, 0), (images, 0)), constant_values=of_images
+            )
+
+        every = ops.ones((batch, length), "bool")
+        present, block = every, None
+        if "padding_mask" in masks:
+            present = of_all_tokens("padding_mask", True)
+        bidirectional, causal = ops.zeros_like(every), present
+        has_prefix = "response_mask" in self.signature.parameters
+        if has_prefix and "padding_mask" in masks:
+            # PaliGemma: all see the prompt; the response sees what precedes.
+            bidirectional, causal = present, every
+            if "response_mask" in masks:
+                causal = of_all_tokens("response_mask", False)
+                prompt = ops.logical_not(causal)
+                bidirectional = ops.logical_and(present, prompt)
+        elif "vision_mask" in masks:
+            # Gemma 3: tokens of an image see each other.
+            block = numbered_runs(masks["vision_mask"])
+        return AttentionMask(
+            bidirectional, causal, ops.arange(length), self.layer.window, block
+        )
+
+    def attend(self, query, key, value, *args, **kwargs):
+        if self.mask is None:
+            return self.attend_whole(query, key, value, *args, **kwargs)
+        attention = Attention(query, key, self.layer.scale, self.layer.soft_cap)
+        return attention_output(attention, value, self.mask)

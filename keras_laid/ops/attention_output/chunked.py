@@ -1,0 +1,161 @@
+"""Attention over blocks of rows: no whole map ever exists.
+
+Of each row its normalizer is kept; the backward pass computes maps anew.
+"""
+
+from typing import Any
+from typing import NamedTuple
+
+from keras import ops
+
+from keras_laid.ops.attention_divergence.definition import MASKED
+from keras_laid.ops.attention_output import definition
+from keras_laid.ops.row_blocks import RowBlocks
+from keras_laid.ops.row_blocks import rows_of_block
+
+
+class Block(NamedTuple):
+    """The op's arguments for some of the rows."""
+
+    attention: Any
+    value: Any
+    mask: Any
+
+    def of_rows(self, rows):
+        """The same with `rows(tensor, axis)` of what has rows."""
+        query = rows(self.attention.query, 1)
+        row_index = rows(self.mask.row_index, 0)
+        return self._replace(
+            attention=self.attention._replace(query=query),
+            mask=self.mask._replace(row_index=row_index),
+        )
+
+    def map(self, logits, normalizer):
+        exponent = logits - normalizer[..., None]
+        return ops.where(self.mask.allowed(), ops.exp(exponent), 0.0)
+
+    def logits(self):
+        return ops.where(self.mask.allowed(), self.attention.logits(), MASKED)
+
+    def output(self):
+        """Of each row: the output and the normalizer."""
+        logits = self.logits()
+        normalizer = ops.logsumexp(logits, axis=-1)
+        p = self.map(logits, normalizer)
+        value = self.attention.of_each_head(self.value)
+        return ops.einsum("bhij,bjhd->bihd", p, value), normalizer
+
+    def gradients(self, upstream, output, normalizer):
+        """Of queries, keys and values, in float32."""
+        # b = batch, h = head, i = row, j = key, d = head dim or value dim
+        attention = self.attention
+        logits = self.logits()
+        p = self.map(logits, normalizer)
+        value = attention.of_each_head(self.value)
+        of_p = ops.einsum("bihd,bjhd->bhij", upstream, value)
+        mean = ops.transpose(ops.sum(upstream * output, axis=-1), (0, 2, 1))
+        slope = p * (of_p - mean[..., None]) * attention.scale
+        if attention.soft_cap is not None:
+            # Masked logits are far below minus the cap.
+            share = ops.maximum(logits / attention.soft_cap, -1.0)
+            slope = slope * (1.0 - ops.square(share))
+        query = ops.cast(attention.query, "float32")
+        key = attention.key_of_each_head()
+        return (
+            ops.einsum("bhij,bjhd->bihd", slope, key),
+            ops.einsum("bhij,bihd->bjhd", slope, query),
+            ops.einsum("bhij,bihd->bjhd", p, upstream),
+        )
+
+
+def attention_output(attention, value, mask):
+    size = rows_of_block(attention.key.shape[1])
+    rows = attention.query.shape[1]
+    if rows is not None and rows <= size:
+        return definition.attention_output(attention, value, mask)
+    batch, rows, heads, _ = ops.shape(attention.query)
+    blocks = RowBlocks(rows, size)
+
+    # What describes the mask comes as arguments too, as floats, which have
+    # gradients: under rematerialisation JAX takes no tensors from outside.
+    described = {
+        name: ops.cast(tensor, "float32")
+        for name, tensor in mask._asdict().items()
+        if name != "window" and tensor is not None
+    }
+
+    @ops.custom_gradient
+    def run(query, key, value, *description):
+        every = Block(
+            attention._replace(query=query, key=key),
+            value,
+            mask._replace(
+                **{
+                    name: ops.cast(tensor, getattr(mask, name).dtype)
+                    for name, tensor in zip(described, description, strict=True)
+                }
+            ),
+        ).of_rows(blocks.fill)
+        shape = (batch, blocks.filled, heads, value.shape[3])
+
+        def add_output(number, kept):
+            output, normalizer = every.of_rows(blocks.of(number)).output()
+            return [
+                blocks.put(kept[0], number, 1, output),
+                blocks.put(kept[1], number, 2, normalizer),
+            ]
+
+        output, normalizer = ops.fori_loop(
+            0,
+            blocks.count,
+            add_output,
+            [ops.zeros(shape), ops.zeros((batch, heads, blocks.filled))],
+        )
+
+        def gradients(*arguments, upstream=None):
+            if upstream is None:  # Only torch gives it by name.
+                (upstream,) = arguments
+            upstream = ops.cast(upstream, "float32")
+            # Repeated rows count once.
+            upstream = blocks.fill_zeros(upstream, 1)
+
+            def add_gradients(number, sums):
+                rows_of = blocks.of(number)
+                of_query, *others = every.of_rows(rows_of).gradients(
+                    rows_of(upstream, 1),
+                    rows_of(output, 1),
+                    rows_of(normalizer, 2),
+                )
+                queries = blocks.put(sums[0], number, 1, of_query)
+                added = zip(sums[1:], others, strict=True)
+                return [queries, *[a + b for a, b in added]]
+
+            key_shape = ops.shape(key)[:3]
+            keys = key_shape[1]
+            of_query, *of_keys = ops.fori_loop(
+                0,
+                blocks.count,
+                add_gradients,
+                [
+                    ops.zeros((batch, blocks.filled, heads, query.shape[3])),
+                    ops.zeros((batch, keys, heads, key.shape[3])),
+                    ops.zeros((batch, keys, heads, value.shape[3])),
+                ],
+            )
+            # Heads that read one key head add up.
+            of_key, of_value = [
+                ops.sum(
+                    ops.reshape(each, (*key_shape, -1, each.shape[3])), axis=3
+                )
+                for each in of_keys
+            ]
+            return (
+                ops.cast(of_query[:, :rows], query.dtype),
+                ops.cast(of_key, key.dtype),
+                ops.cast(of_value, value.dtype),
+                *[ops.zeros_like(each) for each in description],
+            )
+
+        return ops.cast(output[:, :rows], value.dtype), gradients
+
+    return run(attention.query, attention.key, value, *described.values())

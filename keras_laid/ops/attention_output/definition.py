@@ -1,0 +1,13 @@
+"""Attention in its plainest form, in float32."""
+
+from keras import ops
+
+from keras_laid.ops.attention_divergence.definition import log_attention
+
+
+def attention_output(attention, value, mask):
+    # b = batch, h = head, i = row, j = key, d = value dim
+    allowed = mask.allowed()
+    p = ops.where(allowed, ops.exp(log_attention(attention, allowed)), 0.0)
+    output = ops.einsum("bhij,bjhd->bihd", p, attention.of_each_head(value))
+    return ops.cast(output, value.dtype)

@@ -1,0 +1,56 @@
+"""Splits the rows of attention into blocks of one size."""
+
+from keras import ops
+
+# Each block's maps have shape (batch, heads, block, keys).
+ROWS = 128  # The most a block has.
+ELEMENTS = 2**18  # About how many rows times keys it has, over long prompts.
+
+
+def rows_of_block(keys):
+    """Fewer rows for more keys; the most where keys are known only later."""
+    return ROWS if keys is None else max(1, min(ROWS, ELEMENTS // keys))
+
+
+class RowBlocks:
+    """How so many rows are split.
+
+    Args:
+        rows: Integer, or a scalar tensor.
+        size: Integer, rows of a block.
+    """
+
+    def __init__(self, rows, size):
+        self.rows = rows
+        self.size = size
+        self.count = (rows + size - 1) // size
+        self.filled = self.count * size
+
+    def fill(self, tensor, axis):
+        """Rows for full blocks: the last row is repeated."""
+        index = ops.minimum(ops.arange(self.filled), self.rows - 1)
+        return ops.take(tensor, index, axis=axis)
+
+    def fill_zeros(self, tensor, axis):
+        """Rows for full blocks: zeros follow the last."""
+        shape = [1] * len(tensor.shape)
+        shape[axis] = -1
+        inside = ops.reshape(ops.arange(self.filled) < self.rows, shape)
+        zeros = ops.zeros((), dtype=tensor.dtype)
+        return ops.where(inside, self.fill(tensor, axis), zeros)
+
+    def of(self, number):
+        """`rows(tensor, axis)`, which takes the rows of a block."""
+
+        def rows_of(tensor, axis):
+            start, shape = [0] * len(tensor.shape), list(ops.shape(tensor))
+            start[axis], shape[axis] = number * self.size, self.size
+            return ops.slice(tensor, start, shape)
+
+        return rows_of
+
+    def put(self, whole, number, axis, part):
+        """`whole` with the rows of a block replaced."""
+        start = [0] * len(whole.shape)
+        start[axis] = number * self.size
+        return ops.slice_update(whole, start, part)

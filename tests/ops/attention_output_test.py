@@ -1,0 +1,230 @@
+"""Attention in linear memory, against an oracle in float64."""
+
+import hypothesis
+import keras
+import numpy as np
+import pytest
+from hypothesis import strategies
+from keras import ops
+
+from keras_laid.ops import Attention
+from keras_laid.ops import AttentionMask
+from keras_laid.ops import attention_output
+from keras_laid.ops import row_blocks
+from tests.support import assert_as_good_as
+from tests.support import to_numpy
+from tests.support import value_and_grads
+
+NAMES = ("output", "query", "key", "value")
+IMPLEMENTATION = pytest.mark.parametrize(
+    "implementation", ["chunked", "definition"]
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_blocks():
+    """So that small tests have several blocks, the last one not full."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(row_blocks, "ROWS", 5)
+        yield
+
+
+class Case:
+    """Random arguments as NumPy arrays; a third of the keys is padding."""
+
+    def __init__(
+        self,
+        rows=13,
+        keys=19,
+        heads=(4, 2),
+        dtype="float32",
+        soft_cap=2.0,
+        window=None,
+        blocks=False,
+        seed=0,
+    ):
+        rng = np.random.default_rng(seed)
+        self.dtype = dtype
+        self.arrays = []
+        shapes = (rows, heads[0], 6), (keys, heads[1], 6), (keys, heads[1], 3)
+        for shape in shapes:
+            array = rng.standard_normal((2, *shape)).astype("float32")
+            tensor = ops.convert_to_tensor(array, dtype)
+            self.arrays.append(to_numpy(tensor))  # Rounded to the dtype.
+        upstream = rng.standard_normal((2, rows, heads[0], 3))
+        self.upstream = upstream.astype("float32")
+        kind = rng.integers(0, 3, (2, keys))
+        self.bidirectional, self.causal = kind == 1, kind == 2
+        self.row_index = np.sort(rng.permutation(keys)[:rows])
+        self.soft_cap, self.window = soft_cap, window
+        self.block = None
+        if blocks:  # Of up to five keys; 0 is none.
+            self.block = np.tile(np.arange(keys) // 5, (2, 1))
+
+    def run(self, implementation, query, key, value):
+        mask = AttentionMask(
+            ops.convert_to_tensor(self.bidirectional),
+            ops.convert_to_tensor(self.causal),
+            ops.convert_to_tensor(self.row_index),
+            self.window,
+            None if self.block is None else ops.convert_to_tensor(self.block),
+        )
+        attention = Attention(query, key, 0.7, self.soft_cap)
+        return attention_output(attention, value, mask, implementation)
+
+    def tensors(self):
+        return [ops.convert_to_tensor(a, self.dtype) for a in self.arrays]
+
+    def output_and_grads(self, implementation):
+        def loss(*tensors):
+            output = self.run(implementation, *tensors)
+            upstream = ops.convert_to_tensor(self.upstream)
+            return ops.sum(ops.cast(output, "float32") * upstream)
+
+        _, gradients = value_and_grads(loss, *self.tensors())
+        return self.run(implementation, *self.tensors()), *gradients
+
+    def allows(self, example, row, key):
+        at = self.row_index[row]
+        causal = self.causal[example, key]
+        allowed = self.bidirectional[example, key] or (causal and at >= key)
+        if self.block is not None and causal:
+            block = self.block[example]
+            allowed = allowed or (block[key] > 0 and block[key] == block[at])
+        return allowed and (self.window is None or abs(at - key) < self.window)
+
+
+def oracle(case, arrays=None):
+    """The output and all gradients, row by row, in NumPy float64."""
+    query, key, value = (
+        np.asarray(a, "float64") for a in (arrays or case.arrays)
+    )
+    output = np.zeros(case.upstream.shape)
+    grads = [np.zeros_like(a) for a in (query, key, value)]
+    for b, i, h in np.ndindex(*output.shape[:3]):
+        seen = [j for j in range(key.shape[1]) if case.allows(b, i, j)]
+        if not seen:
+            continue
+        g = h // (query.shape[2] // key.shape[2])
+        q, k, v = query[b, i, h], key[b, seen, g], value[b, seen, g]
+        logits, slope = 0.7 * k @ q, 0.7
+        if case.soft_cap:
+            slope = 0.7 / np.cosh(logits / case.soft_cap) ** 2
+            logits = case.soft_cap * np.tanh(logits / case.soft_cap)
+        p = np.exp(logits - logits.max())
+        p /= p.sum()
+        output[b, i, h] = p @ v
+        up = case.upstream[b, i, h]
+        of_logits = slope * p * (v @ up - output[b, i, h] @ up)
+        grads[0][b, i, h] = of_logits @ k
+        grads[1][b, seen, g] += np.outer(of_logits, q)
+        grads[2][b, seen, g] += np.outer(p, up)
+    return output, *grads
+
+
+def test_oracles_gradients_are_slopes_of_its_values():
+    case = Case()
+    _, *gradients = oracle(case)
+    rng = np.random.default_rng(1)
+    for which, gradient in enumerate(gradients):
+        direction = rng.standard_normal(gradient.shape)
+        ends = []
+        for step in (1e-5, -1e-5):
+            moved = [a.astype("float64") for a in case.arrays]
+            moved[which] += step * direction
+            ends.append((oracle(case, moved)[0] * case.upstream).sum())
+        slope = (ends[0] - ends[1]) / 2e-5
+        np.testing.assert_allclose(
+            (gradient * direction).sum(), slope, rtol=1e-6
+        )
+
+
+KINDS = pytest.mark.parametrize(
+    "kind",
+    [
+        dict(),
+        dict(rows=1, keys=1, heads=(1, 1)),
+        dict(rows=5, heads=(3, 1), soft_cap=None),
+        dict(window=4),
+        dict(blocks=True, keys=31, rows=31),
+    ],
+    ids=["odd", "one", "one_block", "window", "blocks"],
+)
+
+
+@KINDS
+@IMPLEMENTATION
+def test_is_the_oracles_in_float32(implementation, kind):
+    case = Case(**kind)
+    found = case.output_and_grads(implementation)
+    for name, one, other in zip(NAMES, found, oracle(case), strict=True):
+        np.testing.assert_allclose(
+            to_numpy(one), other, 1e-4, 1e-5, err_msg=name
+        )
+
+
+def assert_is_as_good(case):
+    """At most twice the error of the plain form in the same dtype."""
+    plain = case.output_and_grads("definition")
+    found = case.output_and_grads("chunked")
+    for name, *arrays in zip(NAMES, found, plain, oracle(case), strict=True):
+        assert_as_good_as(*arrays, name=name, terms=1.0)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_chunked_is_as_good_as_the_definition(dtype):
+    assert_is_as_good(Case(dtype=dtype))
+
+
+@strategies.composite
+def cases(draw):
+    keys = draw(strategies.integers(1, 24))
+    return Case(
+        rows=draw(strategies.integers(1, keys)),
+        keys=keys,
+        heads=draw(strategies.sampled_from([(1, 1), (4, 2), (3, 1)])),
+        dtype=draw(strategies.sampled_from(["float32", "float16", "bfloat16"])),
+        soft_cap=draw(strategies.sampled_from([None, 0.5])),
+        window=draw(strategies.sampled_from([None, 1, 6])),
+        blocks=draw(strategies.booleans()),
+        seed=draw(strategies.integers(0, 99)),
+    )
+
+
+@hypothesis.settings(max_examples=10)
+@hypothesis.given(case=cases())
+def test_chunked_is_as_good_on_any_case(case):
+    assert_is_as_good(case)
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "jax",
+    reason="Only JAX tells a compiled program's memory.",
+)
+def test_memory_is_linear_in_length(monkeypatch):
+    import jax
+
+    monkeypatch.setattr(row_blocks, "ROWS", 128)
+
+    def temporary_bytes(length, implementation):
+        def loss(query, key, value):
+            mask = AttentionMask.from_lengths(length, [length])
+            attention = Attention(query, key, 0.1)
+            return ops.sum(
+                attention_output(attention, value, mask, implementation)
+            )
+
+        shape = jax.ShapeDtypeStruct((1, length, 2, 16), "float32")
+        gradient = jax.jit(jax.grad(loss, (0, 1, 2)))
+        compiled = gradient.lower(shape, shape, shape).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    short, long = (temporary_bytes(n, "chunked") for n in (2048, 8192))
+    assert long < 4.5 * short
+    assert short < 0.25 * temporary_bytes(2048, "definition")
+
+
+def test_values_must_go_with_keys():
+    query, key, _ = Case().tensors()
+    with pytest.raises(ValueError, match="value for each key.*18"):
+        Case().run(None, query, key, key[:, :18])
