@@ -97,9 +97,7 @@ def test_one_pass_of_each_model_a_step(preprocessor, monkeypatch):
 
 @pytest.mark.skipif(BACKEND == "torch", reason="PyTorch runs uncompiled.")
 def test_a_step_is_compiled_once(preprocessor, monkeypatch):
-    distiller = make_distiller(
-        preprocessor, compile_kwargs=dict(jit_compile=True)
-    )
+    distiller = make_distiller(preprocessor)
     calls = Calls(distiller.student, monkeypatch)
     haystacks = make_haystacks(
         preprocessor,

@@ -191,7 +191,6 @@ def cases(draw):
     )
 
 
-@hypothesis.settings(max_examples=10)
 @hypothesis.given(case=cases())
 def test_chunked_is_as_good_on_any_case(case):
     assert_is_as_good(case)
