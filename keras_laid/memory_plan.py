@@ -219,6 +219,7 @@ def plan(
     )
     tokens = image_tokens + text_tokens
     rows = max(chunked.ROWS, chunked.ELEMENTS // of_student.vocabulary)
+    rows = min(rows, examples * text_tokens)
     # A block's logits, probabilities and slopes; and the kernel's gradient.
     logits = 4 * of_student.vocabulary * (6 * rows + of_student.width)
     return MemoryPlan(

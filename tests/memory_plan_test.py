@@ -110,3 +110,46 @@ def test_the_table():
 def test_wrong_arguments_are_refused(kwargs, words):
     with pytest.raises(ValueError, match=words):
         plan(**kwargs)
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "jax",
+    reason="Only JAX tells a compiled program's memory.",
+)
+def test_total_is_near_what_a_compiled_step_takes():
+    import jax
+
+    images, text = 31, 16
+    shape = SHAPE | dict(
+        vocabulary_size=4096, num_layers=4, hidden_dim=256, head_dim=64
+    )
+    shape |= dict(intermediate_dim=4096, num_query_heads=2)
+    backbones = [keras_hub.models.PaliGemmaBackbone(**shape) for _ in range(2)]
+    planned = keras_laid.plan(
+        *backbones, image_tokens=4 * images, text_tokens=text, batch_size=4
+    )
+    models = [keras_laid.MultiImagePaliGemmaCausalLM(b) for b in backbones]
+    distiller = keras_laid.DistanceWeightedAttentionDistillation(
+        *models, rematerialize=True
+    )
+    distiller.compile(keras.optimizers.AdamW(1e-4))
+    distiller.optimizer.build(distiller.trainable_variables)
+    inputs = dict.fromkeys(
+        ("token_ids", "padding_mask", "response_mask"),
+        np.ones((4, text), "int32"),
+    )
+    inputs["images"] = np.zeros((4, images, 16, 16, 3), "float32")
+    labels = inputs["token_ids"]
+    state = [
+        [variable.value for variable in variables]
+        for variables in (
+            distiller.trainable_variables,
+            distiller.non_trainable_variables,
+            distiller.optimizer.variables,
+            distiller.metrics_variables,
+        )
+    ]
+    step = jax.jit(distiller.train_step, donate_argnums=0)
+    memory = step.lower(state, (inputs, labels)).compile().memory_analysis()
+    taken = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    assert 0.7 * taken < planned.total < 1.3 * taken
