@@ -52,6 +52,17 @@ def test_losses_of_ten_steps_are_those_of_one_device():
 
 
 @needs_jax
+@pytest.mark.extra_large
+@pytest.mark.parametrize("family", ["gemma_3", "gemma_4", "qwen_3_5"])
+def test_losses_of_other_families_are_those_of_one_device(family):
+    results = on_eight_devices("family", family)
+    one, split = results["one"]
+    assert one[-1] < one[0] and not split
+    np.testing.assert_allclose(results["model"][0], one, rtol=1e-5)
+    assert results["model"][1] > 10
+
+
+@needs_jax
 def test_no_device_holds_a_quarter_of_the_model_while_loading(tmp_path):
     width = dict(hidden_dim=64, intermediate_dim=256, vocabulary_size=320)
     backbone = keras_hub.models.PaliGemmaBackbone(

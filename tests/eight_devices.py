@@ -16,6 +16,9 @@ import keras
 import keras_hub
 
 import keras_laid
+from tests.backbones import small_models
+from tests.backbones.small_models import make_inputs
+from tests.backbones.small_models import make_model
 from tests.support import make_haystacks
 from tests.support import make_multi_image
 from tests.support import make_preprocessor
@@ -69,6 +72,29 @@ def losses(distribution):
     return [float(loss) for loss in seen], split
 
 
+def losses_of_family(name, distribution):
+    """Those of three steps on one batch, and how many variables are split."""
+    keras.distribution.set_distribution(distribution)
+    keras.utils.set_random_seed(0)
+    family = getattr(small_models, name)
+    teacher, student = (make_model(family, seed) for seed in (5, 0))
+    keras_laid.attach_gain_modulation(student)
+    distiller = keras_laid.DistanceWeightedAttentionDistillation(
+        teacher, student
+    )
+    distiller.compile(keras.optimizers.SGD(0.003))
+    inputs = make_inputs(student, batch=8)
+    history = distiller.fit(
+        inputs, inputs["token_ids"], batch_size=8, epochs=3, verbose=0
+    ).history
+    keras.distribution.set_distribution(None)
+    split = sum(
+        not variable.value.sharding.is_fully_replicated
+        for variable in distiller.variables
+    )
+    return history["loss"], split
+
+
 def most_bytes_while_loading(folder):
     """The most that a device holds at any assignment, and the whole model.
 
@@ -109,6 +135,14 @@ if __name__ == "__main__":
             for name, distribution in {
                 "one": None,
                 "data": keras.distribution.DataParallel(),
+                "model": keras_laid.ModelParallel(mesh(2, 4)),
+            }.items()
+        }
+    elif sys.argv[1] == "family":
+        result = {
+            name: losses_of_family(sys.argv[2], distribution)
+            for name, distribution in {
+                "one": None,
                 "model": keras_laid.ModelParallel(mesh(2, 4)),
             }.items()
         }
