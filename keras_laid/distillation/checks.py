@@ -36,15 +36,17 @@ def check_choice(name, value, choices):
         )
 
 
-def check_models(teacher, student):
-    """Refuses what cannot be one and the other."""
-    for model, name in ((teacher, "teacher"), (student, "student")):
-        if not hasattr(model, "generate"):
-            raise ValueError(
-                f"`{name}` must be a task with logits, such as "
-                "`keras_hub.models.PaliGemmaCausalLM`. "
-                f"Received: {type(model).__name__}"
-            )
+def check_task(name, model):
+    if not hasattr(model, "generate"):
+        raise ValueError(
+            f"`{name}` must be a task with logits, such as "
+            "`keras_hub.models.PaliGemmaCausalLM`. "
+            f"Received: {type(model).__name__}"
+        )
+
+
+def check_two(teacher, student):
+    """Refuses models that are, or share, one another."""
     if teacher is student:
         raise ValueError(
             "`teacher` and `student` must be two models. Received the same "

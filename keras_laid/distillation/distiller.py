@@ -149,11 +149,13 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         checks.check_numbers(self.term_weights, temperature)
         checks.check_choice("rows", rows, ("text", "all"))
         checks.check_choice("vocabulary", vocabulary, ("same", "shared"))
+        checks.check_task("student", student)
         is_stored = isinstance(teacher, StoredTeacher)
         if is_stored:
             of_teacher = teacher.description
         else:
-            checks.check_models(teacher, student)
+            checks.check_task("teacher", teacher)
+            checks.check_two(teacher, student)
             of_teacher = Description.of(teacher)
         of_student = Description.of(student)
         checks.check_pair(of_teacher, of_student)

@@ -10,6 +10,7 @@ from keras_laid.ops import row_blocks
 from tests.backbones import small_models
 from tests.backbones.small_models import make_inputs
 from tests.backbones.small_models import make_model
+from tests.support import assert_as_good_as
 from tests.support import make_multi_image
 from tests.support import make_preprocessor
 from tests.support import to_numpy
@@ -51,6 +52,18 @@ def test_outputs_are_the_models_own(family):
     present = inputs["padding_mask"] > 0
     np.testing.assert_allclose(found[present], expected[present], atol=2e-5)
     np.testing.assert_array_equal(to_numpy(model(inputs)), expected)
+
+
+def test_is_as_good_as_the_models_own_in_bfloat16():
+    family = small_models.pali_gemma_2
+    model = make_model(family, dtype="bfloat16")
+    exact = make_model(family)
+    exact.set_weights([to_numpy(v) for v in model.variables])
+    inputs = make_inputs(model)
+    plain = to_numpy(model(inputs))
+    with linear_memory_attention(model):
+        found = to_numpy(model(inputs))
+    assert_as_good_as(found, plain, to_numpy(exact(inputs)), "logits")
 
 
 @pytest.mark.parametrize("missing", ["response_mask", "both"])

@@ -221,6 +221,14 @@ def test_what_the_store_lacks_is_refused(written, preprocessor, kwargs, words):
         distil(StoredTeacher(written), None, preprocessor, **kwargs)
 
 
+def test_a_student_is_a_task_all_the_same(written, preprocessor):
+    student = make_multi_image(preprocessor=preprocessor)
+    with pytest.raises(ValueError, match="`student` must be a task"):
+        DistanceWeightedAttentionDistillation(
+            StoredTeacher(written), student.backbone
+        )
+
+
 def test_store_of_one_layer_without_logits(teacher, preprocessor, tmp_path):
     data = make_haystacks(preprocessor, **QUESTIONS)
     stored = store(teacher, data, tmp_path, top_k=0, layers=(-1,))
