@@ -68,8 +68,8 @@ def run(settings, name, seed, split, learning_rate):
         steps=settings.steps,
         commit=rows.commit(),
     )
+    student = study.prior_student(settings)
     keras.utils.set_random_seed(seed)
-    student = study.load(keras_laid.presets.STUDENT)
     output = RUNS / settings.name / f"{name}_{seed}_{split}_{learning_rate}"
     began = time.time()
     if name in study.UNTRAINED:

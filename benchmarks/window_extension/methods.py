@@ -9,12 +9,15 @@ import keras_hub
 
 import keras_laid
 from benchmarks.window_extension.data import make_data
+from benchmarks.window_extension.settings import RUNS
 
 WINDOW = 150  # Stretched positions range over so many images.
 # Tokens: what the embedded student was trained on, 5 images and the text; and
 # the neighbours that SelfExtend leaves alone, chosen on the validation split.
 ORIGINAL_LENGTH = 36
 NEIGHBOR_WINDOW = 24
+PRIOR_SEED = 1000
+PRIOR_RATE = 7e-4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +143,14 @@ METHODS = {
         attention_weight=0.03,
         query_key_weight=0.01,
     ),
+    "laid_light": laid(
+        stretching=False, attention_weight=0.03, query_key_weight=0.01
+    ),
+    # All of the weight on the attention of the question's rows.
+    "laid_heavy": laid(
+        stretching=False, attention_weight=1.0, query_key_weight=0.0
+    ),
+    "laid_all_layers": laid(stretching=False, layer_map="uniform"),
     # LAid with stretching, a part taken out of each.
     "without_kl": laid(logits_weight=0.0),
     "without_query_key": laid(query_key_weight=0.0),
@@ -150,6 +161,30 @@ METHODS = {
     "all_layers": laid(layer_map="uniform"),
     "sharpest_layer": laid(layer_map=[(2, 1)]),
 }
+
+
+def prior_student(settings):
+    """The student that every method of a config starts from."""
+    student = load(keras_laid.presets.STUDENT)
+    if not settings.prior_steps:
+        return student
+    weights = RUNS / settings.name / "prior.weights.h5"
+    if not weights.is_file():
+        prior = dataclasses.replace(
+            settings,
+            labelled=settings.batch_size * settings.prior_steps,
+            unlabelled=0,
+            sizes=settings.prior_sizes,
+            steps=settings.prior_steps,
+        )
+        keras.utils.set_random_seed(PRIOR_SEED)
+        train(METHODS["sft"], prior, PRIOR_SEED, PRIOR_RATE, student)
+        weights.parent.mkdir(parents=True, exist_ok=True)
+        new = weights.with_name("new.weights.h5")
+        student.backbone.save_weights(new)
+        new.replace(weights)
+    student.backbone.load_weights(weights)
+    return student
 
 
 def train(method, settings, seed, learning_rate, student):

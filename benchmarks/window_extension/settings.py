@@ -27,6 +27,10 @@ class Settings:
         labelled_in_batch: Integer, how many of them have labels where there
             are both kinds. Defaults to half.
         learning_rates: List of floats, tried for every method.
+        prior_steps: Integer, supervised steps on `prior_sizes` images that the
+            student has behind it before any method starts. Defaults to 0: the
+            embedded student.
+        prior_sizes: List of integers.
     """
 
     name: str
@@ -40,6 +44,8 @@ class Settings:
     batch_size: int = 40
     labelled_in_batch: int | None = None
     learning_rates: tuple = (7e-4, 1.5e-3)
+    prior_steps: int = 0
+    prior_sizes: tuple = ()
 
 
 def read_settings(name):

@@ -15,6 +15,7 @@ from benchmarks.window_extension.settings import Settings
 from benchmarks.window_extension.settings import names_of_configs
 from benchmarks.window_extension.settings import read_settings
 from tests.support import make_preprocessor
+from tests.support import to_numpy
 
 
 def settings(**kwargs):
@@ -92,6 +93,29 @@ def test_methods_without_terms_of_the_teacher_have_none():
     has_teacher = {k: v.has_teacher for k, v in study.METHODS.items()}
     assert not has_teacher["sft_lora_stretched"]
     assert has_teacher["kd"] and has_teacher["without_kl"]
+
+
+def test_a_prior_student_is_trained_once(tmp_path, monkeypatch):
+    trained = []
+
+    def train(method, prior, seed, learning_rate, student):
+        trained.append(prior)
+        bias = student.backbone.trainable_variables[-1]
+        bias.assign(bias + 1.0)
+
+    monkeypatch.setattr(study, "train", train)
+    monkeypatch.setattr(study, "RUNS", tmp_path)
+    config = settings(prior_steps=5, prior_sizes=[1, 9], steps=30)
+    plain = study.prior_student(settings())
+    students = [study.prior_student(config) for _ in range(2)]
+    (prior,) = trained
+    assert (prior.steps, prior.sizes, prior.labelled) == (5, [1, 9], 40)
+    last, *others = (
+        to_numpy(model.backbone.trainable_variables[-1])
+        for model in (plain, *students)
+    )
+    for other in others:
+        np.testing.assert_allclose(other, last + 1.0)
 
 
 def write_rows(path, accuracies):
