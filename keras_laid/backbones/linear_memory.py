@@ -49,9 +49,11 @@ def linear_memory_attention(model):
     Example:
 
     ```python
-    with keras_laid.linear_memory_attention(student):
-        distiller.fit(haystacks)
+    with keras_laid.linear_memory_attention(model):
+        keras_laid.evaluate_haystacks(model, haystacks)
     ```
+
+    The distiller's `linear_memory=True` does this for teacher and student.
     """
     check_linear_memory(model)
     with contextlib.ExitStack() as stack:
@@ -95,10 +97,21 @@ def check_linear_memory(model):
     name = type(backbone).__name__
     windows = any(layer.window for layer in attention_layers(model))
     # Qwen's window depends on the backend: fused attention drops it.
-    if isinstance(backbone, Gemma4Backbone) or ("Qwen" in name and windows):
+    blocks = [
+        backbone.transformer_layers[layer.index]
+        for layer in attention_layers(model)
+        if layer.kind != "linear"
+    ]
+    knows = all(any(hasattr(b, n) for n in MASK_METHODS) for b in blocks)
+    if (
+        isinstance(backbone, Gemma4Backbone)
+        or ("Qwen" in name and windows)
+        or not knows
+    ):
         raise ValueError(
-            "`linear_memory_attention` does not know the masks of Gemma 4, nor "
-            f"those of Qwen with a sliding window. Received: {name}"
+            "`linear_memory_attention` knows the masks of the families in "
+            "KerasHub except Gemma 4 and Qwen with a sliding window. "
+            f"Received: {name}"
         )
     if getattr(backbone, "dropout", 0.0):
         raise ValueError(

@@ -18,7 +18,7 @@ GUIDE = pathlib.Path(__file__).parents[2] / "guides" / "distill_gemma3.py"
 
 # A process that compiles for a minute: one backend is enough by default.
 pytestmark = (
-    [] if keras.backend.backend() == "jax" else [pytest.mark.extra_large]
+    [] if keras.backend.backend() == "torch" else [pytest.mark.extra_large]
 )
 
 
