@@ -126,6 +126,7 @@ def test_public_names():
         "MultiImagePaliGemmaCausalLM",
         "PositionStretching",
         "ResumableTraining",
+        "StoredTeacher",
         "attach_gain_modulation",
         "draw_haystacks",
         "effective_window",
@@ -133,9 +134,12 @@ def test_public_names():
         "evaluate_haystacks",
         "fold_gain_modulation",
         "group_optimizer",
+        "linear_memory_attention",
+        "plan",
         "presets",
         "rotary_positions",
         "self_extend",
+        "store_teacher",
         "yarn",
     ]
     for name in keras_laid.__all__:

@@ -72,7 +72,11 @@ def distil(teacher, data, preprocessor, **kwargs):
     distiller = DistanceWeightedAttentionDistillation(
         teacher, student, **arguments | kwargs
     )
-    distiller.compile(keras.optimizers.SGD(0.1), jit_compile=False)
+    # A few steps: TensorFlow takes longer to make a graph of them.
+    distiller.compile(
+        keras.optimizers.SGD(0.1),
+        run_eagerly=keras.backend.backend() == "tensorflow",
+    )
     history = distiller.fit(data, epochs=2, shuffle=False, verbose=0).history
     return history, distiller
 
