@@ -135,6 +135,12 @@ def peak_bytes():
             peak = torch.cuda.max_memory_allocated()
             torch.cuda.reset_peak_memory_stats()  # To what is held now.
             return peak
+    if BACKEND == "jax":
+        import jax
+
+        statistics = jax.devices()[0].memory_stats()
+        if statistics:  # Of a GPU: since the process began.
+            return statistics["peak_bytes_in_use"]
     process = pathlib.Path("/proc/self")
     status = (process / "status").read_text()
     (process / "clear_refs").write_text("5")

@@ -1,12 +1,16 @@
 """One training step: ours, `keras.distillation.Distiller`'s, and plain SFT.
 
     KERAS_BACKEND=jax python -m benchmarks.training_step
+    KERAS_BACKEND=jax python -m benchmarks.training_step --dtype bfloat16 \\
+        --width 2048 --layers 18 --tokens 8192 --rematerialize  # On a GPU.
 
 Appends rows to `benchmarks/results/training_step.csv`: the time of a step and
 what it takes of memory beyond weights and optimizer, for a student and a
 teacher of PaliGemma's shape, by default at a quarter of its width with four
 layers and its whole vocabulary. Each method has a process of its own; rounds of
-all methods alternate, and a row is the median of a method's rounds.
+all methods alternate, and a row is the median of a method's rounds. The
+floating-point operations of a step are counted from the shapes, without what is
+computed twice; their share of what the device can do is its utilisation.
 
 - `keras_laid`: attention, logits and supervised terms.
 - `keras_distiller`: logits and the features of the last layer, supervised.
@@ -29,6 +33,15 @@ PATH = rows.RESULTS / "training_step.csv"
 BACKEND = keras.backend.backend()
 METHODS = ("keras_laid", "keras_distiller", "sft", "teacher_forward")
 IMAGE_TOKENS = 256
+# Of the teacher's and the student's forward and backward passes, in forwards.
+PASSES = {
+    "keras_laid": 1 + 3,
+    "keras_distiller": 1 + 3,
+    "sft": 3,
+    "teacher_forward": 1,
+}
+# Dense bfloat16 operations per second, by the maker.
+PEAK = {"H100": 989e12, "H200": 989e12}
 
 
 def make_model(args):
@@ -51,6 +64,16 @@ def make_model(args):
     return keras_hub.models.PaliGemmaCausalLM(
         backbone=backbone, preprocessor=None
     )
+
+
+def operations(method, args):
+    """Floating-point operations of a step, in the decoder and its logits."""
+    width, tokens = args.width, args.tokens
+    # Queries and outputs, one head of keys and values, gated feedforward.
+    weights = 2 * width**2 + 2 * width * (width // 8) + 3 * width * 8 * width
+    of_token = args.layers * (2 * weights + 4 * tokens * width)
+    logits = 2 * args.response * width * args.vocabulary
+    return PASSES[method] * (tokens * of_token + logits)
 
 
 def make_batch(args):
@@ -121,6 +144,8 @@ def make_step(method, args):
             distance_weighting=keras_laid.DistanceWeighting(
                 strength=4.0, schedule="constant"
             ),
+            rematerialize=args.rematerialize,
+            linear_memory=args.linear_memory,
         )
         trained.compile(optimizer)
     optimizer.build(trained.trainable_variables)
@@ -161,6 +186,7 @@ def forward_of(model, x):
 
 def measure(method, args):
     """Milliseconds of a step and its mebibytes, in this process."""
+    keras.config.set_dtype_policy(args.dtype)
     step = make_step(method, args)
     measuring.peak_bytes()  # What making the models took is past.
     before = measuring.peak_bytes()
@@ -183,6 +209,9 @@ def main():
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--vocabulary", type=int, default=257152)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--rematerialize", action="store_true")
+    parser.add_argument("--linear_memory", action="store_true")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--one", help="measure this one here, and print it")
@@ -198,12 +227,17 @@ def main():
             "layers",
             "width",
             "vocabulary",
+            "dtype",
             "repeats",
         )
+    }
+    switches = {
+        name: getattr(args, name) for name in ("rematerialize", "linear_memory")
     }
     flags = [
         part for name in settings for part in (f"--{name}", settings[name])
     ]
+    flags += [f"--{name}" for name, is_on in switches.items() if is_on]
     measured = {method: [] for method in args.methods}
     for _ in range(args.rounds):
         for method, rounds in measured.items():
@@ -214,16 +248,27 @@ def main():
             )
             print(method, rounds[-1], flush=True)
     for method, rounds in measured.items():
+        ms, peak_mib = (
+            float(np.median([each[name] for each in rounds]))
+            for name in ("ms", "peak_mib")
+        )
+        provenance = measuring.provenance()
+        per_second = operations(method, args) / ms * 1e3
+        peak = next(
+            (PEAK[name] for name in PEAK if name in provenance["device"]), None
+        )
         row = {
             "backend": BACKEND,
             "method": method,
             **settings,
+            **switches,
             "rounds": args.rounds,
-            **{
-                name: float(np.median([each[name] for each in rounds]))
-                for name in ("ms", "peak_mib")
-            },
-            **measuring.provenance(),
+            "ms": ms,
+            "peak_mib": peak_mib,
+            "tokens_per_s": round(args.tokens / ms * 1e3, 1),
+            "tflops_per_s": round(per_second / 1e12, 4),
+            "utilisation": peak and round(per_second / peak, 3),
+            **provenance,
         }
         rows.append_row(PATH, row)
 
