@@ -2,8 +2,8 @@
 
     python -m benchmarks.memory_plan
 
-Prints the plans and writes them to `benchmarks/results/memory_plan.csv`. No
-weight is allocated.
+Prints the plans and writes `benchmarks/results/memory_plan.csv` anew. No weight
+is allocated.
 """
 
 import functools
@@ -65,6 +65,7 @@ IMAGES = 32  # Of 256 tokens.
 
 
 def main():
+    RESULTS.unlink(missing_ok=True)
     for name, (mesh_shape, memory) in DEVICES.items():
         for size in ("10B", "28B"):
             teacher, student = (

@@ -261,7 +261,11 @@ def main():
             "backend": BACKEND,
             "method": method,
             **settings,
-            **switches,
+            # The others have none.
+            **{
+                name: is_on and method == "keras_laid"
+                for name, is_on in switches.items()
+            },
             "rounds": args.rounds,
             "ms": ms,
             "peak_mib": peak_mib,

@@ -96,13 +96,13 @@ def check_linear_memory(model):
     backbone = decoder.backbone_of(model)
     name = type(backbone).__name__
     windows = any(layer.window for layer in attention_layers(model))
-    # Qwen's window depends on the backend: fused attention drops it.
     blocks = [
         backbone.transformer_layers[layer.index]
         for layer in attention_layers(model)
         if layer.kind != "linear"
     ]
     knows = all(any(hasattr(b, n) for n in MASK_METHODS) for b in blocks)
+    # Qwen's window depends on the backend: fused attention drops it.
     if (
         isinstance(backbone, Gemma4Backbone)
         or ("Qwen" in name and windows)

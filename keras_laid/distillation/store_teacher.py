@@ -108,9 +108,8 @@ def store_teacher(
     model = Targets(teacher, settings)
     first_epoch = getattr(data, "epoch", None)
     try:
-        with tqdm(
-            total=len(missing) * batches_per_shard, unit="batch"
-        ) as progress:
+        total = sum(len(batches_of(settings, number)) for number in missing)
+        with tqdm(total=total, unit="batch") as progress:
             for number in missing:
                 write_shard(model, data, folder, settings, number, progress)
     finally:
@@ -170,6 +169,12 @@ def is_complete(shard):
     return shard.is_file() and stored_teacher.sidecar(shard).is_file()
 
 
+def batches_of(settings, number):
+    """The range of batches, over all epochs, that a shard holds."""
+    size = settings["batches_per_shard"]
+    return range(settings["batches"])[number * size : (number + 1) * size]
+
+
 def write_shard(model, data, folder, settings, number, progress):
     array_record, _ = stored_teacher.file_formats()
     shard = stored_teacher.shard_path(folder, settings, number)
@@ -178,17 +183,14 @@ def write_shard(model, data, folder, settings, number, progress):
         str(new), "group_size:1,uncompressed"
     )
     batches = []
-    first = number * settings["batches_per_shard"]
-    last = min(first + settings["batches_per_shard"], settings["batches"])
-    for index in range(first, last):
+    for index in batches_of(settings, number):
         epoch, of_epoch = divmod(index, len(data))
         if hasattr(data, "epoch"):
             data.epoch = epoch
-        batch = data[of_epoch]
-        records, tokens = model.records(batch)
+        x, marked = stored_teacher.inputs_and_marked(data[of_epoch])
+        records, tokens = model.records(x, marked)
         for record in records:
             writer.write(record)
-        x, marked = stored_teacher.inputs_and_marked(batch)
         batches.append(
             {
                 "fingerprint": stored_teacher.fingerprint(x, marked),
@@ -228,9 +230,7 @@ class Targets(keras.Model):
             outputs[f"key_{index}"] = ops.cast(of_layer.key, "float32")
         if self.settings["top_k"]:
             top = self.top_logits(unembedding, marked)
-            outputs |= dict(
-                zip(stored_teacher.TOP_LOGITS, top[:3], strict=True)
-            )
+            outputs |= dict(zip(stored_teacher.TOP_LOGITS, top, strict=True))
         return outputs
 
     def top_logits(self, unembedding, marked):
@@ -254,10 +254,9 @@ class Targets(keras.Model):
             for each in ops.map(of_block, ops.moveaxis(blocks, 1, 0))
         ]
 
-    def records(self, batch):
+    def records(self, x, marked):
         """The examples of a batch as bytes, and how many tokens they have."""
         _, safetensors = stored_teacher.file_formats()
-        x, marked = stored_teacher.inputs_and_marked(batch)
         counts = marked.sum(axis=1)
         slots = max(1, -(-counts.max() // ROWS)) * ROWS
         # In each example, those that are marked come first.
