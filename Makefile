@@ -2,10 +2,17 @@
 PYTHON ?= python3.11
 GUIDE_ENV := .venv-guide
 TEST_ENV := .venv
+DOCS_ENV := .venv-docs
+PACKAGE_ENV := .venv-package
 QUIET := TF_CPP_MIN_LOG_LEVEL=3
 ARGS ?=
 
-.PHONY: guide test test-all format check
+# Where `make reproduce-all` puts its rows, apart from those committed.
+REPRODUCED ?= runs/reproduced
+
+# What failed half-way is no target.
+.DELETE_ON_ERROR:
+.PHONY: guide test test-all format check docs package reproduce reproduce-all
 
 guide: $(GUIDE_ENV)/ready
 	$(QUIET) KERAS_BACKEND=jax $(GUIDE_ENV)/bin/python guides/distill_paligemma.py $(ARGS)
@@ -23,6 +30,47 @@ test-all: $(TEST_ENV)/ready
 			-m "extra_large or not extra_large" || exit 1; \
 	done
 
+# Tables and figures of all texts, from the rows there are.
+reproduce: $(TEST_ENV)/ready
+	$(QUIET) KERAS_BACKEND=jax $(TEST_ENV)/bin/python -m benchmarks.report
+
+# The rows that a CPU can make, in days; tables are then drawn from them by
+# `RESULTS=$(REPRODUCED) python -m benchmarks.report`. Benchmarks that are done are
+# not run again; the training runs go on where they stopped.
+BENCHMARKS := memory_plan logits_divergence attention_divergence \
+	input_pipeline training_step
+BACKENDS_input_pipeline := jax tensorflow torch
+BACKENDS_attention_divergence := jax tensorflow torch
+BACKENDS_logits_divergence := jax torch
+BACKENDS_training_step := jax torch
+OPTIONS_attention_divergence := "--implementations definition chunked"
+LONG_PROMPT := --width 128 --vocabulary 4096 --tokens 4096 --methods keras_laid
+OPTIONS_training_step := "" "$(LONG_PROMPT)" "$(LONG_PROMPT) --linear_memory" \
+	"$(LONG_PROMPT) --linear_memory --rematerialize"
+STUDIES := short_200 long_200 far_200 unlabelled_200
+
+$(REPRODUCED)/%.csv: export RESULTS = $(REPRODUCED)
+$(REPRODUCED)/%.csv: | $(TEST_ENV)/ready
+	$(TEST_ENV)/bin/pip install --quiet -c constraints.txt -e ".[benchmarks]"
+	for backend in $(or $(BACKENDS_$*),jax); do \
+		for options in $(or $(OPTIONS_$*),""); do \
+			$(QUIET) KERAS_BACKEND=$$backend $(TEST_ENV)/bin/python \
+				-m benchmarks.$* $$options || exit 1; \
+		done; \
+	done
+
+reproduce-all: export RESULTS = $(REPRODUCED)
+reproduce-all: $(BENCHMARKS:%=$(REPRODUCED)/%.csv)
+	$(QUIET) KERAS_BACKEND=jax $(TEST_ENV)/bin/python -m benchmarks.compare_methods
+	for study in $(STUDIES); do \
+		for step in "--tune" "" ; do \
+			$(QUIET) KERAS_BACKEND=jax $(TEST_ENV)/bin/python \
+				-m benchmarks.window_extension --config $$study $$step || exit 1; \
+		done; \
+		$(QUIET) KERAS_BACKEND=jax $(TEST_ENV)/bin/python \
+			-m benchmarks.window_extension.spectra --config $$study || exit 1; \
+	done
+
 format: $(TEST_ENV)/ready
 	$(TEST_ENV)/bin/ruff check --fix .
 	$(TEST_ENV)/bin/ruff format .
@@ -30,6 +78,19 @@ format: $(TEST_ENV)/ready
 check: $(TEST_ENV)/ready
 	$(TEST_ENV)/bin/ruff check .
 	$(TEST_ENV)/bin/ruff format --check .
+	$(TEST_ENV)/bin/mypy
+
+docs: $(DOCS_ENV)/ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS_ENV)/bin/mkdocs build --strict
+	$(DOCS_ENV)/bin/python docs/check_site.py $(ARGS)
+
+# The wheel is tried where the sources cannot be imported.
+package: $(PACKAGE_ENV)/ready
+	rm -rf dist build
+	$(PACKAGE_ENV)/bin/python -m build
+	$(PACKAGE_ENV)/bin/twine check --strict dist/*
+	$(PACKAGE_ENV)/bin/pip install --quiet --force-reinstall --no-deps dist/*.whl
+	$(QUIET) KERAS_BACKEND=jax $(PACKAGE_ENV)/bin/python -I tests/smoke.py
 
 $(GUIDE_ENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(GUIDE_ENV)
@@ -39,4 +100,14 @@ $(GUIDE_ENV)/ready: pyproject.toml constraints.txt
 $(TEST_ENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(TEST_ENV)
 	$(TEST_ENV)/bin/pip install --quiet -c constraints.txt -e ".[jax,tensorflow,torch,haystacks,test]"
+	touch $@
+
+$(DOCS_ENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DOCS_ENV)
+	$(DOCS_ENV)/bin/pip install --quiet -c constraints.txt -e ".[docs]"
+	touch $@
+
+$(PACKAGE_ENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(PACKAGE_ENV)
+	$(PACKAGE_ENV)/bin/pip install --quiet -c constraints.txt ".[jax,package]"
 	touch $@

@@ -9,7 +9,6 @@ take turns, an epoch each, and are compared with batches made beforehand.
 """
 
 import argparse
-import csv
 import time
 
 import grain
@@ -115,7 +114,7 @@ def main():
             if epoch:  # The first compiles.
                 times[name].append(took)
     per_step = {n: float(np.median(t)) / args.steps for n, t in times.items()}
-    rows = [
+    found = [
         {
             "backend": keras.backend.backend(),
             "feeder": name,
@@ -135,24 +134,12 @@ def main():
         }
         for name in feeders
     ]
-    write_rows(rows)
-
-
-def write_rows(rows):
-    """Replaces the rows of this backend."""
-    kept = []
-    if PATH.exists():
-        with PATH.open() as file:
-            kept = [
-                row
-                for row in csv.DictReader(file)
-                if row["backend"] != keras.backend.backend()
-            ]
-    with PATH.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(kept + rows)
-    for row in rows:
+    backend = keras.backend.backend()
+    others = [row for row in rows.read_rows(PATH) if row["backend"] != backend]
+    PATH.unlink(missing_ok=True)
+    for row in [*others, *found]:
+        rows.append_row(PATH, row)
+    for row in found:
         print(row)
 
 

@@ -7,14 +7,13 @@ is allocated.
 """
 
 import functools
-import pathlib
 
 import keras_hub
 
 import keras_laid
 from benchmarks import rows
 
-RESULTS = pathlib.Path(__file__).parent / "results/memory_plan.csv"
+PATH = rows.RESULTS / "memory_plan.csv"
 # From the models' published configurations.
 COMMON = dict(
     vocabulary_size=257152,
@@ -65,7 +64,7 @@ IMAGES = 32  # Of 256 tokens.
 
 
 def main():
-    RESULTS.unlink(missing_ok=True)
+    PATH.unlink(missing_ok=True)
     for name, (mesh_shape, memory) in DEVICES.items():
         for size in ("10B", "28B"):
             teacher, student = (
@@ -86,7 +85,7 @@ def main():
             plan = keras_laid.plan(teacher, student, **settings)
             print(f"PaliGemma 2 {size} -> 3B on {name}\n{plan}\n", flush=True)
             rows.append_row(
-                RESULTS,
+                PATH,
                 dict(pair=f"{size} -> 3B", devices=name, **settings)
                 | plan.parts
                 | dict(total=plan.total, fits=plan.fits, commit=rows.commit()),

@@ -2,11 +2,13 @@
 
 import csv
 import fcntl
+import os
 import pathlib
 import platform
 import subprocess
 
-RESULTS = pathlib.Path(__file__).parent / "results"
+COMMITTED = pathlib.Path(__file__).parent / "results"
+RESULTS = pathlib.Path(os.environ.get("RESULTS", COMMITTED))
 
 
 def read_rows(path):
@@ -18,6 +20,7 @@ def read_rows(path):
 
 def append_row(path, row):
     """Adds a row; processes that share the work take turns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         writer = csv.DictWriter(file, list(row))
@@ -35,7 +38,7 @@ def is_done(path, row, names):
 def commit():
     """The commit that runs, marked where code is changed, results apart."""
     name = git("rev-parse", "--short=10", "HEAD")
-    changed = git("status", "--porcelain", "--", ".", f":(exclude){RESULTS}")
+    changed = git("status", "--porcelain", "--", ".", f":(exclude){COMMITTED}")
     return f"{name}-dirty" if changed else name
 
 

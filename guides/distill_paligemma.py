@@ -143,7 +143,7 @@ sample, _, _ = keras_laid.Haystacks(
     seed=args.seed + 2,
 )[0]
 tokens = sizes[-2] * image_length
-edges = np.linspace(0, tokens, 26).round().astype(int).tolist()
+edges = np.unique(np.linspace(0, tokens, 26).round().astype(int)).tolist()
 
 
 def attention_mass(model):

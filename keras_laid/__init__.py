@@ -1,5 +1,10 @@
 """Long-window anchoring distillation of vision-language models, for Keras 3."""
 
+# `as` says to type checkers that these are names of the package.
+from keras_laid import backbones as backbones
+from keras_laid import haystacks as haystacks
+from keras_laid import layers as layers
+from keras_laid import ops as ops
 from keras_laid import presets
 from keras_laid.backbones.gain_modulation import attach_gain_modulation
 from keras_laid.backbones.gain_modulation import fold_gain_modulation

@@ -1,8 +1,11 @@
 """Shards KerasHub models and the distiller over devices."""
 
 import re
+from typing import Any
 
 import keras
+
+from keras_laid.arguments import check_kind
 
 # Which axis of a kernel is best split, counted from the front or the back: what
 # one product puts out, the next takes in, and devices talk once for both.
@@ -36,8 +39,9 @@ class ModelParallel(keras.distribution.ModelParallel):
         **kwargs: Passed to `keras.distribution.ModelParallel`.
 
     Raises:
-        ValueError: If the mesh does not have two axes, or the backend is not
-            JAX, the only one that Keras can shard models on.
+        TypeError: If an argument is of another kind.
+        ValueError: If the mesh does not have two axes or is not the map's, or
+            the backend is not JAX, the only one that Keras can shard models on.
 
     Example:
 
@@ -50,12 +54,23 @@ class ModelParallel(keras.distribution.ModelParallel):
     ```
     """
 
-    def __init__(self, device_mesh, layout_map=None, **kwargs):
+    def __init__(
+        self,
+        device_mesh: keras.distribution.DeviceMesh,
+        layout_map: keras.distribution.LayoutMap | None = None,
+        **kwargs: Any,
+    ) -> None:
         if keras.backend.backend() != "jax":
             raise ValueError(
                 "Keras shards models over devices on JAX alone. Received: "
                 f"backend={keras.backend.backend()!r}. Set KERAS_BACKEND=jax."
             )
+        check_kind(
+            "device_mesh",
+            device_mesh,
+            keras.distribution.DeviceMesh,
+            "a `keras.distribution.DeviceMesh`",
+        )
         if len(device_mesh.shape) != 2:
             raise ValueError(
                 "`device_mesh` must have an axis of data and one of model. "
@@ -64,10 +79,24 @@ class ModelParallel(keras.distribution.ModelParallel):
             )
         if layout_map is None:
             layout_map = keras.distribution.LayoutMap(device_mesh)
+        check_kind(
+            "layout_map",
+            layout_map,
+            keras.distribution.LayoutMap,
+            "a `keras.distribution.LayoutMap`",
+        )
+        if layout_map.device_mesh is not device_mesh:
+            raise ValueError(
+                "`layout_map` must be one of `device_mesh`. "
+                f"Received: a map of {layout_map.device_mesh}, "
+                f"device_mesh={device_mesh}"
+            )
         super().__init__(layout_map=layout_map, **kwargs)
         self.layout_map = layout_map
 
-    def get_variable_layout(self, variable):
+    def get_variable_layout(
+        self, variable: keras.Variable
+    ) -> keras.distribution.TensorLayout:
         """The `keras.distribution.TensorLayout` of a variable."""
         given = getattr(variable, "_layout", None) is not None
         if given or self.layout_map[variable.path] is not None:
@@ -81,7 +110,7 @@ class ModelParallel(keras.distribution.ModelParallel):
         return keras.distribution.TensorLayout(axes, self.device_mesh)
 
 
-def split_axis(path, shape, devices):
+def split_axis(path: str, shape: tuple[int, ...], devices: int) -> int | None:
     """The axis of a variable to split over devices, or `None` for none.
 
     Args:

@@ -3,10 +3,15 @@
 import concurrent.futures
 import dataclasses
 import math
+from collections.abc import Callable
+from collections.abc import Sequence
 
 import keras
 import keras_hub
 
+from keras_laid.arguments import check_indices
+from keras_laid.arguments import check_integer
+from keras_laid.arguments import check_number
 from keras_laid.backbones import attention_layers
 from keras_laid.backbones.decoder import backbone_of
 from keras_laid.backbones.decoder import global_layers
@@ -39,18 +44,19 @@ class Stack:
 class Blueprint:
     """A model's shapes, without its weights."""
 
-    variables: list  # Tuples of path, shape, dtype, and whether it is trained.
-    stacks: list
+    # Path, shape, dtype, and whether it is trained.
+    variables: list[tuple[str, tuple[int, ...], str, bool]]
+    stacks: list[Stack]
     compute_dtype: str
     vocabulary: int
     width: int
     captured: int  # Numbers of a token in one layer's queries and keys.
 
     @property
-    def parameters(self):
+    def parameters(self) -> int:
         return sum(math.prod(shape) for _, shape, _, _ in self.variables)
 
-    def bytes(self, devices, trained_only=False):
+    def bytes(self, devices: int, trained_only: bool = False) -> int:
         """Bytes of the weights on one of the devices that share the model."""
         total = 0
         for path, shape, dtype, trained in self.variables:
@@ -61,12 +67,12 @@ class Blueprint:
             total += math.prod(shape) * BYTES[dtype] // share
         return total
 
-    def kept(self):
+    def kept(self) -> int:
         """Bytes that an example leaves for the backward pass: block inputs."""
         numbers = sum(s.layers * s.tokens * s.width for s in self.stacks)
         return numbers * BYTES[self.compute_dtype]
 
-    def at_work(self, devices, backward):
+    def at_work(self, devices: int, backward: bool) -> int:
         """Bytes of an example inside one block, of the largest kind."""
         numbers = max(
             s.tokens * (2 * s.width + -(-s.inner // devices))
@@ -88,22 +94,22 @@ class MemoryPlan:
         mesh_shape: Tuple of two integers.
     """
 
-    parts: dict
+    parts: dict[str, int]
     teacher_parameters: int
     student_parameters: int
-    mesh_shape: tuple
+    mesh_shape: tuple[int, int]
     memory: float | None = None
 
     @property
-    def total(self):
+    def total(self) -> int:
         return sum(self.parts.values())
 
     @property
-    def fits(self):
+    def fits(self) -> bool:
         """Whether the total is no more than a device has."""
         return self.memory is None or self.total <= self.memory
 
-    def __str__(self):
+    def __str__(self) -> str:
         batch, model = self.mesh_shape
         lines = [
             f"{self.teacher_parameters / 1e9:.2f}B -> "
@@ -123,18 +129,18 @@ class MemoryPlan:
 
 
 def plan(
-    teacher,
-    student,
-    image_tokens,
-    text_tokens,
-    batch_size=1,
-    mesh_shape=(1, 1),
-    memory=None,
-    teacher_dtype="bfloat16",
-    student_dtype="mixed_bfloat16",
-    optimizer_slots=2,
-    matched_layers=1,
-):
+    teacher: str | keras.Model | Callable[[], keras.Model],
+    student: str | keras.Model | Callable[[], keras.Model],
+    image_tokens: int,
+    text_tokens: int,
+    batch_size: int = 1,
+    mesh_shape: Sequence[int] = (1, 1),
+    memory: float | None = None,
+    teacher_dtype: str = "bfloat16",
+    student_dtype: str = "mixed_bfloat16",
+    optimizer_slots: int = 2,
+    matched_layers: int = 1,
+) -> MemoryPlan:
     """Computes the memory of each device for distilling a pair of models.
 
     No weight is allocated. Weights, gradients and the optimizer's state are
@@ -168,6 +174,7 @@ def plan(
         A `MemoryPlan`.
 
     Raises:
+        TypeError: If an argument is of another kind.
         ValueError: If a number is not positive, or a model's family is unknown.
 
     Example:
@@ -186,6 +193,12 @@ def plan(
     )
     ```
     """
+    mesh_shape = tuple(check_indices("mesh_shape", mesh_shape))
+    if len(mesh_shape) != 2:
+        raise ValueError(
+            "`mesh_shape` must be two integers: over how many devices a batch "
+            f"is split, and the models. Received: mesh_shape={mesh_shape}"
+        )
     batch_axis, model_axis = mesh_shape
     for name, value, least in (
         ("image_tokens", image_tokens, 0),
@@ -195,14 +208,15 @@ def plan(
         ("optimizer_slots", optimizer_slots, 0),
         ("matched_layers", matched_layers, 0),
     ):
-        if value < least:
-            raise ValueError(
-                f"`{name}` must be at least {least}. Received: {name}={value}"
-            )
+        check_integer(name, value, least)
+    if memory is not None:
+        check_number("memory", memory, "(0, inf)")
+    check_dtype_policy("teacher_dtype", teacher_dtype)
+    check_dtype_policy("student_dtype", student_dtype)
     if batch_size % batch_axis:
         raise ValueError(
             "The batch must be split evenly. Received: "
-            f"batch_size={batch_size}, mesh_shape={tuple(mesh_shape)}"
+            f"batch_size={batch_size}, mesh_shape={mesh_shape}"
         )
     of_teacher, of_student = (
         blueprint(model, dtype, image_tokens, text_tokens)
@@ -241,26 +255,48 @@ def plan(
         },
         teacher_parameters=of_teacher.parameters,
         student_parameters=of_student.parameters,
-        mesh_shape=tuple(mesh_shape),
+        mesh_shape=(batch_axis, model_axis),
         memory=memory,
     )
 
 
-def blueprint(model, dtype, image_tokens, text_tokens):
+def check_dtype_policy(name: str, policy: str) -> None:
+    known = keras.dtype_policies.get(policy)
+    if policy is None or known.variable_dtype not in BYTES:
+        raise ValueError(
+            f"`{name}` must be the name of a dtype policy with weights in one "
+            f"of {list(BYTES)}. Received: {name}={policy!r}"
+        )
+
+
+def blueprint(
+    model: str | keras.Model | Callable[[], keras.Model],
+    dtype: str,
+    image_tokens: int,
+    text_tokens: int,
+) -> Blueprint:
     """The `Blueprint` of a model, of a preset, or of what a function builds."""
     if isinstance(model, keras.Model):
         return blueprint_of_built(model, image_tokens, text_tokens)
+    if isinstance(model, keras.layers.Layer) or not (
+        isinstance(model, str) or callable(model)
+    ):
+        raise TypeError(
+            "A model must be a KerasHub model, the name or folder of a preset, "
+            "or a function that returns a model. "
+            f"Received: {type(model).__name__}"
+        )
     if isinstance(model, str):
         name = model
 
-        def model():
+        def model() -> keras.Model:
             return keras_hub.models.Backbone.from_preset(
                 name, load_weights=False
             )
 
     # Variables made in a stateless scope have no values. Keras would give them
     # some later, but only to those of the same thread.
-    def build():
+    def build() -> Blueprint:
         keras.config.set_dtype_policy(dtype)
         with keras.StatelessScope(initialize_variables=False):
             return blueprint_of_built(model(), image_tokens, text_tokens)
@@ -269,7 +305,9 @@ def blueprint(model, dtype, image_tokens, text_tokens):
         return thread.submit(build).result()
 
 
-def blueprint_of_built(model, image_tokens, text_tokens):
+def blueprint_of_built(
+    model: keras.Model, image_tokens: int, text_tokens: int
+) -> Blueprint:
     backbone = backbone_of(model)
     layers = attention_layers(model)
     last = layers[global_layers(model)[-1]]
@@ -294,14 +332,14 @@ def blueprint_of_built(model, image_tokens, text_tokens):
     )
 
 
-def vision_stacks(backbone, image_tokens):
+def vision_stacks(backbone: keras.Model, image_tokens: int) -> list[Stack]:
     """The vision encoder's blocks, by the names that the families use."""
     if not image_tokens:
         return []
     encoder = getattr(backbone, "vision_encoder", None)
     config = backbone.get_config() if encoder is None else encoder.get_config()
 
-    def find(*names):
+    def find(*names: str) -> int:
         return next(config[name] for name in names if name in config)
 
     width = find("vit_hidden_dim", "hidden_dim", "hidden_size")

@@ -46,7 +46,8 @@ PALI_GEMMA_2 = dict(
 )
 
 
-def make_preprocessor():
+def make_preprocessor(**kwargs):
+    """A preprocessor; `kwargs` go to the trainer of its tokenizer."""
     sentences = [question(a, b) for a in NAMES for b in NAMES] + ["yes", "no"]
     proto = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -64,6 +65,7 @@ def make_preprocessor():
         bos_piece="<bos>",
         unk_piece="<unk>",
         minloglevel=2,
+        **kwargs,
     )
     return keras_hub.models.PaliGemmaCausalLMPreprocessor(
         keras_hub.models.PaliGemmaTokenizer(proto=proto.getvalue()),

@@ -13,7 +13,6 @@ can share the work.
 """
 
 import argparse
-import pathlib
 import time
 
 import keras
@@ -27,7 +26,7 @@ from benchmarks.window_extension.settings import names_of_configs
 from benchmarks.window_extension.settings import read_settings
 from keras_laid.haystacks import draw_haystacks
 
-RESULTS = pathlib.Path(__file__).parents[1] / "results/window_extension.csv"
+PATH = rows.RESULTS / "window_extension.csv"
 SIZES = (1, 2, 5, 10, 20, 50, 100, 150)
 QUESTIONS = 256  # At each size.
 TUNING_SEED = 100
@@ -101,7 +100,7 @@ def best_learning_rate(settings, method):
         float(row["learning_rate"]): sum(
             float(row[f"accuracy_{size}"]) for size in SIZES
         )
-        for row in rows.read_rows(RESULTS)
+        for row in rows.read_rows(PATH)
         if row["config"] == settings.name
         and row["method"] == method
         and row["split"] == "validation"
@@ -142,11 +141,11 @@ def main():
         ]
     for number, (name, seed, split, rate) in enumerate(runs, 1):
         key = (settings.name, name, seed, split, rate)
-        if rows.is_done(RESULTS, dict(zip(KEY, key, strict=True)), KEY):
+        if rows.is_done(PATH, dict(zip(KEY, key, strict=True)), KEY):
             continue
         print(f"Run {number} of {len(runs)}: {key}", flush=True)
         row = run(settings, name, seed, split, rate)
-        rows.append_row(RESULTS, row)
+        rows.append_row(PATH, row)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ and heads, on test haystacks of 100 images.
 """
 
 import argparse
-import pathlib
 
 import keras
 import numpy as np
@@ -23,9 +22,7 @@ from benchmarks.window_extension.settings import names_of_configs
 from benchmarks.window_extension.settings import read_settings
 from keras_laid import spectral
 
-RESULTS = pathlib.Path(__file__).parents[1] / (
-    "results/window_extension_spectra.csv"
-)
+PATH = rows.RESULTS / "window_extension_spectra.csv"
 KEY = ("config", "method", "seed")
 IMAGES = 100
 QUESTIONS = 64
@@ -103,7 +100,7 @@ def main():
     teacher = study.load(keras_laid.presets.TEACHER)
     for name, seed, model in students(settings, names, args.seeds):
         row = dict(config=settings.name, method=name, seed=seed)
-        if rows.is_done(RESULTS, row, KEY):
+        if rows.is_done(PATH, row, KEY):
             continue
         scope = study.untouched
         if name in study.METHODS:
@@ -120,7 +117,7 @@ def main():
             machine=rows.machine(),
         )
         print(row, flush=True)
-        rows.append_row(RESULTS, row)
+        rows.append_row(PATH, row)
 
 
 if __name__ == "__main__":

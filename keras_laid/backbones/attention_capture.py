@@ -2,6 +2,11 @@
 
 import contextlib
 import functools
+from collections.abc import Callable
+from collections.abc import Collection
+from collections.abc import Iterator
+from collections.abc import Mapping
+from typing import Any
 
 import keras
 from keras import ops
@@ -10,14 +15,18 @@ from keras_hub.models import PaliGemmaBackbone
 
 from keras_laid.backbones.decoder import backbone_of
 from keras_laid.backbones.decoder import replaced_method
+from keras_laid.backbones.families import AttentionLayer
 from keras_laid.backbones.families import attention_layers
 from keras_laid.backbones.self_extend import SelfExtendedAttention
 from keras_laid.ops.attention import Attention
 from keras_laid.ops.attention import AttentionMask
+from keras_laid.typing import Tensor
 
 
 @contextlib.contextmanager
-def captured_attention(model, layers):
+def captured_attention(
+    model: keras.Model, layers: Collection[int]
+) -> Iterator[dict[int, Attention]]:
     """Scope that collects queries and keys of a model's decoder layers.
 
     Args:
@@ -36,7 +45,7 @@ def captured_attention(model, layers):
     under `keras.RematScope`, and it is left as it was, also when its call
     raises.
     """
-    captured = {}
+    captured: dict[int, Attention] = {}
     known = attention_layers(model)
     blocks = backbone_of(model).transformer_layers
     with contextlib.ExitStack() as stack:
@@ -60,7 +69,9 @@ def captured_attention(model, layers):
         yield captured
 
 
-def run_capturing(model, inputs, layers):
+def run_capturing(
+    model: keras.Model, inputs: dict[str, Tensor], layers: Collection[int]
+) -> list[Attention]:
     """Runs a model once, without gradients, for its queries and keys.
 
     Args:
@@ -76,7 +87,7 @@ def run_capturing(model, inputs, layers):
     return [captured[layer] for layer in layers]
 
 
-def no_gradients():
+def no_gradients() -> contextlib.AbstractContextManager[Any]:
     """Scope in which torch keeps no activations; the others never do."""
     if keras.backend.backend() == "torch":
         import torch
@@ -85,7 +96,9 @@ def no_gradients():
     return contextlib.nullcontext()
 
 
-def capturing(layer, captured):
+def capturing(
+    layer: AttentionLayer, captured: dict[int, Attention]
+) -> Callable[..., Tensor]:
     """The layer's `_compute_attention`, writing down what it is given."""
     compute_attention = layer.layer._compute_attention
     if isinstance(compute_attention, SelfExtendedAttention):
@@ -96,7 +109,9 @@ def capturing(layer, captured):
             "scope."
         )
 
-    def compute_and_capture(query, key, *args, **kwargs):
+    def compute_and_capture(
+        query: Tensor, key: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
         # Most families have repeated each key head for its query heads.
         repeats = key.shape[2] // layer.num_key_value_heads
         captured[layer.index] = Attention(
@@ -108,21 +123,27 @@ def capturing(layer, captured):
     return compute_and_capture
 
 
-def rematerializing(part, index, captured):
+def rematerializing(
+    part: keras.layers.Layer, index: int, captured: dict[int, Attention]
+) -> Callable[..., Callable[..., Tensor]]:
     """`rematerialized_call`, which also returns what is captured inside.
 
     What a rematerialised function computes may leave it as an output alone.
     """
     rematerialized_call = part.rematerialized_call
 
-    def call(layer_call, *args, **kwargs):
-        def call_and_return(*args, **kwargs):
+    def call(
+        layer_call: Callable[..., Tensor], *args: Any, **kwargs: Any
+    ) -> Callable[..., Tensor]:
+        def call_and_return(
+            *args: Any, **kwargs: Any
+        ) -> tuple[Tensor, Tensor, Tensor]:
             outputs = layer_call(*args, **kwargs)
             attention = captured[index]
             return outputs, attention.query, attention.key
 
         @functools.wraps(layer_call)
-        def call_and_capture(*args, **kwargs):
+        def call_and_capture(*args: Any, **kwargs: Any) -> Tensor:
             outputs, query, key = rematerialized(*args, **kwargs)
             attention = captured[index]
             captured[index] = attention._replace(query=query, key=key)
@@ -134,7 +155,12 @@ def rematerializing(part, index, captured):
     return call
 
 
-def attention_mask(model, inputs, key_length, row_index):
+def attention_mask(
+    model: keras.Model,
+    inputs: Mapping[str, Tensor],
+    key_length: int,
+    row_index: Tensor,
+) -> AttentionMask:
     """The mask of a model's layers with full attention, in linear memory.
 
     Args:
@@ -163,7 +189,12 @@ def attention_mask(model, inputs, key_length, row_index):
     )
 
 
-def prefix_mask(inputs, present, key_length, row_index):
+def prefix_mask(
+    inputs: Mapping[str, Tensor],
+    present: Tensor,
+    key_length: int,
+    row_index: Tensor,
+) -> AttentionMask:
     """PaliGemma's: every row sees images and prompt, later ones responses."""
     response_mask = ops.cast(inputs["response_mask"], "bool")
     prompt = ops.logical_and(present, ops.logical_not(response_mask))
@@ -180,7 +211,7 @@ def prefix_mask(inputs, present, key_length, row_index):
     )
 
 
-def sees_whole_images(model):
+def sees_whole_images(model: keras.Model) -> bool:
     """Whether tokens of an image see later ones of it, in global layers.
 
     Gemma 4's do in its local layers alone.
@@ -188,14 +219,14 @@ def sees_whole_images(model):
     return isinstance(backbone_of(model), Gemma3Backbone)
 
 
-def numbered_runs(mask):
+def numbered_runs(mask: Tensor) -> Tensor:
     """Numbers each run of ones from 1; 0 is outside of all."""
     mask = ops.cast(mask, "int32")
     starts = ops.maximum(mask[:, 1:] - mask[:, :-1], 0)
     return mask * ops.cumsum(ops.concatenate([mask[:, :1], starts], 1), axis=1)
 
 
-def text_rows(inputs):
+def text_rows(inputs: Mapping[str, Tensor]) -> Tensor:
     """Which of the tokens in `"token_ids"` are text.
 
     Args:

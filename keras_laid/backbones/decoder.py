@@ -1,10 +1,20 @@
 """What every tool that reaches into a KerasHub decoder needs."""
 
 import contextlib
+from collections.abc import Iterator
+from collections.abc import Sequence
+from typing import Any
 
+import keras
 from keras_hub.models import PaliGemmaBackbone
 
+from keras_laid.arguments import check_dtype
+from keras_laid.arguments import check_indices
+from keras_laid.arguments import check_kind
+from keras_laid.arguments import check_shape
+from keras_laid.backbones.families import AttentionLayer
 from keras_laid.backbones.families import attention_layers
+from keras_laid.typing import Tensor
 
 # By their names in any family.
 IMAGE_ATTRIBUTES = (
@@ -16,14 +26,16 @@ IMAGE_ATTRIBUTES = (
     "spatial_merge_size",
     "temporal_patch_size",
 )
+# Inputs with a number for each of the token ids.
+TOKEN_MASKS = ("padding_mask", "response_mask", "vision_mask")
 
 
-def backbone_of(model):
+def backbone_of(model: keras.Model) -> keras.Model:
     """The backbone of a task, or the backbone itself."""
     return getattr(model, "backbone", model)
 
 
-def pali_gemma_backbone_of(model):
+def pali_gemma_backbone_of(model: keras.Model) -> PaliGemmaBackbone:
     """The `PaliGemmaBackbone` of a task, or the backbone itself."""
     backbone = backbone_of(model)
     if not isinstance(backbone, PaliGemmaBackbone):
@@ -36,12 +48,12 @@ def pali_gemma_backbone_of(model):
     return backbone
 
 
-def global_layers(model):
+def global_layers(model: keras.Model) -> list[int]:
     """Indices of the layers with full attention, of which one must be."""
     return indices_of_global(attention_layers(model), backbone_of(model).name)
 
 
-def indices_of_global(layers, name):
+def indices_of_global(layers: Sequence[AttentionLayer], name: str) -> list[int]:
     """The same, of a list of `families.AttentionLayer` of a model so named."""
     indices = [layer.index for layer in layers if layer.kind == "global"]
     if not indices:
@@ -53,7 +65,7 @@ def indices_of_global(layers, name):
     return indices
 
 
-def chosen_layers(model, layers):
+def chosen_layers(model: keras.Model, layers: Sequence[int]) -> list[int]:
     """Indices of layers with full attention, checked.
 
     Args:
@@ -64,17 +76,19 @@ def chosen_layers(model, layers):
         A list of integers from 0.
 
     Raises:
+        TypeError: If `layers` is not a sequence of integers.
         ValueError: If `layers` is empty, or an index is out of range or that of
             a layer without full attention.
     """
     count = len(attention_layers(model))
+    layers = check_indices("layers", layers)
     if not len(layers) or any(not -count <= i < count for i in layers):
         raise ValueError(
             f"`layers` must be one or more indices of the model's {count} "
             f"decoder layers. Received: layers={layers!r}. "
             "Pass `(-1,)` for the last one."
         )
-    chosen = [int(i) % count for i in layers]
+    chosen = [i % count for i in layers]
     full = global_layers(model)
     if not set(chosen) <= set(full):
         raise ValueError(
@@ -85,7 +99,7 @@ def chosen_layers(model, layers):
     return chosen
 
 
-def image_layout(model):
+def image_layout(model: keras.Model) -> dict[str, Any]:
     """What decides how many tokens an image becomes, and in which order."""
     backbone = backbone_of(model)
     parts = (backbone, getattr(backbone, "vision_encoder", None))
@@ -97,12 +111,30 @@ def image_layout(model):
     }
 
 
-def input_names(model):
+def input_names(model: keras.Model) -> list[str]:
     """Names of the inputs that a model reads."""
     return list(backbone_of(model).input)
 
 
-def forget_compiled(model):
+def check_inputs(model: keras.Model, inputs: dict[str, Tensor]) -> None:
+    """Refuses inputs that lack a name, or whose shapes do not fit."""
+    check_kind("inputs", inputs, dict, "a dictionary of the model's inputs")
+    missing = [name for name in input_names(model) if name not in inputs]
+    if missing:
+        raise ValueError(
+            f"The model's inputs must have {input_names(model)}. "
+            f"Received: inputs with {list(inputs)}, without {missing}"
+        )
+    token_ids = inputs["token_ids"]
+    check_shape("token_ids", token_ids, batch=None, length=None)
+    check_dtype("token_ids", token_ids, "int")
+    batch, length = token_ids.shape
+    for name in TOKEN_MASKS:
+        if name in inputs:
+            check_shape(name, inputs[name], batch=batch, length=length)
+
+
+def forget_compiled(model: keras.Model) -> None:
     """Drops a model's and its backbone's compiled functions."""
     for part in (model, backbone_of(model)):
         part.train_function = None
@@ -113,7 +145,7 @@ def forget_compiled(model):
 
 
 @contextlib.contextmanager
-def replaced_method(layer, name, function):
+def replaced_method(layer: Any, name: str, function: Any) -> Iterator[None]:
     """Scope in which `layer.name` is `function`, for this one layer."""
     # In the instance's own dictionary: Keras tracks what `setattr` sets.
     attributes = vars(layer)

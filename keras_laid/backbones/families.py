@@ -34,6 +34,7 @@ backbone need no adapter of their own.
 """
 
 import dataclasses
+from typing import Any
 
 import keras
 from keras_hub.models import Gemma3Backbone
@@ -49,7 +50,7 @@ from keras_hub.models import Qwen3Backbone
 from keras_hub.models import QwenBackbone
 
 
-def _part():
+def _part() -> Any:
     return dataclasses.field(default=None, repr=False, compare=False)
 
 
@@ -106,7 +107,7 @@ class AttentionLayer:
     key_layer: keras.layers.Layer | None = _part()
 
 
-def attention_layers(model):
+def attention_layers(model: keras.Model) -> list[AttentionLayer]:
     """The attention of each decoder layer of a KerasHub model, first to last.
 
     Args:
@@ -149,14 +150,14 @@ def attention_layers(model):
 
 
 def layer(
-    attention,
-    rotary,
-    window,
-    head_dim,
-    rotary_dim=None,
-    pair_distance=None,
-    **attributes,
-):
+    attention: keras.layers.Layer,
+    rotary: keras.layers.Layer,
+    window: int | None,
+    head_dim: int,
+    rotary_dim: int | None = None,
+    pair_distance: int | None = None,
+    **attributes: Any,
+) -> AttentionLayer:
     """An `AttentionLayer` with attention maps, for adapters.
 
     Args:
@@ -183,12 +184,12 @@ def layer(
     )
 
 
-def linear():
+def linear() -> AttentionLayer:
     """An `AttentionLayer` without attention maps, for adapters."""
     return AttentionLayer(index=0, kind="linear")
 
 
-def of_gemma(block):
+def of_gemma(block: keras.layers.Layer) -> AttentionLayer:
     attention = block.attention
     scaled_dim = attention.head_dim
     if not attention.query_head_dim_normalize:
@@ -207,7 +208,7 @@ def of_gemma(block):
     )
 
 
-def of_gemma4(block):
+def of_gemma4(block: keras.layers.Layer) -> AttentionLayer:
     attention = block.attention
     return of_any_gemma(
         attention,
@@ -224,7 +225,9 @@ def of_gemma4(block):
     )
 
 
-def of_any_gemma(attention, **attributes):
+def of_any_gemma(
+    attention: keras.layers.Layer, **attributes: Any
+) -> AttentionLayer:
     """What all Gemmas name alike."""
     return layer(
         attention,
@@ -239,11 +242,11 @@ def of_any_gemma(attention, **attributes):
     )
 
 
-def of_llama(block):
+def of_llama(block: keras.layers.Layer) -> AttentionLayer:
     return of_projected(block._self_attention_layer, window=None)
 
 
-def of_qwen(block):
+def of_qwen(block: keras.layers.Layer) -> AttentionLayer:
     attention = block._self_attention_layer
     return of_projected(
         attention,
@@ -253,7 +256,9 @@ def of_qwen(block):
     )
 
 
-def of_projected(attention, window):
+def of_projected(
+    attention: keras.layers.Layer, window: int | None
+) -> AttentionLayer:
     return of_grouped(
         attention,
         window=window,
@@ -262,7 +267,7 @@ def of_projected(attention, window):
     )
 
 
-def of_phi3(block):
+def of_phi3(block: keras.layers.Layer) -> AttentionLayer:
     attention = block.attention
     return of_grouped(
         attention,
@@ -272,7 +277,7 @@ def of_phi3(block):
     )
 
 
-def of_qwen3(block):
+def of_qwen3(block: keras.layers.Layer) -> AttentionLayer:
     attention = block._self_attention_layer
     return of_grouped(
         attention,
@@ -283,7 +288,7 @@ def of_qwen3(block):
     )
 
 
-def of_qwen3_5(block):
+def of_qwen3_5(block: keras.layers.Layer) -> AttentionLayer:
     if block.layer_type == "linear_attention":
         return linear()
     attention = block._self_attention_layer
@@ -297,7 +302,9 @@ def of_qwen3_5(block):
     )
 
 
-def of_grouped(attention, **attributes):
+def of_grouped(
+    attention: keras.layers.Layer, **attributes: Any
+) -> AttentionLayer:
     """What Llama, Phi-3 and Qwen name alike."""
     return layer(
         attention,
@@ -310,7 +317,7 @@ def of_grouped(attention, **attributes):
     )
 
 
-def of_mistral(block):
+def of_mistral(block: keras.layers.Layer) -> AttentionLayer:
     attention = block._self_attention_layer
     return layer(
         attention,

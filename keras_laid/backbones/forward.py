@@ -1,6 +1,9 @@
 """One run of a model for all that is compared."""
 
 import contextlib
+from collections.abc import Collection
+
+import keras
 
 from keras_laid.backbones import decoder
 from keras_laid.backbones.attention_capture import captured_attention
@@ -9,16 +12,19 @@ from keras_laid.backbones.rematerialization import rematerialized
 from keras_laid.backbones.rotary_positions import rotary_positions
 from keras_laid.backbones.unembedding import hidden_states_for_logits
 from keras_laid.backbones.unembedding import unembedding
+from keras_laid.ops.attention import Attention
+from keras_laid.ops.unembedding import Unembedding
+from keras_laid.typing import Tensor
 
 
 def forward(
-    model,
-    inputs,
-    layers=(),
-    training=False,
-    rematerialize=False,
-    linear_memory=False,
-):
+    model: keras.Model,
+    inputs: dict[str, Tensor],
+    layers: Collection[int] = (),
+    training: bool | None = False,
+    rematerialize: bool = False,
+    linear_memory: bool = False,
+) -> tuple[Unembedding, dict[int, Attention]]:
     """Runs a model once.
 
     Args:
@@ -35,7 +41,12 @@ def forward(
     Returns:
         A tuple of its `keras_laid.ops.Unembedding` and a dictionary from layer
         index to `keras_laid.ops.Attention`.
+
+    Raises:
+        TypeError: If `inputs` is no dictionary, or token ids are no integers.
+        ValueError: If an input is missing or of another shape.
     """
+    decoder.check_inputs(model, inputs)
     positions = inputs.get("positions")
     inputs = {name: inputs[name] for name in decoder.input_names(model)}
     with contextlib.ExitStack() as scopes:

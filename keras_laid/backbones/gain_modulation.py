@@ -1,23 +1,35 @@
 """Puts gains on the rotary frequencies of a KerasHub model, and folds them."""
 
 import functools
-import numbers
+from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
+from keras_laid.arguments import check_indices
+from keras_laid.arguments import check_switch
 from keras_laid.backbones.decoder import backbone_of
 from keras_laid.backbones.decoder import forget_compiled
 from keras_laid.backbones.decoder import global_layers
 from keras_laid.backbones.families import ADAPTERS
+from keras_laid.backbones.families import AttentionLayer
 from keras_laid.backbones.families import attention_layers
 from keras_laid.layers.gain_modulated_rotary_embedding import (
     GainModulatedRotaryEmbedding,
 )
+from keras_laid.typing import PathLike
+from keras_laid.typing import Tensor
 
 
-def attach_gain_modulation(model, layers=None, per_head=False, max_gain=4.0):
+def attach_gain_modulation(
+    model: keras.Model,
+    layers: Sequence[int] | np.ndarray | None = None,
+    per_head: bool = False,
+    max_gain: float = 4.0,
+) -> list[GainModulatedRotaryEmbedding]:
     """Puts a trainable gain on each rotary frequency of a model, in place.
 
     The contribution of each frequency to the attention logits of the chosen
@@ -61,7 +73,8 @@ def attach_gain_modulation(model, layers=None, per_head=False, max_gain=4.0):
         of the model's layers.
 
     Raises:
-        TypeError: If `layers` is not a sequence of integers.
+        TypeError: If `layers` is not a sequence of integers, or another
+            argument is of another kind.
         ValueError: If the model's family is unknown or it already has gains, if
             `layers` is empty, out of range, repeats a layer, or names one
             without full attention, or if `max_gain` is out of its range. The
@@ -88,14 +101,15 @@ def attach_gain_modulation(model, layers=None, per_head=False, max_gain=4.0):
         )
     # Keras writes a model's class and `get_config`: the class says how to
     # build the gains again. (`torch.nn.utils.parametrize` does the same.)
-    gained_class = gain_modulated(type(backbone))
+    # mypy takes a class that it knows nothing of for unhashable.
+    gained_class = gain_modulated(type(backbone))  # type: ignore[arg-type]
     gains = _attach(backbone, layers, per_head, max_gain)
     object.__setattr__(backbone, "__class__", gained_class)
     _forget_compiled(model)
     return gains
 
 
-def fold_gain_modulation(model):
+def fold_gain_modulation(model: keras.Model) -> None:
     """Multiplies a model's gains into its weights, in place.
 
     What is left is a plain KerasHub model with the same outputs, up to
@@ -139,7 +153,7 @@ def fold_gain_modulation(model):
     _forget_compiled(model)
 
 
-def gain_layers(model):
+def gain_layers(model: keras.Model) -> list[GainModulatedRotaryEmbedding]:
     """The layers that hold a model's gains, first to last.
 
     Args:
@@ -165,15 +179,18 @@ class GainModulation:
         **kwargs: As in the plain backbone's class.
     """
 
-    def __init__(self, *args, gain_modulation, **kwargs):
+    def __init__(
+        self, *args: Any, gain_modulation: dict[str, Any], **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         _attach(self, **gain_modulation)
         _forget_compiled(self)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         gained = gains_by_index(self)
         first = next(iter(gained.values()))
-        config = super().get_config()
+        # That of the plain class, the other parent.
+        config = super().get_config()  # type: ignore[misc]
         config["gain_modulation"] = {
             "layers": list(gained),
             "per_head": first.num_heads is not None,
@@ -181,7 +198,9 @@ class GainModulation:
         }
         return config
 
-    def save_to_preset(self, preset_dir, max_shard_size=10):
+    def save_to_preset(
+        self, preset_dir: PathLike, max_shard_size: float = 10
+    ) -> None:
         raise ValueError(
             "A model must have no gains to be saved as a preset: presets load "
             "without keras_laid, and the gains would be lost. "
@@ -192,7 +211,7 @@ class GainModulation:
 
 
 @functools.cache
-def gain_modulated(plain_class):
+def gain_modulated(plain_class: type[keras.Model]) -> type[keras.Model]:
     """The class of a backbone with gains, registered with Keras."""
     if plain_class not in ADAPTERS:
         raise ValueError(
@@ -212,7 +231,13 @@ for _plain_class in ADAPTERS:  # Keras must know them to load a file.
     gain_modulated(_plain_class)
 
 
-def _attach(backbone, layers, per_head, max_gain):
+def _attach(
+    backbone: keras.Model,
+    layers: Sequence[int] | np.ndarray | None,
+    per_head: bool,
+    max_gain: float,
+) -> list[GainModulatedRotaryEmbedding]:
+    check_switch("per_head", per_head)
     chosen = _chosen_indices(backbone, layers)
     # All are made before one is put in: a refusal changes nothing.
     gains = [_new_gain(backbone, i, per_head, max_gain) for i in chosen]
@@ -222,20 +247,14 @@ def _attach(backbone, layers, per_head, max_gain):
     return gains
 
 
-def _chosen_indices(backbone, layers):
+def _chosen_indices(
+    backbone: keras.Model, layers: Sequence[int] | np.ndarray | None
+) -> list[int]:
     """`layers` as indices from 0, in order."""
     count = len(attention_layers(backbone))
     full = global_layers(backbone)
-    if layers is None:
-        layers = full
-    if isinstance(layers, numbers.Number | str) or not all(
-        isinstance(index, numbers.Integral) for index in layers
-    ):
-        raise TypeError(
-            "`layers` must be a sequence of integers, or `None`. "
-            f"Received: layers={layers!r}"
-        )
-    if not len(layers):
+    layers = full if layers is None else check_indices("layers", layers)
+    if not layers:
         raise ValueError(
             "`layers` must name at least one decoder layer with full "
             f"attention. The model's are {full}. Received: layers={layers!r}"
@@ -245,7 +264,7 @@ def _chosen_indices(backbone, layers):
             f"`layers` must be indices of the model's {count} decoder layers. "
             f"Received: layers={layers!r}"
         )
-    chosen = sorted(int(index) % count for index in layers)
+    chosen = sorted(index % count for index in layers)
     if len(set(chosen)) < len(chosen):
         raise ValueError(
             "`layers` must name each decoder layer once. "
@@ -261,7 +280,9 @@ def _chosen_indices(backbone, layers):
     return chosen
 
 
-def _new_gain(backbone, index, per_head, max_gain):
+def _new_gain(
+    backbone: keras.Model, index: int, per_head: bool, max_gain: float
+) -> GainModulatedRotaryEmbedding:
     """A built gain layer for the rotary frequencies of a decoder layer."""
     layer = attention_layers(backbone)[index]
     heads = layer.num_query_heads if per_head else None
@@ -281,7 +302,7 @@ def _new_gain(backbone, index, per_head, max_gain):
     return gain
 
 
-def _put_in(layer, gain):
+def _put_in(layer: AttentionLayer, gain: GainModulatedRotaryEmbedding) -> None:
     attention = layer.layer
     # Keras has locked a built layer.
     attention._tracker.unlock()
@@ -297,7 +318,9 @@ def _put_in(layer, gain):
             vars(part)["call"] = functools.partial(_then, part.call, modulate)
 
 
-def _take_out(layer, gain):
+def _take_out(
+    layer: AttentionLayer, gain: GainModulatedRotaryEmbedding
+) -> None:
     """The reverse of `_put_in`."""
     attention = layer.layer
     attention._tracker.untrack(gain)
@@ -309,11 +332,17 @@ def _take_out(layer, gain):
             del vars(part)["call"]
 
 
-def _then(call, modulate, x):
+def _then(
+    call: Callable[[Tensor], Tensor],
+    modulate: Callable[[Tensor], Tensor],
+    x: Tensor,
+) -> Tensor:
     return modulate(call(x))
 
 
-def _modulate(layer, gain, x):
+def _modulate(
+    layer: AttentionLayer, gain: GainModulatedRotaryEmbedding, x: Tensor
+) -> Tensor:
     """Queries or keys before their rotation, times their gains."""
     # Multiplied in float32 and rounded once, as `gain.modulate` does.
     wide = keras.backend.result_type(x.dtype, "float32")
@@ -321,7 +350,9 @@ def _modulate(layer, gain, x):
     return ops.cast(ops.cast(x, wide) * gains, x.dtype)
 
 
-def _feature_gains(layer, gain):
+def _feature_gains(
+    layer: AttentionLayer, gain: GainModulatedRotaryEmbedding
+) -> Tensor:
     """`gain.feature_gains()` of a whole head: 1 for what is not rotated."""
     gains = gain.feature_gains()
     half, far = layer.rotary_dim // 2, layer.pair_distance
@@ -332,7 +363,9 @@ def _feature_gains(layer, gain):
     return ops.take(ops.concatenate([gains, ones], -1), source, axis=-1)
 
 
-def gains_by_index(backbone):
+def gains_by_index(
+    backbone: keras.Model,
+) -> dict[int, GainModulatedRotaryEmbedding]:
     """The gain layers, by the index of their decoder layer, from 0."""
     return {
         layer.index: layer.layer.rotary_gain
@@ -341,13 +374,19 @@ def gains_by_index(backbone):
     }
 
 
-def _modulated_parts(layer, gain):
+def _modulated_parts(
+    layer: AttentionLayer, gain: GainModulatedRotaryEmbedding
+) -> list[keras.layers.Layer]:
     if gain.applied_to == "queries":
         return [layer.query_layer]
     return [layer.query_layer, layer.key_layer]
 
 
-def _check_foldable(layer, part, gain):
+def _check_foldable(
+    layer: AttentionLayer,
+    part: keras.layers.Layer,
+    gain: GainModulatedRotaryEmbedding,
+) -> None:
     where = f"the {part.name} layer of decoder layer {layer.index}"
     if layer.norm_offset is not None:
         if gain.num_heads is not None:
@@ -377,7 +416,9 @@ def _check_foldable(layer, part, gain):
         )
 
 
-def _scale(layer, part, feature_gains):
+def _scale(
+    layer: AttentionLayer, part: keras.layers.Layer, feature_gains: Tensor
+) -> None:
     """Multiplies the weights of a norm or a projection, in float32."""
     if layer.norm_offset is not None:
         scale = ops.cast(part.scale, "float32") + layer.norm_offset
@@ -397,7 +438,7 @@ def _scale(layer, part, feature_gains):
         part.lora_kernel_b.assign(part.lora_kernel_b * feature_gains)
 
 
-def _forget_compiled(model):
+def _forget_compiled(model: keras.Model) -> None:
     """Drops what a model and its backbone remember of their old variables."""
     forget_compiled(model)
     if keras.config.backend() == "torch":

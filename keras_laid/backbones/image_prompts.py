@@ -1,8 +1,12 @@
 """Prompts with several images, as each family of KerasHub wants them."""
 
 import zlib
+from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 from keras_hub.models import Gemma3CausalLM
 from keras_hub.models import Gemma3CausalLMPreprocessor
@@ -12,6 +16,7 @@ from keras_laid.backbones.decoder import replaced_method
 from keras_laid.backbones.multi_image_pali_gemma import (
     MultiImagePaliGemmaCausalLM,
 )
+from keras_laid.typing import Tensor
 
 LENGTH_STEP = 16  # Sequences are padded to multiples, to compile few shapes.
 
@@ -22,16 +27,16 @@ class PaliGemmaPrompts:
     causal_lm_class = PaliGemmaCausalLM
     placeholder = ""
 
-    def __init__(self, model):
+    def __init__(self, model: PaliGemmaCausalLM) -> None:
         self.causal_lm = MultiImagePaliGemmaCausalLM.from_causal_lm(model)
         self.image_length = model.backbone.image_sequence_length
         self.hidden_states = self.causal_lm.hidden_states
 
-    def first_length(self, images):
+    def first_length(self, images: int) -> int:
         """A first guess of how long a prompt with `images` images is."""
         return LENGTH_STEP
 
-    def set_images(self, images):
+    def set_images(self, images: int) -> None:
         """Prepares for prompts with `images` images each."""
 
 
@@ -42,7 +47,7 @@ class Gemma3Prompts:
     preprocessor_class = Gemma3CausalLMPreprocessor
     placeholder = "<start_of_image>"
 
-    def __init__(self, model):
+    def __init__(self, model: Gemma3CausalLM) -> None:
         # The numbers of images and tokens are set for each batch. The
         # preprocessor is the user's, who has others in mind.
         theirs = model.preprocessor
@@ -61,12 +66,12 @@ class Gemma3Prompts:
         )
         self.hidden_states = model.backbone
 
-    def first_length(self, images):
+    def first_length(self, images: int) -> int:
         # An image also has a start, an end and line breaks.
         length = images * (self.image_length + 4) + 2 * LENGTH_STEP
         return -(-length // LENGTH_STEP) * LENGTH_STEP
 
-    def set_images(self, images):
+    def set_images(self, images: int) -> None:
         self.causal_lm.preprocessor.max_images_per_prompt = images
 
 
@@ -91,7 +96,7 @@ class ImagePrompts:
             for images.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: keras.Model) -> None:
         family = next(
             (f for f in FAMILIES if isinstance(model, f.causal_lm_class)), None
         )
@@ -116,12 +121,13 @@ class ImagePrompts:
             model.backbone, self._family.hidden_states
         )
         self._family.causal_lm.compile(sampler="greedy")
-        self._lengths = {}  # From a number of images to tokens of a prompt.
+        # From a number of images to tokens of a prompt.
+        self._lengths: dict[int, int] = {}
         self.image_length = self._family.image_length
         size = model.backbone.image_size
         self.image_size = (size, size) if isinstance(size, int) else tuple(size)
 
-    def fill(self, template, images, **texts):
+    def fill(self, template: str, images: int, **texts: str) -> str:
         """A prompt: images, where the template says `{images}`, and texts.
 
         Args:
@@ -145,7 +151,9 @@ class ImagePrompts:
             )
         return template.format(images=placeholder * images, **texts)
 
-    def first_logits(self, images, prompts):
+    def first_logits(
+        self, images: np.ndarray, prompts: Sequence[str]
+    ) -> np.ndarray:
         """Logits of the first token after each prompt.
 
         Args:
@@ -160,7 +168,9 @@ class ImagePrompts:
             {"inputs": inputs, "last": lengths - 1}
         )
 
-    def generate(self, images, prompts, max_tokens):
+    def generate(
+        self, images: np.ndarray, prompts: Sequence[str], max_tokens: int
+    ) -> list[str]:
         """Greedy answers in words: a list of strings, without the prompts.
 
         Args:
@@ -171,7 +181,7 @@ class ImagePrompts:
         self._preprocess(images, prompts)  # How long they are.
         to_words = self._preprocessor.generate_postprocess
 
-        def to_first_words(outputs):
+        def to_first_words(outputs: dict[str, Tensor]) -> list[str]:
             # Short prompts leave room for longer answers than long ones.
             return to_words(
                 {name: x[:, :max_tokens] for name, x in outputs.items()}
@@ -186,7 +196,7 @@ class ImagePrompts:
                 strip_prompt=True,
             )
 
-    def fingerprint(self):
+    def fingerprint(self) -> str:
         """A string that tells models and their weights apart.
 
         A few numbers of each variable are read, so that it is quick for a
@@ -200,7 +210,7 @@ class ImagePrompts:
             checksum = zlib.crc32(numbers.tobytes(), checksum)
         return f"{type(backbone).__name__}, weights {checksum:08x}"
 
-    def first_tokens(self, word):
+    def first_tokens(self, word: str) -> set[int]:
         """What an answer can begin with.
 
         Args:
@@ -218,15 +228,17 @@ class ImagePrompts:
                 tokens.add(first)
         return tokens
 
-    def text(self, token):
+    def text(self, token: int) -> str:
         """A token as a string."""
         return self._preprocessor.tokenizer.detokenize([int(token)])
 
-    def _tokenize(self, text):
+    def _tokenize(self, text: str) -> list[int]:
         tokens = self._preprocessor.tokenizer(text)
         return [int(token) for token in ops.convert_to_numpy(tokens)]
 
-    def _preprocess(self, images, prompts):
+    def _preprocess(
+        self, images: np.ndarray, prompts: Sequence[str]
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Inputs of the model, and how long the prompts in them are."""
         self._check_images(images)
         count = images.shape[1]
@@ -247,7 +259,13 @@ class ImagePrompts:
                 return inputs, lengths
             length += LENGTH_STEP  # A full row may have been cut.
 
-    def _check_images(self, images):
+    def _check_images(self, images: np.ndarray) -> None:
+        if images.dtype != "uint8" or images.shape[4:] != (3,):
+            raise ValueError(
+                "Images must be `uint8` arrays of shape `(height, width, 3)`. "
+                f"Received: dtype={images.dtype}, shape={images.shape[2:]}. "
+                "Pass colours of 0 to 255, not scaled."
+            )
         made = self._preprocessor.image_converter.image_size
         if (made or images.shape[2:4]) != self.image_size:
             raise ValueError(
@@ -262,7 +280,11 @@ class ImagePrompts:
 class FirstLogits(keras.Model):
     """Reads logits at one position, so that no others are ever stored."""
 
-    def __init__(self, backbone, hidden_states):
+    def __init__(
+        self,
+        backbone: keras.Model,
+        hidden_states: Callable[[dict[str, Tensor]], Tensor],
+    ) -> None:
         super().__init__()
         # Tracked, so that compiled steps are given its weights. The task is
         # not: its preprocessor cannot be compiled, and Keras compiles all or
@@ -271,7 +293,7 @@ class FirstLogits(keras.Model):
         self.hidden_states = hidden_states
         self.built = True  # Else Keras would first run it uncompiled.
 
-    def call(self, data):
+    def call(self, data: dict[str, Any]) -> Tensor:
         x = self.hidden_states(data["inputs"])
         last = data["last"][:, None, None]
         x = ops.take_along_axis(x, last, axis=1)

@@ -2,16 +2,23 @@
 
 import contextlib
 import inspect
+from collections.abc import Collection
+from collections.abc import Iterator
+from collections.abc import Mapping
+from typing import Any
 
+import keras
 from keras import ops
 from keras_hub.models import Gemma4Backbone
 
 from keras_laid.backbones import decoder
 from keras_laid.backbones.attention_capture import numbered_runs
+from keras_laid.backbones.families import AttentionLayer
 from keras_laid.backbones.families import attention_layers
 from keras_laid.ops.attention import Attention
 from keras_laid.ops.attention import AttentionMask
 from keras_laid.ops.attention_output import attention_output
+from keras_laid.typing import Tensor
 
 # What families call the method of a block that makes its mask.
 MASK_METHODS = ("_compute_attention_mask", "_compute_self_attention_mask")
@@ -20,7 +27,7 @@ MASKS = ("padding_mask", "response_mask", "vision_mask", "attention_mask")
 
 
 @contextlib.contextmanager
-def linear_memory_attention(model):
+def linear_memory_attention(model: keras.Model) -> Iterator[None]:
     """Scope in which a model's decoder makes no tensor of length squared.
 
     KerasHub makes a mask of shape `(batch, length, length)` in every decoder
@@ -64,7 +71,9 @@ def linear_memory_attention(model):
 
 
 @contextlib.contextmanager
-def linear_blocks(model, indices=None):
+def linear_blocks(
+    model: keras.Model, indices: Collection[int] | None = None
+) -> Iterator[None]:
     """The same, for a call inside of a function that is being compiled.
 
     Args:
@@ -91,7 +100,7 @@ def linear_blocks(model, indices=None):
         yield
 
 
-def check_linear_memory(model):
+def check_linear_memory(model: keras.Model) -> None:
     """Refuses models whose attention would not be the same."""
     backbone = decoder.backbone_of(model)
     name = type(backbone).__name__
@@ -130,15 +139,17 @@ def check_linear_memory(model):
 class LinearBlock:
     """A block's mask and attention, which belong together."""
 
-    def __init__(self, block, name, layer):
+    def __init__(
+        self, block: keras.layers.Layer, name: str, layer: AttentionLayer
+    ) -> None:
         self.make_whole_mask = getattr(block, name)
         # Of the family's own: it tells what arguments are.
         self.signature = inspect.signature(getattr(type(block), name))
         self.layer = layer
         self.attend_whole = layer.layer._compute_attention
-        self.mask = None
+        self.mask: AttentionMask | None = None
 
-    def make_mask(self, *args, **kwargs):
+    def make_mask(self, *args: Any, **kwargs: Any) -> Tensor:
         """Describes the mask; returns which keys there are at all."""
         given = self.signature.bind(None, *args, **kwargs).arguments
         (_, _), (_, x), *others = given.items()
@@ -159,8 +170,10 @@ class LinearBlock:
         present = ops.logical_or(self.mask.bidirectional, self.mask.causal)
         return ops.cast(present[:, None], "int32")
 
-    def compact_mask(self, masks, batch, length):
-        def of_all_tokens(name, of_images):
+    def compact_mask(
+        self, masks: Mapping[str, Tensor], batch: int, length: int
+    ) -> AttentionMask:
+        def of_all_tokens(name: str, of_images: bool) -> Tensor:
             """PaliGemma's are of text alone, which images precede."""
             mask = ops.cast(masks[name], "bool")
             images = length - ops.shape(mask)[1]
@@ -188,7 +201,14 @@ class LinearBlock:
             bidirectional, causal, ops.arange(length), self.layer.window, block
         )
 
-    def attend(self, query, key, value, *args, **kwargs):
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
         if self.mask is None:
             return self.attend_whole(query, key, value, *args, **kwargs)
         attention = Attention(query, key, self.layer.scale, self.layer.soft_cap)

@@ -1,21 +1,31 @@
 """PaliGemma over several images."""
 
+from collections.abc import Sequence
+from typing import Any
+from typing import Self
+
 import keras
+import numpy as np
 from keras import ops
 from keras_hub.layers import PaliGemmaImageConverter
+from keras_hub.models import PaliGemmaBackbone
 from keras_hub.models import PaliGemmaCausalLM
 from keras_hub.models import PaliGemmaCausalLMPreprocessor
 from keras_hub.src.utils.pipeline_model import PipelineModel
 
+from keras_laid.arguments import check_kind
+from keras_laid.arguments import check_shape
+from keras_laid.backbones.decoder import check_inputs
 from keras_laid.backbones.decoder import pali_gemma_backbone_of
 from keras_laid.backbones.rotary_positions import rotary_positions
+from keras_laid.typing import Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_laid")
 class MultiImageConverter(PaliGemmaImageConverter):
     """Converts `(batch, images, height, width, 3)` as single images."""
 
-    def call(self, inputs):
+    def call(self, inputs: Tensor) -> Tensor:
         shape = ops.shape(inputs)
         if len(shape) < 5:
             return super().call(inputs)
@@ -33,6 +43,11 @@ class MultiImagePaliGemmaCausalLM(PaliGemmaCausalLM):
     With one image the outputs are those of
     `keras_hub.models.PaliGemmaCausalLM`. The number of images may differ from
     batch to batch.
+
+    Its presets and files load where keras_laid is imported. A plain preset is
+    that of the PaliGemma it was made from, or of
+    `keras_hub.models.PaliGemmaCausalLM(model.backbone)`, and loads with
+    `MultiImagePaliGemmaCausalLM.from_preset` too.
 
     Masking: as in PaliGemma. Images and prompt attend each other in both
     directions; the response is causal.
@@ -55,7 +70,9 @@ class MultiImagePaliGemmaCausalLM(PaliGemmaCausalLM):
         Logits of shape `(batch, length, vocabulary)`, for the text alone.
 
     Raises:
-        ValueError: If `backbone` is not a PaliGemma backbone.
+        TypeError: If `preprocessor` is of another kind.
+        ValueError: If `backbone` is not a PaliGemma backbone; in a call, if an
+            input is missing or of another shape.
 
     Example:
 
@@ -66,7 +83,12 @@ class MultiImagePaliGemmaCausalLM(PaliGemmaCausalLM):
     ```
     """
 
-    def __init__(self, backbone, preprocessor=None, **kwargs):
+    def __init__(
+        self,
+        backbone: PaliGemmaBackbone,
+        preprocessor: PaliGemmaCausalLMPreprocessor | None = None,
+        **kwargs: Any,
+    ) -> None:
         if preprocessor is not None:
             preprocessor = multi_image_preprocessor(preprocessor)
         super().__init__(
@@ -78,18 +100,32 @@ class MultiImagePaliGemmaCausalLM(PaliGemmaCausalLM):
         self.input_spec = None
 
     @classmethod
-    def from_causal_lm(cls, causal_lm):
+    def from_causal_lm(cls, causal_lm: PaliGemmaCausalLM) -> Self:
         """Makes one from a `keras_hub.models.PaliGemmaCausalLM`."""
+        check_kind(
+            "causal_lm",
+            causal_lm,
+            PaliGemmaCausalLM,
+            "a `keras_hub.models.PaliGemmaCausalLM`",
+            "Hand a backbone to the constructor.",
+        )
         return cls(causal_lm.backbone, causal_lm.preprocessor)
 
-    def call(self, inputs, training=None, mask=None):
+    def call(
+        self,
+        inputs: dict[str, Tensor],
+        training: bool | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         x = self.hidden_states(inputs)
         return self.backbone.token_embedding(x, reverse=True)
 
-    def hidden_states(self, inputs):
+    def hidden_states(self, inputs: dict[str, Tensor]) -> Tensor:
         """What logits are read from, of shape `(batch, length, hidden)`."""
         backbone = self.backbone
-        image_embeddings = self.encode_images(inputs["images"])
+        check_inputs(self, inputs)
+        batch = inputs["token_ids"].shape[0]
+        image_embeddings = self.encode_images(inputs["images"], batch)
         text_embeddings = self.embed_text(inputs["token_ids"])
         x = ops.concatenate((image_embeddings, text_embeddings), axis=1)
         with rotary_positions(backbone, inputs.get("positions")):
@@ -105,36 +141,57 @@ class MultiImagePaliGemmaCausalLM(PaliGemmaCausalLM):
     # KerasHub's own three read arrays and tf.data only, for preprocessing. The
     # batches of a `PyDataset` are taken as preprocessed.
 
-    def fit(self, x=None, *args, **kwargs):
+    def fit(
+        self, x: Any = None, *args: Any, **kwargs: Any
+    ) -> keras.callbacks.History:
         return _trainer(self, x).fit(x, *args, **kwargs)
 
-    def evaluate(self, x=None, *args, **kwargs):
+    def evaluate(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
         return _trainer(self, x).evaluate(x, *args, **kwargs)
 
-    def predict(self, x=None, *args, **kwargs):
+    def predict(self, x: Any = None, *args: Any, **kwargs: Any) -> np.ndarray:
         return _trainer(self, x).predict(x, *args, **kwargs)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(
+        self, input_shape: dict[str, Sequence[int | None]]
+    ) -> tuple[int | None, ...]:
         return (*input_shape["token_ids"], self.backbone.vocabulary_size)
 
-    def encode_images(self, images):
+    def encode_images(self, images: Tensor, batch: int | None = None) -> Tensor:
         """`(batch, images, height, width, 3)` to `(batch, tokens, hidden)`."""
-        if len(images.shape) != 5:
+        size = self.backbone.image_size
+        check_shape(
+            "images",
+            images,
+            batch=batch,
+            images=None,
+            height=size,
+            width=size,
+            channels=3,
+        )
+        if images.shape[1] == 0:
             raise ValueError(
-                "Images must have shape (batch, images, height, width, 3). "
+                "A prompt must have at least one image. "
                 f"Received: images.shape={tuple(images.shape)}"
             )
         batch = ops.shape(images)[0]
         flat = ops.reshape(images, (-1, *images.shape[2:]))
         encoded = self.backbone.vit_encoder(flat)
-        return ops.reshape(encoded, (batch, -1, self.backbone.hidden_dim))
+        tokens = -1  # Known only later, or so many.
+        if images.shape[1] is not None:
+            tokens = images.shape[1] * self.backbone.image_sequence_length
+        return ops.reshape(encoded, (batch, tokens, self.backbone.hidden_dim))
 
-    def embed_text(self, token_ids):
+    def embed_text(self, token_ids: Tensor) -> Tensor:
         """`(batch, length)` to `(batch, length, hidden)`, scaled as Gemma's."""
         x = self.backbone.token_embedding(token_ids)
         return x * ops.cast(ops.sqrt(self.backbone.hidden_dim), x.dtype)
 
-    def generate_step(self, inputs, stop_token_ids=None):
+    def generate_step(
+        self,
+        inputs: dict[str, Tensor],
+        stop_token_ids: Sequence[int] | None = None,
+    ) -> dict[str, Tensor]:
         token_ids = inputs["token_ids"]
         padding_mask = inputs["padding_mask"]
         images = inputs["images"]
@@ -163,7 +220,9 @@ class MultiImagePaliGemmaCausalLM(PaliGemmaCausalLM):
             padding_mask=padding_mask,
         )
 
-        def next(prompt, cache, index):
+        def next(
+            prompt: Tensor, cache: Tensor, index: Tensor
+        ) -> tuple[Tensor, Tensor, Tensor]:
             last = ops.slice(prompt, (0, index - 1), (batch, 1))
             logits, hidden_states, cache = self.call_with_cache(
                 last, cache, image_length + index - 1
@@ -198,15 +257,23 @@ class MultiImagePaliGemmaCausalLM(PaliGemmaCausalLM):
         }
 
 
-def _trainer(model, x):
+def _trainer(model: MultiImagePaliGemmaCausalLM, x: Any) -> Any:
     """Whose `fit`, `evaluate` and `predict` can read `x`."""
     if isinstance(x, keras.utils.PyDataset):
         return super(PipelineModel, model)
     return super(MultiImagePaliGemmaCausalLM, model)
 
 
-def multi_image_preprocessor(preprocessor):
+def multi_image_preprocessor(
+    preprocessor: PaliGemmaCausalLMPreprocessor,
+) -> PaliGemmaCausalLMPreprocessor:
     """A PaliGemma preprocessor whose prompts hold several images."""
+    check_kind(
+        "preprocessor",
+        preprocessor,
+        PaliGemmaCausalLMPreprocessor,
+        "a `keras_hub.models.PaliGemmaCausalLMPreprocessor` or `None`",
+    )
     converter = preprocessor.image_converter
     return PaliGemmaCausalLMPreprocessor(
         tokenizer=preprocessor.tokenizer,

@@ -2,6 +2,10 @@
 
 import contextlib
 import functools
+from collections.abc import Callable
+from collections.abc import Collection
+from collections.abc import Iterator
+from typing import Any
 
 import keras
 
@@ -10,13 +14,21 @@ from keras_laid.backbones.decoder import backbone_of
 from keras_laid.backbones.decoder import replaced_method
 from keras_laid.backbones.linear_memory import linear_blocks
 from keras_laid.backbones.rotary_positions import rotary_positions
+from keras_laid.ops.attention import Attention
+from keras_laid.typing import Tensor
 
 # What families call the list of a vision encoder's blocks.
 VISION_BLOCKS = ("resblocks", "encoder_blocks", "blocks")
 
 
 @contextlib.contextmanager
-def rematerialized(model, positions, layers, captured, linear_memory):
+def rematerialized(
+    model: keras.Model,
+    positions: Tensor | None,
+    layers: Collection[int],
+    captured: dict[int, Attention],
+    linear_memory: bool,
+) -> Iterator[None]:
     """Scope in which each block keeps what it is given, and no more.
 
     Blocks of the decoder and of the vision encoder; in the backward pass they
@@ -50,7 +62,12 @@ def rematerialized(model, positions, layers, captured, linear_memory):
 
 
 @contextlib.contextmanager
-def scopes_of_block(model, positions, layers, linear):
+def scopes_of_block(
+    model: keras.Model,
+    positions: Tensor | None,
+    layers: Collection[int],
+    linear: Collection[int],
+) -> Iterator[dict[int, Attention]]:
     """Those that change what a block of the decoder does."""
     with (
         linear_blocks(model, linear),
@@ -61,11 +78,11 @@ def scopes_of_block(model, positions, layers, linear):
 
 
 @contextlib.contextmanager
-def no_scopes():
+def no_scopes() -> Iterator[dict[int, Attention]]:
     yield {}
 
 
-def vision_blocks(backbone):
+def vision_blocks(backbone: keras.Model) -> list[keras.layers.Layer]:
     """The blocks of a backbone's vision encoder, if it has one."""
     for name in ("vit_encoder", "vision_encoder"):
         encoder = getattr(backbone, name, None)
@@ -76,19 +93,25 @@ def vision_blocks(backbone):
     return []
 
 
-def recomputing(call, scopes, captured):
+def recomputing(
+    call: Callable[..., Tensor],
+    scopes: Callable[
+        [], contextlib.AbstractContextManager[dict[int, Attention]]
+    ],
+    captured: dict[int, Attention],
+) -> Callable[..., Tensor]:
     """`call`, which runs again inside of its scopes.
 
     What a rematerialised function computes may leave it as an output alone: so
     does what is captured in it.
     """
 
-    def call_and_keep(*args, **kwargs):
+    def call_and_keep(*args: Any, **kwargs: Any) -> Tensor:
         arguments = keras.tree.flatten((args, kwargs))
         places = [i for i, a in enumerate(arguments) if keras.ops.is_tensor(a)]
-        caught = {}  # Filled when it has run.
+        caught: dict[int, Attention] = {}  # Filled when it has run.
 
-        def run(*tensors):
+        def run(*tensors: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
             filled = list(arguments)
             for place, tensor in zip(places, tensors, strict=True):
                 filled[place] = tensor

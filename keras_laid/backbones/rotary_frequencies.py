@@ -2,12 +2,16 @@
 
 import math
 
+import keras
+import numpy as np
 from keras import ops
 
+from keras_laid.arguments import is_integer
 from keras_laid.backbones.families import attention_layers
+from keras_laid.typing import Tensor
 
 
-def rotary_wavelengths(model, layer=-1):
+def rotary_wavelengths(model: keras.Model, layer: int = -1) -> np.ndarray:
     """Wavelengths of the rotary embedding of a decoder layer.
 
     Args:
@@ -18,13 +22,22 @@ def rotary_wavelengths(model, layer=-1):
     Returns:
         A float array of shape `(frequencies,)`, ascending: in how many tokens
         each frequency turns a pair of features by a whole circle.
+
+    Raises:
+        ValueError: If the model's family is unknown, or it has no such layer.
     """
-    attention = attention_layers(model)[layer]
+    layers = attention_layers(model)
+    if not is_integer(layer) or not -len(layers) <= layer < len(layers):
+        raise ValueError(
+            f"`layer` must be an index of the model's {len(layers)} decoder "
+            f"layers. Received: layer={layer!r:.80}"
+        )
+    attention = layers[layer]
     rates = attention.rotary._get_inverse_freq(attention.rotary_dim)
     return 2 * math.pi / ops.convert_to_numpy(rates)
 
 
-def sum_over_pairs(x):
+def sum_over_pairs(x: Tensor) -> Tensor:
     """Sums over the two features that a frequency rotates.
 
     Args:

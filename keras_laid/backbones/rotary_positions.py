@@ -1,15 +1,25 @@
 """Gives every rotary embedding of a model its positions, for one call."""
 
 import contextlib
+from collections.abc import Callable
+from collections.abc import Iterator
+from typing import Any
 
+import keras
 from keras import ops
 
+from keras_laid.arguments import check_dtype
+from keras_laid.arguments import check_positions
 from keras_laid.backbones.decoder import replaced_method
+from keras_laid.backbones.families import AttentionLayer
 from keras_laid.backbones.families import attention_layers
+from keras_laid.typing import Tensor
 
 
 @contextlib.contextmanager
-def rotary_positions(model, positions):
+def rotary_positions(
+    model: keras.Model, positions: Tensor | None
+) -> Iterator[None]:
     """Scope in which a model's rotary embeddings use `positions`.
 
     Args:
@@ -24,17 +34,23 @@ def rotary_positions(model, positions):
     The model is left as it was, also when its call raises.
 
     Raises:
+        TypeError: If positions are no integers.
         ValueError: If the model's rotary embeddings cannot take positions of
-            this shape.
+            this shape, or already have others; in a call, if there is not one
+            for each token.
     """
     if positions is None:
         yield
         return
     with contextlib.ExitStack() as stack:
-        for layer in attention_layers(model):
-            if layer.kind == "linear":
-                continue
-            check_shape(layer, positions)
+        layers = [
+            layer for layer in attention_layers(model) if layer.kind != "linear"
+        ]
+        check_kind_of(positions)
+        for layer in layers:
+            check_rank(layer, positions)
+            check_outermost(layer, positions)
+        for layer in layers:
             if is_multi_dimensional(layer):
                 part, name = layer.layer, "_apply_partial_rope"
                 function = turned_at(layer, positions)
@@ -47,12 +63,15 @@ def rotary_positions(model, positions):
 class RotatedAt:
     """The `call` of a rotary embedding, at `positions` whatever it is told."""
 
-    def __init__(self, layer, positions):
+    def __init__(self, layer: AttentionLayer, positions: Tensor) -> None:
         self.layer = layer
         self.positions = positions
         self.call = layer.rotary.call
 
-    def __call__(self, inputs, *args, **kwargs):
+    def __call__(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if len(self.positions.shape) < 3:
+            length = inputs.shape[self.layer.rotary.sequence_axis]
+            check_positions(self.positions, inputs.shape[0], length)
         if not is_su_scaled(self.layer):
             return self.call(inputs, positions=self.positions)
         # It takes a start alone, and how far it reaches decides the scaling.
@@ -62,28 +81,51 @@ class RotatedAt:
         ):
             return self.call(inputs, start_index=start_index)
 
-    def compute_positions(self, *args):
+    def compute_positions(self, *args: Any) -> Tensor:
         return ops.cast(self.positions, "float32")
 
 
-def turned_at(layer, positions):
+def turned_at(
+    layer: AttentionLayer, positions: Tensor
+) -> Callable[..., Tensor]:
     """The `_apply_partial_rope` of a layer with M-RoPE, at `positions`."""
     position_ids = positions if len(positions.shape) == 3 else None
     apply = layer.layer._apply_partial_rope
     return lambda x, *args, **kwargs: apply(x, 0, position_ids)
 
 
-def is_multi_dimensional(layer):
+def is_multi_dimensional(layer: AttentionLayer) -> bool:
     """Whether a layer has M-RoPE, which goes past `RotaryEmbedding.call`."""
     return getattr(layer.layer, "mrope_section", None) is not None
 
 
-def is_su_scaled(layer):
+def is_su_scaled(layer: AttentionLayer) -> bool:
     """Whether a layer has Phi-3's rotary embedding for long contexts."""
     return hasattr(layer.rotary, "inverese_freq_long_factor")
 
 
-def check_shape(layer, positions):
+def check_kind_of(positions: Tensor) -> None:
+    if len(getattr(positions, "shape", ())) not in (1, 2, 3):
+        raise ValueError(
+            "`positions` must be a tensor of shape `(length,)`, `(batch, "
+            "length)` or, with M-RoPE, `(batch, 4, length)`. "
+            f"Received: positions={positions!r:.80}. Make an array of a list."
+        )
+    check_dtype("positions", positions, "int")
+
+
+def check_outermost(layer: AttentionLayer, positions: Tensor) -> None:
+    outer = vars(layer.rotary).get("call")
+    # A block that runs again may be inside of the same ones.
+    if isinstance(outer, RotatedAt) and outer.positions is not positions:
+        raise ValueError(
+            "A model must be given positions once: `rotary_positions` scopes "
+            'cannot be nested, nor hold inputs with `"positions"`. Received: '
+            "a model inside one with other positions. Leave it first."
+        )
+
+
+def check_rank(layer: AttentionLayer, positions: Tensor) -> None:
     rank = len(positions.shape)
     if rank == 3 and not is_multi_dimensional(layer):
         raise ValueError(

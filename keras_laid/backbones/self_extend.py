@@ -1,17 +1,22 @@
 """SelfExtend: longer prompts by grouping far positions, untrained."""
 
 import contextlib
-import numbers
+from collections.abc import Iterator
 
+import keras
 from keras import ops
 
+from keras_laid.arguments import check_integer
 from keras_laid.backbones import decoder
 from keras_laid.backbones.families import attention_layers
 from keras_laid.backbones.rotary_positions import RotatedAt
+from keras_laid.typing import Tensor
 
 
 @contextlib.contextmanager
-def self_extend(model, group_size, neighbor_window):
+def self_extend(
+    model: keras.Model, group_size: int, neighbor_window: int
+) -> Iterator[None]:
     """Scope in which far tokens attend each other at grouped positions.
 
     A query at position `i` attends a key at `j` in the ordinary way where
@@ -51,6 +56,7 @@ def self_extend(model, group_size, neighbor_window):
             prompt of the model's training.
 
     Raises:
+        TypeError: On entry, if a number is no integer.
         ValueError: On entry, if the model is of another kind, has no layer
             without a sliding window, or has its attention replaced by another
             scope already, or if an argument is out of its range. The model is
@@ -68,15 +74,8 @@ def self_extend(model, group_size, neighbor_window):
      - [Jin et al., 2024](https://arxiv.org/abs/2401.01325), section 3 and
        algorithm 1.
     """
-    for name, value in (
-        ("group_size", group_size),
-        ("neighbor_window", neighbor_window),
-    ):
-        if not isinstance(value, numbers.Integral) or value < 1:
-            raise ValueError(
-                f"`{name}` must be a positive integer, in tokens. "
-                f"Received: {name}={value!r}"
-            )
+    check_integer("group_size", group_size)
+    check_integer("neighbor_window", neighbor_window)
     decoder.pali_gemma_backbone_of(model)
     attentions = attention_layers(model)
     layers = [attentions[i].layer for i in decoder.global_layers(model)]
@@ -108,14 +107,21 @@ class SelfExtendedAttention:
     one by the difference of two positions moves a token to the other.
     """
 
-    def __init__(self, layer, group_size, neighbor_window):
+    def __init__(
+        self, layer: keras.layers.Layer, group_size: int, neighbor_window: int
+    ) -> None:
         self.layer = layer
         self.group_size = group_size
         self.neighbor_window = neighbor_window
         self.call_rope = layer.rope_layer.call
-        self.rotated_at = None
+        self.rotated_at: tuple[int | Tensor, Tensor | None] | None = None
 
-    def rotate(self, inputs, start_index=0, positions=None):
+    def rotate(
+        self,
+        inputs: Tensor,
+        start_index: int | Tensor = 0,
+        positions: Tensor | None = None,
+    ) -> Tensor:
         """The rotary embedding's `call`, which alone is told positions."""
         if isinstance(self.call_rope, RotatedAt):  # A scope around this one.
             positions = self.call_rope.positions
@@ -126,13 +132,13 @@ class SelfExtendedAttention:
 
     def __call__(
         self,
-        query,
-        key,
-        value,
-        attention_mask,
-        training=False,
-        cache_update_index=0,
-    ):
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        training: bool = False,
+        cache_update_index: int | Tensor = 0,
+    ) -> Tensor:
         # b = batch (or 1), t = query, s = key, k = key head,
         # g = query head of a key head, h = feature
         layer = self.layer
@@ -159,7 +165,7 @@ class SelfExtendedAttention:
         output = ops.einsum("bkgts,bskh->btkgh", maps, value)
         return ops.reshape(output, ops.shape(query))
 
-    def positions(self, query, key):
+    def positions(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Where queries and keys are, `(batch or 1, length)` each."""
         start_index, positions = self.rotated_at
         self.rotated_at = None  # Under compilation it is valid once.
@@ -179,11 +185,11 @@ class SelfExtendedAttention:
             )
         return positions, positions
 
-    def grouping(self, position):
+    def grouping(self, position: Tensor) -> Tensor:
         """By how many tokens a token moves to its group's position."""
         return ops.floor_divide(position, self.group_size) - position
 
-    def moved(self, x, tokens):
+    def moved(self, x: Tensor, tokens: Tensor) -> Tensor:
         """Rotates queries or keys from their positions by `tokens` more."""
         frequency = self.layer.rope_layer._get_inverse_freq(x.shape[-1])
         angle = ops.cast(tokens, "float32")[..., None] * frequency
@@ -198,7 +204,7 @@ class SelfExtendedAttention:
         )
         return ops.cast(ops.reshape(turned, ops.shape(x)), x.dtype)
 
-    def logits(self, query, key):
+    def logits(self, query: Tensor, key: Tensor) -> Tensor:
         layer = self.layer
         normalizer = (
             layer.head_dim

@@ -1,16 +1,19 @@
 """Stops a KerasHub decoder short of its logits, and tells how to make them."""
 
 import contextlib
+from collections.abc import Iterator
 
+import keras
 from keras import ops
 
 from keras_laid.backbones.decoder import backbone_of
 from keras_laid.backbones.decoder import replaced_method
 from keras_laid.ops.unembedding import Unembedding
+from keras_laid.typing import Tensor
 
 
 @contextlib.contextmanager
-def hidden_states_for_logits(model):
+def hidden_states_for_logits(model: keras.Model) -> Iterator[None]:
     """Scope in which a causal LM returns what its logits are made of.
 
     Inside, a call of the model returns its last hidden states, of shape
@@ -26,14 +29,14 @@ def hidden_states_for_logits(model):
     name = "quantized_call" if is_quantized(embedding) else "call"
     embed = getattr(embedding, name)
 
-    def call(inputs, reverse=False):
+    def call(inputs: Tensor, reverse: bool = False) -> Tensor:
         return inputs if reverse else embed(inputs)
 
     with replaced_method(embedding, name, call):
         yield
 
 
-def unembedding(model, hidden):
+def unembedding(model: keras.Model, hidden: Tensor) -> Unembedding:
     """The `keras_laid.ops.Unembedding` of a model's last hidden states.
 
     Its logits are those of the model, in the dtype that the model computes them
@@ -58,11 +61,11 @@ def unembedding(model, hidden):
     )
 
 
-def is_quantized(embedding):
+def is_quantized(embedding: keras.layers.Layer) -> bool:
     return embedding.quantization_mode is not None
 
 
-def dequantized_kernel(embedding):
+def dequantized_kernel(embedding: keras.layers.Layer) -> Tensor:
     """What the layer makes of each unit vector, which quantises exactly."""
     units = ops.eye(embedding.output_dim, dtype=embedding.compute_dtype)
     with replaced_method(embedding, "logit_soft_cap", None):

@@ -3,23 +3,31 @@
 import contextlib
 import functools
 import math
-import numbers
+from collections.abc import Callable
+from collections.abc import Iterator
+from typing import Any
+from typing import Literal
 
+import keras
 from keras import ops
 
+from keras_laid.arguments import check_choice
+from keras_laid.arguments import check_integer
+from keras_laid.arguments import check_number
 from keras_laid.backbones import decoder
 from keras_laid.backbones.families import attention_layers
+from keras_laid.typing import Tensor
 
 
 @contextlib.contextmanager
 def yarn(
-    model,
-    factor,
-    original_length,
-    beta_fast=32.0,
-    beta_slow=1.0,
-    ramp="index",
-):
+    model: keras.Model,
+    factor: float,
+    original_length: int,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
+    ramp: Literal["index", "turns"] = "index",
+) -> Iterator[None]:
     """Scope in which a model's rotary embeddings are interpolated by YaRN.
 
     A frequency that turns fewer than `beta_slow` times over `original_length`
@@ -59,6 +67,7 @@ def yarn(
             `"turns"`, the paper's equation. Defaults to `"index"`.
 
     Raises:
+        TypeError: On entry, if an argument is of another kind.
         ValueError: On entry, if the model is of another kind, has no layer
             without a sliding window, or has scaled frequencies already, or if
             an argument is out of its range. The model is then unchanged.
@@ -110,7 +119,12 @@ def yarn(
         yield
 
 
-def interpolated_frequencies(get_inverse_freq, factor, shares_kept, features):
+def interpolated_frequencies(
+    get_inverse_freq: Callable[[int], Tensor],
+    factor: float,
+    shares_kept: Callable[[Tensor], Tensor],
+    features: int,
+) -> Tensor:
     """Inverse frequencies in radians a token, of shape `(features // 2,)`."""
     frequency = get_inverse_freq(features)
     # (1 - kept) / factor + kept, so that a factor of 1 is 1 exactly.
@@ -118,8 +132,12 @@ def interpolated_frequencies(get_inverse_freq, factor, shares_kept, features):
 
 
 def shares_kept_by_turns(
-    frequency, original_length, beta_fast, beta_slow, max_wavelength
-):
+    frequency: Tensor,
+    original_length: int,
+    beta_fast: float,
+    beta_slow: float,
+    max_wavelength: float,
+) -> Tensor:
     """0 to 1 for each frequency: the paper's equation."""
     del max_wavelength
     turns = original_length * frequency / (2 * math.pi)
@@ -127,12 +145,16 @@ def shares_kept_by_turns(
 
 
 def shares_kept_by_index(
-    frequency, original_length, beta_fast, beta_slow, max_wavelength
-):
+    frequency: Tensor,
+    original_length: int,
+    beta_fast: float,
+    beta_slow: float,
+    max_wavelength: float,
+) -> Tensor:
     """0 to 1 for each frequency: the authors' program."""
     count = frequency.shape[0]
 
-    def index_of(turns):
+    def index_of(turns: float) -> float:
         wavelength = original_length / (2 * math.pi * turns)
         return count * math.log(wavelength) / math.log(max_wavelength)
 
@@ -145,7 +167,12 @@ def shares_kept_by_index(
 SHARES_KEPT = {"index": shares_kept_by_index, "turns": shares_kept_by_turns}
 
 
-def scaled_cos_and_sin(compute, scale, *args, **kwargs):
+def scaled_cos_and_sin(
+    compute: Callable[..., tuple[Tensor, Tensor]],
+    scale: float,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, ...]:
     """Multiplied in float32 and rounded once: bfloat16 would round `scale`."""
     return tuple(
         ops.cast(ops.cast(x, "float32") * scale, x.dtype)
@@ -153,29 +180,26 @@ def scaled_cos_and_sin(compute, scale, *args, **kwargs):
     )
 
 
-def _check_arguments(factor, original_length, beta_fast, beta_slow, ramp):
-    if ramp not in SHARES_KEPT:
+def _check_arguments(
+    factor: float,
+    original_length: int,
+    beta_fast: float,
+    beta_slow: float,
+    ramp: str,
+) -> None:
+    check_choice("ramp", ramp, SHARES_KEPT)
+    check_number("factor", factor, "[1, inf)")
+    check_integer("original_length", original_length)
+    check_number("beta_fast", beta_fast, "(0, inf)")
+    check_number("beta_slow", beta_slow, "(0, inf)")
+    if beta_slow >= beta_fast:
         raise ValueError(
-            f"`ramp` must be one of {list(SHARES_KEPT)}. "
-            f"Received: ramp={ramp!r}"
-        )
-    if not (factor >= 1 and math.isfinite(factor)):
-        raise ValueError(
-            f"`factor` must be finite and at least 1. Received: factor={factor}"
-        )
-    if not isinstance(original_length, numbers.Integral) or original_length < 1:
-        raise ValueError(
-            "`original_length` must be a positive integer, in tokens. "
-            f"Received: original_length={original_length!r}"
-        )
-    if not 0 < beta_slow < beta_fast:
-        raise ValueError(
-            "`beta_slow` must be greater than 0 and less than `beta_fast`. "
+            "`beta_slow` must be less than `beta_fast`. "
             f"Received: beta_fast={beta_fast}, beta_slow={beta_slow}"
         )
 
 
-def _check_unscaled(rope):
+def _check_unscaled(rope: keras.layers.Layer) -> None:
     if rope.scaling_factor != 1 or rope.rope_type != "linear":
         raise ValueError(
             "The model's rotary embeddings must be unscaled. "

@@ -1,42 +1,33 @@
 """What is refused before a distiller is made."""
 
-import math
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
 
+import keras
 from keras.optimizers.schedules import LearningRateSchedule
 
+from keras_laid.arguments import check_number
+from keras_laid.arguments import check_shape
 from keras_laid.backbones import decoder
+from keras_laid.distillation.description import Description
 
 
-def check_numbers(term_weights, temperature):
+def check_numbers(
+    term_weights: Mapping[str, float | LearningRateSchedule], temperature: float
+) -> None:
     for name, weight in term_weights.items():
-        if isinstance(weight, LearningRateSchedule):
-            continue
-        if not (weight >= 0 and math.isfinite(weight)):
-            raise ValueError(
-                f"`{name}_weight` must be a finite number, 0 or more, or a "
-                "`keras.optimizers.schedules.LearningRateSchedule`. "
-                f"Received: {name}_weight={weight}"
-            )
+        if not isinstance(weight, LearningRateSchedule):
+            check_number(f"{name}_weight", weight, "[0, inf)")
     if not any(term_weights.values()):
         raise ValueError(
             "At least one term must have a weight greater than 0. Received: "
             + ", ".join(f"{k}_weight={v}" for k, v in term_weights.items())
         )
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(
-            "`temperature` must be a finite number greater than 0. "
-            f"Received: temperature={temperature}"
-        )
+    check_number("temperature", temperature, "(0, inf)")
 
 
-def check_choice(name, value, choices):
-    if value not in choices:
-        raise ValueError(
-            f"`{name}` must be one of {choices}. Received: {name}={value!r}"
-        )
-
-
-def check_task(name, model):
+def check_task(name: str, model: keras.Model) -> None:
     if not hasattr(model, "generate"):
         raise ValueError(
             f"`{name}` must be a task with logits, such as "
@@ -45,7 +36,7 @@ def check_task(name, model):
         )
 
 
-def check_two(teacher, student):
+def check_two(teacher: keras.Model, student: keras.Model) -> None:
     """Refuses models that are, or share, one another."""
     if teacher is student:
         raise ValueError(
@@ -62,7 +53,7 @@ def check_two(teacher, student):
         )
 
 
-def check_pair(teacher, student):
+def check_pair(teacher: Description, student: Description) -> None:
     """Refuses two `Description`s whose sequences of tokens are not the same."""
     if teacher.image_layout != student.image_layout:
         raise ValueError(
@@ -87,7 +78,9 @@ def check_pair(teacher, student):
             )
 
 
-def check_vocabularies(teacher, student, vocabulary):
+def check_vocabularies(
+    teacher: Description, student: Description, vocabulary: str
+) -> None:
     sizes = [model.vocabulary_size for model in (teacher, student)]
     if vocabulary == "same" and sizes[0] != sizes[1]:
         raise ValueError(
@@ -98,7 +91,11 @@ def check_vocabularies(teacher, student, vocabulary):
         )
 
 
-def check_features(teacher, student, layer_pairs):
+def check_features(
+    teacher: Description,
+    student: Description,
+    layer_pairs: Sequence[tuple[int, int]],
+) -> None:
     """Refuses pairs of layers whose queries have other features."""
     for student_layer, teacher_layer in layer_pairs:
         kinds = [
@@ -126,7 +123,7 @@ def check_features(teacher, student, layer_pairs):
             )
 
 
-def check_dropout(student):
+def check_dropout(student: keras.Model) -> None:
     """Refuses blocks that would not do the same when they run once more."""
     dropout = getattr(decoder.backbone_of(student), "dropout", 0.0)
     if dropout:
@@ -135,3 +132,21 @@ def check_dropout(student):
             "state may not change inside a block. "
             f"Received: student.backbone.dropout={dropout}"
         )
+
+
+def check_batch(model: keras.Model, batch: tuple[Any, Any, Any]) -> None:
+    """Refuses a batch that the losses cannot be computed of.
+
+    Looks at shapes alone, which are known while a step is compiled.
+    """
+    x, y, sample_weight = batch
+    decoder.check_inputs(model, x)
+    size, length = x["token_ids"].shape
+    if y is None:
+        raise ValueError(
+            "Data must be batches `(x, y)` or `(x, y, sample_weight)`. "
+            "Received: batches without `y`, the next tokens"
+        )
+    check_shape("y", y, batch=size, length=length)
+    if sample_weight is not None:
+        check_shape("sample_weight", sample_weight, batch=size, length=length)

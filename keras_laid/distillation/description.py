@@ -1,6 +1,10 @@
 """What a distiller has to know of a model before it runs it."""
 
 import dataclasses
+from typing import Any
+from typing import Self
+
+import keras
 
 from keras_laid.backbones import attention_layers
 from keras_laid.backbones import decoder
@@ -28,14 +32,14 @@ class Description:
 
     model: str
     several_images: bool
-    image_layout: dict
+    image_layout: dict[str, Any]
     vocabulary_size: int
-    tokens: list
-    layers: list
-    layer_types: list
+    tokens: list[str]
+    layers: list[AttentionLayer]
+    layer_types: list[str]
 
     @classmethod
-    def of(cls, model):
+    def of(cls, model: keras.Model) -> Self:
         """The description of a `keras_hub.models.CausalLM`."""
         layers = attention_layers(model)
         tokenizer = model.preprocessor and model.preprocessor.tokenizer
@@ -52,7 +56,7 @@ class Description:
             layer_types=[type(layer.layer).__name__ for layer in layers],
         )
 
-    def to_json(self):
+    def to_json(self) -> dict[str, Any]:
         numbers = [f.name for f in dataclasses.fields(AttentionLayer) if f.repr]
         layers = [
             {name: getattr(layer, name) for name in numbers}
@@ -61,6 +65,6 @@ class Description:
         return vars(self) | {"layers": layers}
 
     @classmethod
-    def from_json(cls, values):
+    def from_json(cls, values: dict[str, Any]) -> Self:
         layers = [AttentionLayer(**layer) for layer in values["layers"]]
         return cls(**values | {"layers": layers})

@@ -1,12 +1,22 @@
 """How much more distant tokens count, and how that grows over training."""
 
 import math
+from typing import Any
+from typing import Literal
+from typing import Self
 
+import keras
 from keras import ops
+
+from keras_laid.arguments import check_choice
+from keras_laid.arguments import check_integer
+from keras_laid.arguments import check_number
+from keras_laid.typing import Tensor
 
 SCHEDULES = ("constant", "linear", "cosine")
 
 
+@keras.saving.register_keras_serializable(package="keras_laid")
 class DistanceWeighting:
     """Weights attention divergence by distance, more as training goes on.
 
@@ -24,6 +34,7 @@ class DistanceWeighting:
             Defaults to the last step of `fit`.
 
     Raises:
+        TypeError: If an argument is of another kind.
         ValueError: If an argument is outside its range.
 
     Reference:
@@ -32,33 +43,23 @@ class DistanceWeighting:
     """
 
     def __init__(
-        self, strength=4.0, exponent=1.0, schedule="linear", steps=None
-    ):
-        if not (strength >= 0 and math.isfinite(strength)):
-            raise ValueError(
-                "`strength` must be a finite number, 0 or more. "
-                f"Received: strength={strength}"
-            )
-        if not (exponent > 0 and math.isfinite(exponent)):
-            raise ValueError(
-                "`exponent` must be a finite number greater than 0. "
-                f"Received: exponent={exponent}"
-            )
-        if schedule not in SCHEDULES:
-            raise ValueError(
-                f"`schedule` must be one of {SCHEDULES}. "
-                f"Received: schedule={schedule!r}"
-            )
-        if steps is not None and steps < 1:
-            raise ValueError(
-                f"`steps` must be at least 1 or `None`. Received: steps={steps}"
-            )
+        self,
+        strength: float = 4.0,
+        exponent: float = 1.0,
+        schedule: Literal["linear", "cosine", "constant"] = "linear",
+        steps: int | None = None,
+    ) -> None:
+        check_number("strength", strength, "[0, inf)")
+        check_number("exponent", exponent, "(0, inf)")
+        check_choice("schedule", schedule, SCHEDULES)
+        if steps is not None:
+            check_integer("steps", steps)
         self.strength = strength
         self.exponent = exponent
         self.schedule = schedule
         self.steps = steps
 
-    def progress(self, step, steps):
+    def progress(self, step: Tensor, steps: Tensor) -> Tensor:
         """Progress in `[0, 1]`, a float32 scalar tensor.
 
         Args:
@@ -72,3 +73,15 @@ class DistanceWeighting:
         if self.schedule == "cosine":
             return (1.0 - ops.cos(math.pi * share)) / 2.0
         return share
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            "strength": self.strength,
+            "exponent": self.exponent,
+            "schedule": self.schedule,
+            "steps": self.steps,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        return cls(**config)

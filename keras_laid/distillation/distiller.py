@@ -1,8 +1,19 @@
 """Trains a small model to attend over a long window as a large one does."""
 
+from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
+from typing import Literal
+from typing import TypeAlias
+
 import keras
 from keras import ops
+from keras.optimizers.schedules import LearningRateSchedule
 
+from keras_laid.arguments import check_choice
+from keras_laid.arguments import check_kind
+from keras_laid.arguments import check_number
+from keras_laid.arguments import check_switch
 from keras_laid.backbones.attention_capture import attention_mask
 from keras_laid.backbones.attention_capture import text_rows
 from keras_laid.backbones.forward import forward
@@ -13,19 +24,27 @@ from keras_laid.distillation.distance_weighting import DistanceWeighting
 from keras_laid.distillation.layer_map import resolve_layer_map
 from keras_laid.distillation.stored_teacher import StoredTeacher
 from keras_laid.layers.head_mixer import HeadMixer
+from keras_laid.ops.attention import Attention
 from keras_laid.ops.attention import Distance
+from keras_laid.ops.attention_divergence import IMPLEMENTATIONS
 from keras_laid.ops.attention_divergence import attention_divergence
+from keras_laid.ops.dispatch import check_requested
 from keras_laid.ops.logits_divergence import logits_divergence
 from keras_laid.ops.query_key_distance import query_key_distance
+from keras_laid.ops.top_logits import TopLogits
 from keras_laid.ops.unembedding import Unembedding
+from keras_laid.typing import Tensor
 
+# For mypy, which reads all three, the first stands for the others.
 if keras.backend.backend() == "jax":
     from keras_laid.distillation.jax_steps import Steps
 elif keras.backend.backend() == "torch":
-    from keras_laid.distillation.torch_steps import Steps
+    from keras_laid.distillation.torch_steps import Steps  # type: ignore[assignment]
 else:
-    from keras_laid.distillation.tensorflow_steps import Steps
+    from keras_laid.distillation.tensorflow_steps import Steps  # type: ignore[assignment]
 
+# What a run of the teacher gives: see `run_teacher`.
+Targets: TypeAlias = tuple[Unembedding | TopLogits | None, dict[int, Attention]]
 TERMS = ("attention", "query_key", "logits", "supervised")
 
 
@@ -69,7 +88,7 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         attention_weight: Float, 0 or more, or a
             `keras.optimizers.schedules.LearningRateSchedule` of training steps,
             to fade the term in or out; so are the next three. Defaults to
-            `1.0`.
+            `0.03`, after `benchmarks/window_extension.md`.
         query_key_weight: Defaults to `0.0`; keep it small.
         logits_weight: Defaults to `1.0`.
         supervised_weight: Defaults to `1.0`.
@@ -103,6 +122,7 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         The student's logits.
 
     Raises:
+        TypeError: If an argument is of another kind.
         ValueError: If the models do not fit each other or an argument is out of
             range; before anything is changed.
 
@@ -123,23 +143,25 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
 
     def __init__(
         self,
-        teacher,
-        student,
-        distance_weighting=None,
-        attention_weight=1.0,
-        query_key_weight=0.0,
-        logits_weight=1.0,
-        supervised_weight=1.0,
-        temperature=1.0,
-        layer_map="last",
-        rows="text",
-        mixer_sharpness=0.0,
-        vocabulary="same",
-        rematerialize=False,
-        linear_memory=False,
-        implementation=None,
-        **kwargs,
-    ):
+        teacher: keras.Model | StoredTeacher,
+        student: keras.Model,
+        distance_weighting: DistanceWeighting | None = None,
+        attention_weight: float | LearningRateSchedule = 0.03,
+        query_key_weight: float | LearningRateSchedule = 0.0,
+        logits_weight: float | LearningRateSchedule = 1.0,
+        supervised_weight: float | LearningRateSchedule = 1.0,
+        temperature: float = 1.0,
+        layer_map: Literal["last", "uniform"]
+        | Sequence[tuple[int, int]] = "last",
+        rows: Literal["text", "all"] = "text",
+        mixer_sharpness: float = 0.0,
+        vocabulary: Literal["same", "shared"] = "same",
+        rematerialize: bool = False,
+        linear_memory: bool = False,
+        implementation: Literal["pallas", "triton", "chunked", "definition"]
+        | None = None,
+        **kwargs: Any,
+    ) -> None:
         self.term_weights = dict(
             attention=attention_weight,
             query_key=query_key_weight,
@@ -147,8 +169,20 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
             supervised=supervised_weight,
         )
         checks.check_numbers(self.term_weights, temperature)
-        checks.check_choice("rows", rows, ("text", "all"))
-        checks.check_choice("vocabulary", vocabulary, ("same", "shared"))
+        if distance_weighting is None:
+            distance_weighting = DistanceWeighting()
+        check_kind(
+            "distance_weighting",
+            distance_weighting,
+            DistanceWeighting,
+            "a `keras_laid.DistanceWeighting`",
+        )
+        check_choice("rows", rows, ("text", "all"))
+        check_number("mixer_sharpness", mixer_sharpness, "(-inf, inf)")
+        check_choice("vocabulary", vocabulary, ("same", "shared"))
+        check_switch("rematerialize", rematerialize)
+        check_switch("linear_memory", linear_memory)
+        check_requested("attention_divergence", IMPLEMENTATIONS, implementation)
         checks.check_task("student", student)
         is_stored = isinstance(teacher, StoredTeacher)
         if is_stored:
@@ -178,8 +212,8 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         super().__init__(**kwargs)
         self.student = student
         # Past Keras's tracking: the teacher is neither trained nor saved.
-        vars(self)["teacher"] = teacher
-        self.distance_weighting = distance_weighting or DistanceWeighting()
+        self.__dict__["teacher"] = teacher
+        self.distance_weighting = distance_weighting
         self.temperature = temperature
         self.layer_map = layer_map
         self.layer_pairs = layer_pairs
@@ -223,16 +257,23 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         self.trackers = {name: keras.metrics.Mean(name=name) for name in names}
         self.built = True
 
-    def __dir__(self):
+    def __dir__(self) -> list[str]:
         # Keras saves whatever model it finds here.
         return [name for name in super().__dir__() if name != "teacher"]
 
     @property
-    def non_trainable_variables(self):
+    def non_trainable_variables(self) -> list[keras.Variable]:
         # A compiled step has to be given the teacher's as well.
         return [*super().non_trainable_variables, *self.teacher.variables]
 
-    def compile(self, optimizer="rmsprop", loss="auto", **kwargs):
+    def compile(
+        self,
+        optimizer: str | keras.Optimizer = "rmsprop",
+        loss: str
+        | keras.losses.Loss
+        | Callable[[Tensor, Tensor], Tensor] = "auto",
+        **kwargs: Any,
+    ) -> None:
         """Configures training.
 
         Args:
@@ -243,12 +284,30 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
                 label is 0 or more.
             **kwargs: Passed to `keras.Model.compile`.
 
+        Raises:
+            ValueError: If there is no optimizer or no loss, or `loss_weights`
+                are given, which are arguments of the distiller.
+
         With the default loss and without metrics, logits are computed for the
         tokens that `sample_weight` marks alone, some at a time.
         """
-        self.supervised_loss = None
-        if loss != "auto":
-            self.supervised_loss = keras.losses.get(loss)
+        if optimizer is None or loss is None:
+            raise ValueError(
+                "`optimizer` and `loss` must not be `None`. Received: "
+                f"optimizer={optimizer}, loss={loss}. Leave out the supervised "
+                "term by `supervised_weight=0` of the distiller."
+            )
+        if kwargs.get("loss_weights") is not None:
+            raise ValueError(
+                "`loss_weights` must be left out. Received: loss_weights="
+                f"{kwargs['loss_weights']}. Terms are weighted by arguments of "
+                "the distiller, such as `attention_weight`."
+            )
+        supervised_loss = None
+        if not isinstance(loss, str) or loss != "auto":
+            supervised_loss = keras.losses.get(loss)
+        optimizer = keras.optimizers.get(optimizer)
+        self.supervised_loss = supervised_loss
         super().compile(optimizer=optimizer, **kwargs)
         # Somebody else wants to see all of them.
         self.needs_logits = (
@@ -256,7 +315,15 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
             or self._compile_metrics is not None
         )
 
-    def fit(self, *args, callbacks=None, initial_epoch=0, **kwargs):
+    def fit(
+        self,
+        *args: Any,
+        callbacks: Sequence[keras.callbacks.Callback]
+        | keras.callbacks.Callback
+        | None = None,
+        initial_epoch: int = 0,
+        **kwargs: Any,
+    ) -> keras.callbacks.History:
         callbacks = [
             *keras.tree.flatten(callbacks or []),
             TotalSteps(initial_epoch),
@@ -265,21 +332,23 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
             *args, callbacks=callbacks, initial_epoch=initial_epoch, **kwargs
         )
 
-    def call(self, inputs, training=None):
+    def call(
+        self, inputs: dict[str, Tensor], training: bool | None = None
+    ) -> Tensor:
         return forward(self.student, inputs, training=training)[0].logits()
 
-    def generate(self, *args, **kwargs):
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generates with the student; see `keras_hub.models.CausalLM`."""
         return self.student.generate(*args, **kwargs)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         raise NotImplementedError(
             "The distiller cannot be saved whole, since the teacher is no part "
             "of it. Save the result with `distiller.student.save_to_preset()`, "
             "or the state of training with `distiller.save_weights()`."
         )
 
-    def run_teacher(self, x):
+    def run_teacher(self, x: dict[str, Tensor]) -> Targets | None:
         """The teacher's `Unembedding`, or `TopLogits`, and attention.
 
         `None` if no term needs it.
@@ -293,7 +362,20 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
             self.teacher, x, layers, linear_memory=self.linear_memory
         )
 
-    def compute_terms(self, x, y, sample_weight, targets, training):
+    def unpack(self, data: Any) -> tuple[Any, Any, Any]:
+        """A batch as `(x, y, sample_weight)`, checked."""
+        batch = keras.utils.unpack_x_y_sample_weight(data)
+        checks.check_batch(self.student, batch)
+        return batch
+
+    def compute_terms(
+        self,
+        x: dict[str, Tensor],
+        y: Tensor,
+        sample_weight: Tensor | None,
+        targets: Targets | None,
+        training: bool,
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """Runs the student and computes every loss term.
 
         The one place where losses are defined, on every backend.
@@ -347,12 +429,18 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
             self.step.assign(self.step + 1)
         return y_pred, terms
 
-    def weight_now(self, name):
+    def weight_now(self, name: str) -> float | Tensor:
         """The weight of a term at the present step."""
         weight = self.term_weights[name]
         return weight(self.step) if callable(weight) else weight
 
-    def attention_terms(self, x, sample_weight, student, teacher):
+    def attention_terms(
+        self,
+        x: dict[str, Tensor],
+        sample_weight: Tensor,
+        student: dict[int, Attention],
+        teacher: dict[int, Attention],
+    ) -> dict[str, Tensor]:
         """Attention and query/key terms, averaged over the layer pairs."""
         student_layer, _ = self.layer_pairs[0]
         key_length = ops.shape(student[student_layer].key)[1]
@@ -418,7 +506,13 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
             terms["query_key"] = sum(distances) / len(distances)
         return terms
 
-    def token_terms(self, student, targets, y, sample_weight):
+    def token_terms(
+        self,
+        student: Unembedding,
+        targets: Targets | None,
+        y: Tensor,
+        sample_weight: Tensor,
+    ) -> dict[str, Tensor]:
         """The terms of next tokens, and `"loss"`, their weighted sum."""
         teacher = targets[0] if self.term_weights["logits"] else None
         labels = y
@@ -443,7 +537,14 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
             terms["supervised"] = losses.cross_entropy
         return terms
 
-    def update_metrics(self, x, y, sample_weight, y_pred, terms):
+    def update_metrics(
+        self,
+        x: dict[str, Tensor],
+        y: Tensor,
+        sample_weight: Tensor | None,
+        y_pred: Tensor | None,
+        terms: dict[str, Tensor],
+    ) -> dict[str, float]:
         """Updates every metric; returns the logs of a step."""
         batch = ops.shape(y)[0]
         self._loss_tracker.update_state(terms["loss"], sample_weight=batch)
@@ -452,7 +553,7 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         return self.compute_metrics(x, y, y_pred, sample_weight)
 
 
-def weighted_mean(values, weights):
+def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
     """Mean of `values`; `weights` have its shape or broadcast to it."""
     weights = ops.broadcast_to(weights, ops.shape(values))
     total = ops.maximum(ops.sum(weights), keras.backend.epsilon())
@@ -462,11 +563,11 @@ def weighted_mean(values, weights):
 class TotalSteps(keras.callbacks.Callback):
     """Tells a distiller how many steps its training has."""
 
-    def __init__(self, initial_epoch):
+    def __init__(self, initial_epoch: int) -> None:
         super().__init__()
         self.initial_epoch = initial_epoch
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         weighting = self.model.distance_weighting
         if weighting.steps is not None:
             self.model.total_steps.assign(weighting.steps)

@@ -1,9 +1,18 @@
 """A learning rate for each group of a distiller's variables."""
 
+from typing import Any
+
 import keras
 
+from keras_laid.arguments import check_kind
 
-def group_optimizer(student, mixer=None, gains=None, **kwargs):
+
+def group_optimizer(
+    student: keras.Optimizer,
+    mixer: keras.Optimizer | None = None,
+    gains: keras.Optimizer | None = None,
+    **kwargs: Any,
+) -> keras.optimizers.MultiOptimizer:
     """One optimizer for the student, one for mixers, one for gains.
 
     The paper trains the model at 1e-5 and the mixing weights at 1e-4.
@@ -19,9 +28,25 @@ def group_optimizer(student, mixer=None, gains=None, **kwargs):
     Returns:
         A `keras.optimizers.MultiOptimizer`.
 
+    Raises:
+        TypeError: If one is no `keras.Optimizer`.
+        ValueError: If two of them are one and the same.
+
     Reference:
      - [Zhou et al., 2026](https://arxiv.org/abs/2512.21576), settings.
     """
+    given = {"student": student, "mixer": mixer, "gains": gains}
+    given = {name: each for name, each in given.items() if each is not None}
+    for name, optimizer in {"student": student, **given}.items():
+        check_kind(
+            name, optimizer, keras.optimizers.Optimizer, "a `keras.Optimizer`"
+        )
+    if len({id(optimizer) for optimizer in given.values()}) < len(given):
+        raise ValueError(
+            "Each group must have an optimizer of its own, which keeps the "
+            f"state of its variables. Received: one for several of {[*given]}. "
+            "Make one for each, or leave out those that the student's serves."
+        )
     groups = {"mixing_logits": mixer, "log_gain": gains}
     return keras.optimizers.MultiOptimizer(
         keras.optimizers.OptimizerMap(

@@ -1,5 +1,7 @@
 """The distiller's steps on JAX: pure functions of the state they are given."""
 
+import contextlib
+
 import jax
 import keras
 
@@ -7,7 +9,7 @@ import keras
 class Steps:
     def train_step(self, state, data):
         variables, fixed, optimizer_variables, metrics_variables = state
-        batch = keras.utils.unpack_x_y_sample_weight(data)
+        batch = self.unpack(data)
         # Outside the differentiated function: nothing of it is kept.
         with self.scope(variables, fixed):
             targets = self.run_teacher(batch[0])
@@ -33,7 +35,7 @@ class Steps:
 
     def test_step(self, state, data):
         variables, fixed, metrics_variables = state
-        batch = keras.utils.unpack_x_y_sample_weight(data)
+        batch = self.unpack(data)
         with self.scope(variables, fixed) as scope:
             targets = self.run_teacher(batch[0])
             y_pred, terms = self.compute_terms(*batch, targets, training=False)
@@ -42,6 +44,69 @@ class Steps:
             metrics_variables, batch, y_pred, terms
         )
         return logs, (variables, fixed, metrics_variables)
+
+    # Keras takes the values out of the variables before a step, and leaves
+    # them empty, the teacher's too, where the step raises.
+
+    def make_train_function(self, force=False):
+        before = self.train_function
+        super().make_train_function(force)
+        if self.train_function is not before:
+            self.train_function = self.restoring(self.train_function)
+
+    def make_test_function(self, force=False):
+        before = self.test_function
+        super().make_test_function(force)
+        if self.test_function is not before:
+            self.test_function = self.restoring(self.test_function)
+
+    def make_predict_function(self, force=False):
+        before = self.predict_function
+        super().make_predict_function(force)
+        if self.predict_function is not before:
+            self.predict_function = self.restoring(self.predict_function)
+        return self.predict_function
+
+    # Where the data raise, the last step's state is still to be had.
+
+    def evaluate(self, *args, **kwargs):
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            self.jax_state_sync()
+
+    def predict(self, *args, **kwargs):
+        try:
+            return super().predict(*args, **kwargs)
+        finally:
+            self.jax_state_sync()
+
+    def restoring(self, function):
+        """`function` of a state and data, which gives it back if it raises."""
+
+        def run(state, data):
+            with contextlib.ExitStack() as stack:
+                stack.callback(self.give_back, state)
+                outputs = function(state, data)
+                stack.pop_all()
+            return outputs
+
+        return run
+
+    def give_back(self, state):
+        """Puts the values of a state into the variables."""
+        variables, fixed, *others = state
+        groups = [
+            (self.trainable_variables, variables),
+            (self.non_trainable_variables, fixed),
+        ]
+        if others:
+            groups.append((self.metrics_variables, others.pop()))
+        if others:
+            groups.append((self.optimizer.variables, others.pop()))
+        for targets, values in groups:
+            for target, value in zip(targets, values, strict=True):
+                target.assign(value)
 
     def scope(self, variables, fixed, optimizer_variables=()):
         """A scope in which Keras variables have the values of a state."""

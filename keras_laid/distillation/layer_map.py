@@ -1,9 +1,17 @@
 """Which student layer learns from which teacher layer."""
 
+from collections.abc import Sequence
+
+from keras_laid.arguments import is_integer
 from keras_laid.backbones.decoder import indices_of_global
+from keras_laid.distillation.description import Description
 
 
-def resolve_layer_map(layer_map, student, teacher):
+def resolve_layer_map(
+    layer_map: str | Sequence[tuple[int, int]],
+    student: Description,
+    teacher: Description,
+) -> tuple[tuple[int, int], ...]:
     """Pairs of layers whose attention is matched.
 
     Args:
@@ -26,6 +34,8 @@ def resolve_layer_map(layer_map, student, teacher):
     """
     of_student = indices_of_global(student.layers, student.model)
     of_teacher = indices_of_global(teacher.layers, teacher.model)
+    if not (isinstance(layer_map, str) or is_pairs(layer_map)):
+        raise refusal(layer_map)
     if layer_map == "last":
         return ((of_student[-1], of_teacher[-1]),)
     if layer_map == "uniform":
@@ -34,11 +44,8 @@ def resolve_layer_map(layer_map, student, teacher):
             (layer, of_teacher[max(0, round((i + 1) * step) - 1)])
             for i, layer in enumerate(of_student)
         )
-    if isinstance(layer_map, str) or not layer_map:
-        raise ValueError(
-            '`layer_map` must be "last", "uniform", or pairs of indices '
-            f"(student_layer, teacher_layer). Received: layer_map={layer_map!r}"
-        )
+    if isinstance(layer_map, str):
+        raise refusal(layer_map)
     pairs = tuple(
         (
             resolve_index("student", student, of_student, student_layer),
@@ -54,7 +61,29 @@ def resolve_layer_map(layer_map, student, teacher):
     return pairs
 
 
-def resolve_index(name, model, allowed, index):
+def is_pairs(layer_map: object) -> bool:
+    return bool(
+        isinstance(layer_map, (list, tuple))
+        and layer_map
+        and all(
+            isinstance(pair, (list, tuple))
+            and len(pair) == 2
+            and all(map(is_integer, pair))
+            for pair in layer_map
+        )
+    )
+
+
+def refusal(layer_map: object) -> ValueError:
+    return ValueError(
+        '`layer_map` must be "last", "uniform", or pairs of indices '
+        f"(student_layer, teacher_layer). Received: layer_map={layer_map!r:.80}"
+    )
+
+
+def resolve_index(
+    name: str, model: Description, allowed: Sequence[int], index: int
+) -> int:
     count = len(model.layers)
     resolved = index + count if index < 0 else index
     if resolved not in allowed:

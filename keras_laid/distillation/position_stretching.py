@@ -1,8 +1,17 @@
 """Short prompts whose positions range over a long window."""
 
+from typing import Any
+from typing import Self
+
+import keras
 import numpy as np
+from numpy.typing import ArrayLike
+
+from keras_laid.arguments import check_integer
+from keras_laid.arguments import check_kind
 
 
+@keras.saving.register_keras_serializable(package="keras_laid")
 class PositionStretching:
     """Draws positions that spread the images of a prompt over a long window.
 
@@ -18,23 +27,34 @@ class PositionStretching:
             images stand among text).
 
     Raises:
+        TypeError: If a number is no integer.
         ValueError: If `max_images` or `image_length` is less than 1, or a
             prompt has more than `max_images` images.
     """
 
-    def __init__(self, max_images, image_length):
-        for name, value in (
-            ("max_images", max_images),
-            ("image_length", image_length),
-        ):
-            if value < 1:
-                raise ValueError(
-                    f"`{name}` must be at least 1. Received: {name}={value}"
-                )
+    def __init__(self, max_images: int, image_length: int) -> None:
+        check_integer("max_images", max_images)
+        check_integer("image_length", image_length)
         self.max_images = max_images
         self.image_length = image_length
 
-    def positions(self, batch, images, text_length, rng):
+    def get_config(self) -> dict[str, Any]:
+        return {
+            "max_images": self.max_images,
+            "image_length": self.image_length,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        return cls(**config)
+
+    def positions(
+        self,
+        batch: int,
+        images: int,
+        text_length: int,
+        rng: np.random.Generator,
+    ) -> np.ndarray:
         """Draws the positions of a batch whose images stand before the text.
 
         Args:
@@ -47,6 +67,10 @@ class PositionStretching:
             An `int32` array of shape
             `(batch, images * image_length + text_length)`, in tokens.
         """
+        check_integer("batch", batch)
+        check_integer("images", images, at_least=0)
+        check_integer("text_length", text_length, at_least=0)
+        check_generator(rng)
         windows, slots = self._draw(batch, images, rng)
         starts = slots[..., None] * self.image_length
         image_positions = starts + np.arange(self.image_length)
@@ -55,7 +79,9 @@ class PositionStretching:
             [image_positions.reshape(batch, -1), text], axis=1
         ).astype("int32")
 
-    def positions_in_text(self, vision_mask, rng, margin=0):
+    def positions_in_text(
+        self, vision_mask: ArrayLike, rng: np.random.Generator, margin: int = 0
+    ) -> np.ndarray:
         """Draws the positions of a batch whose images stand among the text.
 
         Text follows the image before it; what stands after the last image
@@ -72,8 +98,17 @@ class PositionStretching:
         Returns:
             An `int32` array of shape `(batch, length)`, in tokens.
         """
-        vision_mask = np.asarray(vision_mask).astype("int8")
-        moved = np.zeros(vision_mask.shape, "int32")
+        check_generator(rng)
+        check_integer("margin", margin, at_least=0)
+        vision_mask = np.asarray(vision_mask)
+        if vision_mask.ndim != 2 or not np.isin(vision_mask, (0, 1)).all():
+            raise ValueError(
+                "`vision_mask` must have shape (batch, length), and be 0 or 1. "
+                f"Received: vision_mask.shape={vision_mask.shape}, with values "
+                f"such as {vision_mask.ravel()[:3]}"
+            )
+        vision_mask = vision_mask.astype("int8")
+        moved = np.zeros_like(vision_mask, "int32")
         for of_example, mask in zip(moved, vision_mask, strict=True):
             edges = np.diff(mask, prepend=0, append=0)
             firsts, ends = (np.flatnonzero(edges == e) for e in (1, -1))
@@ -88,7 +123,9 @@ class PositionStretching:
             of_example[ends[-1] + margin :] = free * self.image_length
         return np.arange(moved.shape[1], dtype="int32") + moved
 
-    def _draw(self, batch, images, rng):
+    def _draw(
+        self, batch: int, images: int, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Windows, `(batch, 1)`, and slots of images, `(batch, images)`."""
         if images > self.max_images:
             raise ValueError(
@@ -101,3 +138,13 @@ class PositionStretching:
             slots < windows, rng.random((batch, self.max_images)), 2.0
         ).argsort(axis=1)
         return windows, np.sort(order[:, :images], axis=1)
+
+
+def check_generator(rng: object) -> None:
+    check_kind(
+        "rng",
+        rng,
+        np.random.Generator,
+        "a `numpy.random.Generator`",
+        "Pass `numpy.random.default_rng(seed)`.",
+    )

@@ -5,9 +5,14 @@ import math
 import pathlib
 import random
 import shutil
+from collections.abc import Iterable
+from typing import Any
 
 import keras
 import numpy as np
+
+from keras_laid.arguments import check_path
+from keras_laid.typing import PathLike
 
 SEED = "seed_generator_state"  # What paths of seed generators end with.
 
@@ -36,6 +41,9 @@ class ResumableTraining(keras.callbacks.Callback):
             before the run was killed included.
 
     Raises:
+        TypeError: If `folder` is no path.
+        ValueError: If `data` have no attribute `epoch`; before the first step,
+            if a folder `epoch_<number>` holds something else.
         OSError: If the folder cannot be written to, before the first step; or
             if a state cannot be saved, since the disk is full for example. The
             one before it is kept.
@@ -53,13 +61,22 @@ class ResumableTraining(keras.callbacks.Callback):
     ```
     """
 
-    def __init__(self, folder, data=None):
+    def __init__(
+        self, folder: PathLike, data: keras.utils.PyDataset | None = None
+    ) -> None:
         super().__init__()
+        check_path("folder", folder)
+        if data is not None and not hasattr(data, "epoch"):
+            raise ValueError(
+                "`data` must have an attribute `epoch`. Received: data of type "
+                f"{type(data).__name__}. Leave out data that do not change "
+                "with the epoch."
+            )
         self.folder = pathlib.Path(folder)
         self.data = data
-        self.history = []
+        self.history: list[dict[str, float]] = []
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.new.mkdir(exist_ok=True)
@@ -73,7 +90,9 @@ class ResumableTraining(keras.callbacks.Callback):
         if saved:
             self.restore(saved[-1])
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(
+        self, epoch: int, logs: dict[str, float] | None = None
+    ) -> None:
         logs = {name: float(value) for name, value in (logs or {}).items()}
         if not math.isfinite(logs.get("loss", 0.0)):
             raise FloatingPointError(
@@ -92,17 +111,17 @@ class ResumableTraining(keras.callbacks.Callback):
             ) from error
 
     @property
-    def new(self):
+    def new(self) -> pathlib.Path:
         """The folder of a state that is not complete."""
         return self.folder / "new"
 
-    def saved(self):
+    def saved(self) -> list[pathlib.Path]:
         """Folders of complete states, first to last; two after a kill."""
-        return sorted(
-            self.folder.glob("epoch_*"), key=lambda path: int(path.name[6:])
-        )
+        paths: Iterable[pathlib.Path] = self.folder.glob("epoch_*")
+        paths = [path for path in paths if path.name[6:].isdigit()]
+        return sorted(paths, key=lambda path: int(path.name[6:]))
 
-    def save(self, epochs):
+    def save(self, epochs: int) -> None:
         """Saves the state after so many epochs, in place of those before."""
         before = self.saved()
         shutil.rmtree(self.new, ignore_errors=True)
@@ -118,7 +137,8 @@ class ResumableTraining(keras.callbacks.Callback):
             ],
             "data_epoch": getattr(self.data, "epoch", None),
             "random": random.getstate(),
-            "numpy_random": [keys.tolist(), *position],
+            # A tuple, and not the dictionary that one may ask for.
+            "numpy_random": [keys.tolist(), *position],  # type: ignore[attr-defined]
             "torch_random": torch_random_states(),
         }
         (self.new / "training.json").write_text(json.dumps(state))
@@ -126,9 +146,9 @@ class ResumableTraining(keras.callbacks.Callback):
         for path in before:
             shutil.rmtree(path)
 
-    def restore(self, path):
+    def restore(self, path: pathlib.Path) -> None:
         """Restores the state in a folder."""
-        state = json.loads((path / "training.json").read_text())
+        state = read_state(path)
         self.model.optimizer.build(self.model.trainable_variables)
         self.model.load_weights(path / "state.weights.h5")
         for seed, value in zip(self.seeds(), state["seeds"], strict=True):
@@ -144,11 +164,26 @@ class ResumableTraining(keras.callbacks.Callback):
             # Keras counts one more while it builds the model.
             self.data.epoch = state["data_epoch"]
 
-    def seeds(self):
+    def seeds(self) -> list[keras.Variable]:
         return [v for v in self.model.variables if v.path.endswith(SEED)]
 
 
-def torch_random_states():
+def read_state(path: pathlib.Path) -> dict[str, Any]:
+    """What the JSON file of a state says."""
+    try:
+        state = json.loads((path / "training.json").read_bytes())
+    except (FileNotFoundError, ValueError):
+        state = None
+    if not isinstance(state, dict) or "seeds" not in state:
+        raise ValueError(
+            "The folder of a resumable training must hold states of this "
+            f"training alone. Received: {str(path)!r}, which is none. Delete "
+            "it, or pass another folder."
+        )
+    return state
+
+
+def torch_random_states() -> list[list[int]]:
     """Those of the CPU and of each GPU; other backends have none."""
     if keras.backend.backend() != "torch":
         return []
@@ -158,8 +193,9 @@ def torch_random_states():
     return [state.tolist() for state in states]
 
 
-def set_torch_random_states(states):
-    if not states:
+def set_torch_random_states(states: list[list[int]]) -> None:
+    # A state goes to another backend without them.
+    if keras.backend.backend() != "torch" or not states:
         return
     import torch
 

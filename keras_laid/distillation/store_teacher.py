@@ -5,12 +5,20 @@ import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Sequence
+from typing import Any
+from typing import Literal
 
 import keras
 import numpy as np
 from keras import ops
 from tqdm import tqdm
 
+from keras_laid.arguments import check_choice
+from keras_laid.arguments import check_indices
+from keras_laid.arguments import check_integer
+from keras_laid.arguments import check_number
+from keras_laid.arguments import check_path
 from keras_laid.backbones.decoder import chosen_layers
 from keras_laid.backbones.forward import forward
 from keras_laid.distillation import checks
@@ -18,23 +26,26 @@ from keras_laid.distillation import stored_teacher
 from keras_laid.distillation.description import Description
 from keras_laid.distillation.stored_teacher import StoredTeacher
 from keras_laid.ops.top_logits import TopLogits
+from keras_laid.ops.unembedding import Unembedding
+from keras_laid.typing import PathLike
+from keras_laid.typing import Tensor
 
 ROWS = 16  # Tokens of each example whose logits exist at a time.
 
 
 def store_teacher(
-    teacher,
-    data,
-    folder,
-    layers=(-1,),
-    rows="text",
-    top_k=64,
-    vocabulary_size=None,
-    temperature=1.0,
-    dtype="float16",
-    epochs=1,
-    batches_per_shard=64,
-):
+    teacher: keras.Model,
+    data: keras.utils.PyDataset,
+    folder: PathLike,
+    layers: Sequence[int] = (-1,),
+    rows: Literal["text", "all"] = "text",
+    top_k: int = 64,
+    vocabulary_size: int | None = None,
+    temperature: float = 1.0,
+    dtype: Literal["float16", "float32"] = "float16",
+    epochs: int = 1,
+    batches_per_shard: int = 64,
+) -> StoredTeacher:
     """Writes a teacher's targets to disk, to train students without it.
 
     Queries and keys of some layers after rotary embedding, and the largest
@@ -73,13 +84,19 @@ def store_teacher(
         A `StoredTeacher`.
 
     Raises:
+        TypeError: If an argument is of another kind.
         ValueError: If an argument is out of range, the folder holds a store
             with other settings or of other weights, or queries and keys are too
             large for `dtype`.
         OSError: If the folder cannot be written to. Complete shards stay.
     """
-    settings = dict(
-        layers=chosen_layers(teacher, layers) if len(layers) else [],
+    checks.check_task("teacher", teacher)
+    stored_teacher.check_data(data)
+    check_path("folder", folder)
+    check_integer("epochs", epochs)
+    layers = check_indices("layers", layers)
+    settings: dict[str, Any] = dict(
+        layers=chosen_layers(teacher, layers) if layers else [],
         rows=rows,
         top_k=top_k,
         vocabulary_size=vocabulary_size,
@@ -96,6 +113,7 @@ def store_teacher(
     description = dataclasses.replace(
         description, vocabulary_size=settings["vocabulary_size"]
     )
+    stored_teacher.file_formats()
     settings["weights"] = weights_checksum(teacher)
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -118,24 +136,26 @@ def store_teacher(
     return StoredTeacher(folder)
 
 
-def check_settings(settings, vocabulary_size, data):
-    checks.check_choice("rows", settings["rows"], ("text", "all"))
-    checks.check_choice("dtype", settings["dtype"], ("float16", "float32"))
+def check_settings(
+    settings: dict[str, Any], vocabulary_size: int, data: keras.utils.PyDataset
+) -> None:
+    check_choice("rows", settings["rows"], ("text", "all"))
+    check_choice("dtype", settings["dtype"], ("float16", "float32"))
+    check_number("temperature", settings["temperature"], "(0, inf)")
+    check_integer("batches_per_shard", settings["batches_per_shard"])
     for name, least, most in (
         ("vocabulary_size", 1, vocabulary_size),
         ("top_k", 0, settings["vocabulary_size"]),
-        ("epochs", 1, float("inf")),
-        ("batches_per_shard", 1, float("inf")),
     ):
-        if not least <= settings[name] <= most:
+        check_integer(name, settings[name], least)
+        if settings[name] > most:
             raise ValueError(
-                f"`{name}` must be from {least} to {most}. "
+                f"`{name}` must be at most {most}. "
                 f"Received: {name}={settings[name]}"
             )
-    if not settings["temperature"] > 0:
+    if not settings["batches"]:
         raise ValueError(
-            "`temperature` must be greater than 0. "
-            f"Received: temperature={settings['temperature']}"
+            "`data` must have at least one batch. Received: data of length 0"
         )
     if not (settings["layers"] or settings["top_k"]):
         raise ValueError(
@@ -149,14 +169,17 @@ def check_settings(settings, vocabulary_size, data):
         )
 
 
-def begin(folder, settings, description):
+def begin(
+    folder: pathlib.Path, settings: dict[str, Any], description: Description
+) -> None:
     """Writes what all shards share, or compares it with what is there."""
     path = folder / stored_teacher.SETTINGS
     if not path.is_file():
         values = {"settings": settings, "description": description.to_json()}
-        write_whole(path, json.dumps(values))
+        # NumPy's numbers have `item`.
+        write_whole(path, json.dumps(values, default=lambda x: x.item()))
         return
-    before = json.loads(path.read_text())["settings"]
+    before = stored_teacher.read_json(path, ("settings",))["settings"]
     changed = sorted(k for k in settings if settings[k] != before.get(k))
     if changed:
         raise ValueError(
@@ -165,17 +188,24 @@ def begin(folder, settings, description):
         )
 
 
-def is_complete(shard):
+def is_complete(shard: pathlib.Path) -> bool:
     return shard.is_file() and stored_teacher.sidecar(shard).is_file()
 
 
-def batches_of(settings, number):
+def batches_of(settings: dict[str, Any], number: int) -> range:
     """The range of batches, over all epochs, that a shard holds."""
     size = settings["batches_per_shard"]
     return range(settings["batches"])[number * size : (number + 1) * size]
 
 
-def write_shard(model, data, folder, settings, number, progress):
+def write_shard(
+    model: "Targets",
+    data: keras.utils.PyDataset,
+    folder: pathlib.Path,
+    settings: dict[str, Any],
+    number: int,
+    progress: tqdm,
+) -> None:
     array_record, _ = stored_teacher.file_formats()
     shard = stored_teacher.shard_path(folder, settings, number)
     new = shard.with_name("new")
@@ -208,13 +238,13 @@ def write_shard(model, data, folder, settings, number, progress):
 class Targets(keras.Model):
     """The teacher as a function from inputs to what is stored of them."""
 
-    def __init__(self, teacher, settings):
+    def __init__(self, teacher: keras.Model, settings: dict[str, Any]) -> None:
         super().__init__()
         self.teacher = teacher
         self.settings = settings
         self.built = True
 
-    def call(self, inputs):
+    def call(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         inputs = dict(inputs)
         marked = inputs.pop("marked")
         unembedding, attention = forward(
@@ -233,7 +263,9 @@ class Targets(keras.Model):
             outputs |= dict(zip(stored_teacher.TOP_LOGITS, top, strict=True))
         return outputs
 
-    def top_logits(self, unembedding, marked):
+    def top_logits(
+        self, unembedding: Unembedding, marked: Tensor
+    ) -> list[Tensor]:
         """Those of the tokens at `marked`, `ROWS` of an example at a time."""
         unembedding = unembedding.first(self.settings["vocabulary_size"])
         hidden = ops.take_along_axis(
@@ -242,7 +274,7 @@ class Targets(keras.Model):
         batch, slots, width = ops.shape(hidden)
         blocks = ops.reshape(hidden, (batch, slots // ROWS, ROWS, width))
 
-        def of_block(hidden):
+        def of_block(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             return TopLogits.of(
                 unembedding._replace(hidden=hidden).logits(),
                 self.settings["top_k"],
@@ -254,7 +286,9 @@ class Targets(keras.Model):
             for each in ops.map(of_block, ops.moveaxis(blocks, 1, 0))
         ]
 
-    def records(self, x, marked):
+    def records(
+        self, x: dict[str, np.ndarray], marked: np.ndarray
+    ) -> tuple[list[bytes], int]:
         """The examples of a batch as bytes, and how many tokens they have."""
         _, safetensors = stored_teacher.file_formats()
         counts = marked.sum(axis=1)
@@ -280,7 +314,7 @@ class Targets(keras.Model):
             )
         return examples, tokens * len(marked)
 
-    def rounded(self, name, values):
+    def rounded(self, name: str, values: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore"):
             rounded = values.astype(self.settings["dtype"])
         if not np.isfinite(rounded).all():
@@ -292,7 +326,7 @@ class Targets(keras.Model):
         return rounded
 
 
-def weights_checksum(model):
+def weights_checksum(model: keras.Model) -> str:
     """SHA-256 of all weights of a model."""
     parts = hashlib.sha256()
     for variable in model.weights:
@@ -301,7 +335,7 @@ def weights_checksum(model):
     return parts.hexdigest()
 
 
-def write_whole(path, text):
+def write_whole(path: pathlib.Path, text: str) -> None:
     """Writes a file that is never there in part."""
     new = path.with_name(f"{path.name}.new")
     new.write_text(text)

@@ -3,14 +3,22 @@
 import hashlib
 import json
 import pathlib
+from collections.abc import Collection
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
+from keras_laid.arguments import check_kind
+from keras_laid.arguments import check_path
 from keras_laid.distillation.description import Description
 from keras_laid.ops.attention import Attention
 from keras_laid.ops.top_logits import TopLogits
+from keras_laid.typing import PathLike
+from keras_laid.typing import Tensor
 
 SETTINGS = "teacher.json"
 TOP_LOGITS = ("logits", "index", "others")
@@ -30,6 +38,7 @@ class StoredTeacher:
             text.
 
     Raises:
+        TypeError: If `folder` is no path.
         ValueError: If there is no store in the folder, or it is not complete.
 
     Example:
@@ -45,9 +54,10 @@ class StoredTeacher:
     ```
     """
 
-    variables = ()  # None of it is in memory.
+    variables: tuple[keras.Variable, ...] = ()  # None of it is in memory.
 
-    def __init__(self, folder):
+    def __init__(self, folder: PathLike) -> None:
+        check_path("folder", folder)
         self.folder = pathlib.Path(folder)
         path = self.folder / SETTINGS
         if not path.is_file():
@@ -55,7 +65,7 @@ class StoredTeacher:
                 "`folder` must be one that `keras_laid.store_teacher` wrote. "
                 f"Received: folder={str(folder)!r}, without {SETTINGS!r}"
             )
-        values = json.loads(path.read_text())
+        values = read_json(path, ("settings", "description"))
         self.settings = values["settings"]
         self.description = Description.from_json(values["description"])
         self.shards = []
@@ -63,13 +73,14 @@ class StoredTeacher:
         tokens = 0
         for number in range(num_shards(self.settings)):
             shard = shard_path(self.folder, self.settings, number)
-            if not sidecar(shard).is_file():
-                raise ValueError(
-                    "The store must be complete. Received: "
-                    f"{str(sidecar(shard))!r} is missing. Call "
-                    "`keras_laid.store_teacher` again: it goes on."
-                )
-            written = json.loads(sidecar(shard).read_text())
+            for file in (sidecar(shard), shard):
+                if not file.is_file():
+                    raise ValueError(
+                        "The store must be complete. Received: "
+                        f"{str(file)!r} is missing. Call "
+                        "`keras_laid.store_teacher` again: it goes on."
+                    )
+            written = read_json(sidecar(shard), ("sha256", "batches"))
             self.shards.append((shard, written["sha256"]))
             first = 0
             for batch in written["batches"]:
@@ -79,9 +90,9 @@ class StoredTeacher:
                 tokens += batch["tokens"]
         size = sum(shard.stat().st_size for shard, _ in self.shards)
         self.bytes_per_token = size / tokens
-        self._verified = set()
+        self._verified: set[int] = set()
 
-    def targets_for(self, data):
+    def targets_for(self, data: keras.utils.PyDataset) -> keras.utils.PyDataset:
         """The same data, with the teacher's targets among the inputs.
 
         Args:
@@ -91,9 +102,16 @@ class StoredTeacher:
         Returns:
             A `keras.utils.PyDataset`.
         """
+        check_data(data)
         return StoredTargets(self, data)
 
-    def check(self, layers, rows, logits, temperature):
+    def check(
+        self,
+        layers: Collection[int],
+        rows: str,
+        logits: float,
+        temperature: float,
+    ) -> None:
         """Refuses what a distiller wants and the store does not have."""
         missing = set(layers) - set(self.settings["layers"])
         wanted = {
@@ -114,7 +132,9 @@ class StoredTeacher:
                     f"`keras_laid.store_teacher(..., {name}=...)`."
                 )
 
-    def targets(self, x, layers):
+    def targets(
+        self, x: Mapping[str, Tensor], layers: Collection[int]
+    ) -> tuple[TopLogits | None, dict[int, Attention]]:
         """What a run of the teacher would give, from a batch with targets.
 
         Args:
@@ -135,8 +155,11 @@ class StoredTeacher:
             )
         top = None
         if self.settings["top_k"]:
+            logits, index, others = (x[f"teacher_{n}"] for n in TOP_LOGITS)
             top = TopLogits(
-                *[x[f"teacher_{name}"] for name in TOP_LOGITS],
+                logits,
+                index,
+                others,
                 vocabulary=self.description.vocabulary_size,
                 temperature=self.settings["temperature"],
             )
@@ -151,14 +174,14 @@ class StoredTeacher:
             )
         return top, attention
 
-    def names(self):
+    def names(self) -> list[str]:
         """Names of the targets among the inputs."""
         names = TOP_LOGITS if self.settings["top_k"] else ()
         for index in self.settings["layers"]:
             names = (*names, f"query_{index}", f"key_{index}")
         return [f"teacher_{name}" for name in names]
 
-    def read(self, batch):
+    def read(self, batch: tuple[Any, ...]) -> dict[str, np.ndarray]:
         """Reads the targets of a batch.
 
         Args:
@@ -195,7 +218,7 @@ class StoredTeacher:
             targets |= dense_top_logits(examples, marked)
         return targets
 
-    def verified(self, number):
+    def verified(self, number: int) -> pathlib.Path:
         """The path of a shard, which is read whole once and checked."""
         path, expected = self.shards[number]
         if number not in self._verified:
@@ -217,7 +240,9 @@ class StoredTargets(keras.utils.PyDataset):
     After the last epoch that is stored comes the first one again.
     """
 
-    def __init__(self, teacher, data):
+    def __init__(
+        self, teacher: StoredTeacher, data: keras.utils.PyDataset
+    ) -> None:
         super().__init__(
             workers=data.workers,
             use_multiprocessing=data.use_multiprocessing,
@@ -226,20 +251,20 @@ class StoredTargets(keras.utils.PyDataset):
         self.teacher = teacher
         self.data = data
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
         x, *rest = batch = self.data[index]
         return x | self.teacher.read(batch), *rest
 
-    def on_epoch_end(self):
+    def on_epoch_end(self) -> None:
         self.data.on_epoch_end()
         if hasattr(self.data, "epoch"):
             self.data.epoch %= self.teacher.settings["epochs"]
 
 
-def file_formats():
+def file_formats() -> tuple[Any, Any]:
     """The modules that write and read shards, and records in them."""
     try:
         import safetensors.numpy
@@ -252,16 +277,24 @@ def file_formats():
     return array_record_module, safetensors.numpy
 
 
-def inputs_and_marked(batch):
+def inputs_and_marked(
+    batch: tuple[Any, ...],
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """A batch's inputs, and which tokens' logits count, as arrays."""
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
+    if not isinstance(x, dict) or y is None:
+        raise ValueError(
+            "Data must be batches `(x, y)` or `(x, y, sample_weight)`, with a "
+            f"dictionary `x`. Received: x of type {type(x).__name__}, y of "
+            f"type {type(y).__name__}"
+        )
     marked = np.ones(np.shape(y), "bool")
     if sample_weight is not None:
         marked = ops.convert_to_numpy(sample_weight) > 0
     return {name: ops.convert_to_numpy(x[name]) for name in x}, marked
 
 
-def fingerprint(x, marked):
+def fingerprint(x: dict[str, np.ndarray], marked: np.ndarray) -> str:
     """A hash of all that a teacher's targets depend on."""
     parts = hashlib.blake2b(digest_size=16)
     for name, array in sorted((x | {"marked": marked}).items()):
@@ -270,7 +303,9 @@ def fingerprint(x, marked):
     return parts.hexdigest()
 
 
-def dense_top_logits(examples, marked):
+def dense_top_logits(
+    examples: Sequence[dict[str, np.ndarray]], marked: np.ndarray
+) -> dict[str, np.ndarray]:
     """Top logits of every token: zeros where it is not marked."""
     targets = {}
     for name in TOP_LOGITS:
@@ -281,20 +316,42 @@ def dense_top_logits(examples, marked):
     return targets
 
 
-def num_shards(settings):
+def read_json(path: pathlib.Path, names: Collection[str]) -> dict[str, Any]:
+    """What a JSON file of a store says, which must have these names."""
+    try:
+        values = json.loads(path.read_bytes())
+    except ValueError:  # Cut short, or no text.
+        values = None
+    if not isinstance(values, dict) or not set(names) <= set(values):
+        raise ValueError(
+            "A store's files must be as `keras_laid.store_teacher` wrote them. "
+            f"Received: {str(path)!r}, which is no JSON with {list(names)}. "
+            "Delete it and call `keras_laid.store_teacher` again."
+        )
+    return values
+
+
+def check_data(data: object) -> None:
+    kind = keras.utils.PyDataset
+    check_kind("data", data, kind, "a `keras.utils.PyDataset`")
+
+
+def num_shards(settings: dict[str, Any]) -> int:
     return -(-settings["batches"] // settings["batches_per_shard"])
 
 
-def shard_path(folder, settings, number):
+def shard_path(
+    folder: pathlib.Path, settings: dict[str, Any], number: int
+) -> pathlib.Path:
     count = num_shards(settings)
     return folder / f"teacher.array_record-{number:05d}-of-{count:05d}"
 
 
-def sidecar(shard):
+def sidecar(shard: pathlib.Path) -> pathlib.Path:
     """Of a shard that is complete: its checksum and what is in it."""
     return shard.with_name(f"{shard.name}.json")
 
 
-def checksum(path):
+def checksum(path: pathlib.Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

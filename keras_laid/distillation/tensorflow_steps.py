@@ -1,12 +1,11 @@
 """The distiller's steps on TensorFlow."""
 
-import keras
 import tensorflow as tf
 
 
 class Steps:
     def train_step(self, data):
-        batch = keras.utils.unpack_x_y_sample_weight(data)
+        batch = self.unpack(data)
         # Outside the tape: nothing of it is kept.
         targets = self.run_teacher(batch[0])
         with tf.GradientTape() as tape:
@@ -18,7 +17,7 @@ class Steps:
         return self.update_metrics(*batch, y_pred, terms)
 
     def test_step(self, data):
-        batch = keras.utils.unpack_x_y_sample_weight(data)
+        batch = self.unpack(data)
         targets = self.run_teacher(batch[0])
         y_pred, terms = self.compute_terms(*batch, targets, training=False)
         return self.update_metrics(*batch, y_pred, terms)

@@ -1,12 +1,11 @@
 """The distiller's steps on PyTorch."""
 
-import keras
 import torch
 
 
 class Steps:
     def train_step(self, data):
-        batch = keras.utils.unpack_x_y_sample_weight(data)
+        batch = self.unpack(data)
         with torch.no_grad():
             targets = self.run_teacher(batch[0])
         y_pred, terms = self.compute_terms(*batch, targets, training=True)
@@ -19,7 +18,7 @@ class Steps:
         return self.update_metrics(*batch, y_pred, terms)
 
     def test_step(self, data):
-        batch = keras.utils.unpack_x_y_sample_weight(data)
+        batch = self.unpack(data)
         targets = self.run_teacher(batch[0])
         y_pred, terms = self.compute_terms(*batch, targets, training=False)
         return self.update_metrics(*batch, y_pred, terms)

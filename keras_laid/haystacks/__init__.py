@@ -8,6 +8,7 @@ for, and raise `ImportError` where it is not installed.
 
 import importlib
 import importlib.util
+from typing import Any
 
 from keras_laid.haystacks.coco import Coco
 from keras_laid.haystacks.dataset import Haystacks
@@ -43,11 +44,11 @@ if importlib.util.find_spec("tensorflow_datasets"):
     # Defining the builder registers it, but imports tensorflow_datasets, which
     # takes a while: so only once someone else has imported that.
     @wrapt.when_imported("tensorflow_datasets")
-    def _register(module):
+    def _register(module: Any) -> None:
         importlib.import_module("keras_laid.haystacks.builder")
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if name in ("HaystackConfig", "VisualHaystacks"):
         builder = importlib.import_module("keras_laid.haystacks.builder")
         return getattr(builder, name)

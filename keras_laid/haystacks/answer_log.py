@@ -1,41 +1,76 @@
 """Keeps answers as they come, so that an evaluation can be interrupted."""
 
 import json
+import os
 import pathlib
 import zlib
+from collections.abc import Collection
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+
+from keras_laid.haystacks.question_files import read_json
+from keras_laid.haystacks.sampling import Haystack
+from keras_laid.typing import PathLike
+
+# What a record holds, and of which types.
+KINDS = {
+    "index": (int,),
+    "size": (int,),
+    "needles": (list,),
+    "question": (str,),
+    "expected": (str,),
+    "images": (int,),
+    "answer": (str,),
+    "right": (bool,),
+    "complied": (bool, type(None)),
+}
 
 
 class AnswerLog:
     """Records of answered questions, in memory and in a folder.
 
     `answers.jsonl` has a line for each, `settings.json` what all have in
-    common. A last line that was cut by an interruption is dropped.
+    common. A last line that was cut by an interruption is dropped. Nothing is
+    written before the first new answers.
 
     Args:
         folder: A folder, made if need be, or `None`, to keep no file.
         settings: Dictionary for JSON: what the answers depend on.
 
     Raises:
-        ValueError: If the folder holds answers under other settings, or a file
-            that is not as written here.
+        ValueError: If the folder holds answers under other settings or under
+            none, or a file that is not as written here.
+        NotADirectoryError: If `folder` is a file.
     """
 
-    def __init__(self, folder, settings):
+    def __init__(
+        self, folder: PathLike | None, settings: dict[str, Any]
+    ) -> None:
         self.settings = settings
-        self._answered = {}  # From the index of a question to its record.
-        self._seen = set()
-        self._path = None
+        # From the index of a question to its record.
+        self._answered: dict[int, dict[str, Any]] = {}
+        self._seen: set[int] = set()
+        self._path: pathlib.Path | None = None
+        self._torn_at: int | None = None  # Where a line begins that was cut.
         if folder is not None:
-            folder = pathlib.Path(folder)
-            folder.mkdir(parents=True, exist_ok=True)
+            folder = made_folder(folder)
             self._path = folder / "answers.jsonl"
-            self._check_settings(folder / "settings.json")
-            self._read()
+            self._settings_path = folder / "settings.json"
+            if self._path.exists() or self._settings_path.exists():
+                self._check_settings()
+            if self._path.exists():
+                self._read()
 
     @staticmethod
-    def record(index, haystack, answer, right, complied):
+    def record(
+        index: int,
+        haystack: Haystack,
+        answer: str,
+        right: bool,
+        complied: bool | None,
+    ) -> dict[str, Any]:
         """What is kept of a question and its answer, for JSON."""
         return {
             **_asked(index, haystack),
@@ -44,7 +79,7 @@ class AnswerLog:
             "complied": None if complied is None else bool(complied),
         }
 
-    def has(self, index, haystack):
+    def has(self, index: int, haystack: Haystack) -> bool:
         """Whether a question has been answered; refuses one unlike it."""
         self._seen.add(index)
         record = self._answered.get(index)
@@ -60,14 +95,23 @@ class AnswerLog:
             )
         return True
 
-    def add(self, records):
+    def add(self, records: Sequence[dict[str, Any]]) -> None:
         self._answered.update((record["index"], record) for record in records)
-        if self._path is not None:
-            lines = "".join(json.dumps(record) + "\n" for record in records)
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(lines)
+        if self._path is None:
+            return
+        if not self._settings_path.exists():
+            # Written aside and moved, so that no one reads half a file.
+            aside = self._settings_path.with_suffix(".new")
+            aside.write_text(json.dumps(self.settings, indent=2) + "\n")
+            os.replace(aside, self._settings_path)
+        if self._torn_at is not None:
+            os.truncate(self._path, self._torn_at)
+            self._torn_at = None
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(lines)
 
-    def records(self):
+    def records(self) -> tuple[dict[str, Any], ...]:
         """All records, in the order of their indices.
 
         Raises:
@@ -78,19 +122,28 @@ class AnswerLog:
                 "There must be at least one haystack. Received: none. A "
                 "generator is empty once it has been read."
             )
-        if left := self._answered.keys() - self._seen:
-            raise ValueError(
-                "An evaluation must go on with all haystacks it was begun "
-                f"with. Received: {len(self._seen)}, where {self._path} has "
-                f"{len(left)} more. Pass all, or another `output`."
-            )
+        self.check_all(self._seen)
         return tuple(self._answered[index] for index in sorted(self._answered))
 
-    def _check_settings(self, path):
+    def check_all(self, indices: Collection[int]) -> None:
+        """Refuses answers to questions with other indices than these."""
+        if left := self._answered.keys() - indices:
+            raise ValueError(
+                "An evaluation must go on with all haystacks it was begun "
+                f"with. Received: {len(indices)}, where {self._path} has "
+                f"{len(left)} more. Pass all, or another `output`."
+            )
+
+    def _check_settings(self) -> None:
+        path = self._settings_path
         if not path.exists():
-            path.write_text(json.dumps(self.settings, indent=2) + "\n")
-            return
-        kept = json.loads(path.read_text(encoding="utf-8"))
+            raise ValueError(
+                "Answers must have their settings beside them. Received: "
+                f"{self._path} without {path.name}. Pass another `output`, or "
+                "put the file back."
+            )
+        advice = "pass another `output`, or delete that folder"
+        kept = read_json(path, dict, advice)
         differ = sorted(
             name
             for name in kept.keys() | self.settings.keys()
@@ -105,36 +158,61 @@ class AnswerLog:
                 + ". Pass another `output`, or delete that folder."
             )
 
-    def _read(self):
-        if not self._path.exists():
-            return
+    def _read(self) -> None:
         content = self._path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):
-            self._path.write_bytes(whole)
-        for number, line in enumerate(whole.decode().splitlines(), start=1):
+            self._torn_at = len(whole)
+        for number, line in enumerate(whole.splitlines(), start=1):
             try:
-                record = json.loads(line)
-                self._answered[record["index"]] = record
-            except (ValueError, KeyError, TypeError) as error:
+                record = json.loads(line.decode())
+            except (ValueError, RecursionError):
+                record = None
+            if not _is_record(record) or record["index"] in self._answered:
                 raise ValueError(
-                    "A line must be a record of an answer. Received: line "
-                    f"{number} of {self._path}, {line!r:.80}. Delete the line."
-                ) from error
+                    "A line must be a record of an answer, one a question. "
+                    f"Received: line {number} of {self._path}, {line!r:.80}. "
+                    "Delete the line."
+                )
+            self._answered[record["index"]] = record
 
 
-def _asked(index, haystack):
+def made_folder(path: PathLike) -> pathlib.Path:
+    """A folder, made if need be."""
+    path = pathlib.Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise NotADirectoryError(
+            f"The folder to write to must be one. Received: {path}, which is "
+            "a file or lies in one. Pass another folder."
+        ) from error
+    return path
+
+
+def _is_record(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() == KINDS.keys()
+        and all(type(value[name]) in kinds for name, kinds in KINDS.items())
+        and value["index"] >= 0
+    )
+
+
+def _asked(index: int, haystack: Haystack) -> dict[str, Any]:
     """What tells a question from others, its images included."""
     images = haystack.images
     if isinstance(images[0], str):
-        content = "\n".join(images).encode()
+        checksum = zlib.crc32("\n".join(images).encode())
     else:
-        content = np.ascontiguousarray(images)
+        checksum = 0
+        for image in images:  # A function may take images of any sizes.
+            checksum = zlib.crc32(np.ascontiguousarray(image).data, checksum)
     return {
         "index": index,
         "size": len(images),
         "needles": list(haystack.needles),
         "question": haystack.question,
         "expected": haystack.answer,
-        "images": zlib.crc32(content),
+        "images": checksum,
     }

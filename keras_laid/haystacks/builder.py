@@ -5,17 +5,27 @@ import hashlib
 import io
 import pathlib
 import re
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from keras_laid.arguments import check_choice
+from keras_laid.arguments import check_integer
 from keras_laid.haystacks.coco import Coco
 from keras_laid.haystacks.coco import read_image
 from keras_laid.haystacks.digits import SPLITS
 from keras_laid.haystacks.digits import Digits
 from keras_laid.haystacks.openmoji import ATTRIBUTION
 from keras_laid.haystacks.openmoji import OpenMoji
+from keras_laid.haystacks.question_files import Question
 from keras_laid.haystacks.question_files import read_questions
+from keras_laid.haystacks.sampling import Haystack
+from keras_laid.haystacks.sampling import PairSource
+from keras_laid.haystacks.sampling import check_sizes
 from keras_laid.haystacks.sampling import draw_haystacks
 
 try:
@@ -32,7 +42,7 @@ SHORT = (1, 2, 5, 10, 20)
 MULTI = (2, 3)  # Needles, as in the benchmark.
 
 
-def _num_questions():
+def _num_questions() -> dict[str, int]:
     return {"train": 1600, "validation": 160, "test": 800}
 
 
@@ -52,21 +62,40 @@ class HaystackConfig(tfds.core.BuilderConfig):
         num_questions: Dictionary from split to a number of questions. A split
             with none is left out.
         seed: Integer.
+
+    Raises:
+        ValueError: If a value is out of its range, if there are no questions,
+            no room for needles, or if the name is that of no folder.
+        TypeError: If a value is of another kind.
     """
 
     name: str = ""
     source: str = "digits"
-    sizes: tuple = LONG
-    needles: tuple = (1,)
+    sizes: tuple[int, ...] = LONG
+    needles: tuple[int, ...] = (1,)
     image_size: int = 16
-    num_questions: dict = dataclasses.field(default_factory=_num_questions)
+    num_questions: dict[str, int] = dataclasses.field(
+        default_factory=_num_questions
+    )
     seed: int = 0
 
-    def __post_init__(self):
-        if self.source not in SOURCES:
+    def __post_init__(self) -> None:
+        check_choice("source", self.source, SOURCES)
+        self.sizes, self.needles = check_sizes(self.sizes, self.needles)
+        check_integer("image_size", self.image_size)
+        check_integer("seed", self.seed, at_least=0)
+        if not isinstance(self.num_questions, dict):
+            raise TypeError(
+                "`num_questions` must be a dictionary from split to a number. "
+                f"Received: num_questions={self.num_questions!r:.80}"
+            )
+        for split, count in self.num_questions.items():
+            check_integer(f"num_questions[{split!r}]", count, at_least=0)
+        # Question files may be all that is wanted of `coco`.
+        if self.source != "coco" and not any(self.num_questions.values()):
             raise ValueError(
-                f"`source` must be one of {SOURCES}. "
-                f"Received: source={self.source!r}"
+                "`num_questions` must be above 0 for a split. "
+                f"Received: num_questions={self.num_questions}"
             )
         if unknown := self.num_questions.keys() - SPLITS.keys():
             raise ValueError(
@@ -80,6 +109,11 @@ class HaystackConfig(tfds.core.BuilderConfig):
             )
             digest = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
             self.name = f"{self.source}_{digest}"
+        if not re.fullmatch(r"\w[\w.-]*", self.name):
+            raise ValueError(
+                "`name` must be that of a folder: letters, digits, '_', '-' "
+                f"and '.'. Received: name={self.name!r:.80}"
+            )
 
 
 class VisualHaystacks(tfds.core.GeneratorBasedBuilder):
@@ -121,7 +155,7 @@ class VisualHaystacks(tfds.core.GeneratorBasedBuilder):
         )
     ]
 
-    def _info(self):
+    def _info(self) -> tfds.core.DatasetInfo:
         side = self.builder_config.image_size
         features = {
             "id": tfds.features.Text(doc="Of the entry in a question file."),
@@ -151,7 +185,9 @@ class VisualHaystacks(tfds.core.GeneratorBasedBuilder):
             citation=CITATION,
         )
 
-    def _split_generators(self, dl_manager):
+    def _split_generators(
+        self, dl_manager: tfds.download.DownloadManager
+    ) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
         config = self.builder_config
         wanted = {
             split: (number, count)
@@ -168,13 +204,14 @@ class VisualHaystacks(tfds.core.GeneratorBasedBuilder):
             for question in questions
             for image in question.pos_image + question.neg_image
         }
-        make = {
+        sources: dict[str, Callable[[Any], PairSource | Coco]] = {
             "digits": lambda split: Digits(split, config.image_size),
             "openmoji": lambda split: OpenMoji(
                 split, config.image_size, dl_manager.download_dir
             ),
             "coco": lambda split: Coco(root, split, exclude),
-        }[config.source]
+        }
+        make = sources[config.source]
         splits = {}
         for split, (number, count) in wanted.items():
             haystacks = draw_haystacks(
@@ -188,13 +225,17 @@ class VisualHaystacks(tfds.core.GeneratorBasedBuilder):
             splits[split] = self._generate_examples(numbered, root)
         for split, questions in published.items():
             rng = np.random.default_rng(config.seed)
-            haystacks = [(q.id, q.haystack(rng)) for q in questions]
-            splits[split] = self._generate_examples(haystacks, root)
+            drawn = [(q.id, q.haystack(rng)) for q in questions]
+            splits[split] = self._generate_examples(drawn, root)
         return splits
 
-    def _generate_examples(self, haystacks, root):
+    def _generate_examples(
+        self,
+        haystacks: Iterable[tuple[str, Haystack]],
+        root: pathlib.Path | None,
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
         for index, (name, haystack) in enumerate(haystacks):
-            example = {
+            example: dict[str, Any] = {
                 "id": name,
                 "question": haystack.question,
                 "answer": haystack.answer,
@@ -215,23 +256,23 @@ class VisualHaystacks(tfds.core.GeneratorBasedBuilder):
             yield index, example
 
 
-def _published(folder):
+def _published(folder: pathlib.Path) -> dict[str, tuple[Question, ...]]:
     """Question files below a folder, by the name of their split."""
     questions = {}
     for path in sorted(folder.rglob("*.json")):
         name = str(path.relative_to(folder).with_suffix(""))
         split = re.sub(r"\W", "_", name)
-        if split in questions or split in SPLITS:
+        if split in questions or split in (*SPLITS, tfds.Split.ALL):
             raise ValueError(
                 "Question files are splits, and need names of their own. "
-                f"Received: {path}, which would be a second split {split!r}. "
+                f"Received: {path}, which would be split {split!r} once more. "
                 "Rename it."
             )
         questions[split] = read_questions(path)
     return questions
 
 
-def encoded(image, image_format):
+def encoded(image: np.ndarray, image_format: str) -> bytes:
     """Encodes a `uint8` array of shape `(height, width, 3)`."""
     # Here, since tensorflow_datasets needs TensorFlow to do it. Each format
     # ignores the other's option.

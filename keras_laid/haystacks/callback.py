@@ -1,10 +1,19 @@
 """Evaluates on haystacks while a model is trained."""
 
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Sized
+from typing import Any
+
 import keras
 from tqdm import tqdm
 
+from keras_laid.arguments import check_integer
 from keras_laid.haystacks.effective_window import effective_window
 from keras_laid.haystacks.evaluation import Asking
+from keras_laid.haystacks.evaluation import check_asking
+from keras_laid.haystacks.results import HaystackResults
+from keras_laid.haystacks.sampling import Haystack
 
 CHANCE = 0.5
 
@@ -44,19 +53,20 @@ class HaystackEvaluation(keras.callbacks.Callback):
         results: The last `keras_laid.haystacks.HaystackResults`, or `None`.
 
     Raises:
-        ValueError: If `haystacks` can be read only once, or if `every` is not
-            positive. As `evaluate_haystacks`, when training begins.
+        ValueError: If `haystacks` is empty or can be read only once, or if
+            `every` or another argument is none of those above. As
+            `evaluate_haystacks` about the model, when training begins.
     """
 
     def __init__(
         self,
-        haystacks,
-        every=1,
-        model=None,
-        tokens_per_batch=8192,
-        verbose=True,
-        **arguments,
-    ):
+        haystacks: Iterable[Haystack] | Callable[[], Iterable[Haystack]],
+        every: int = 1,
+        model: keras.Model | None = None,
+        tokens_per_batch: int = 8192,
+        verbose: bool = True,
+        **arguments: Any,
+    ) -> None:
         super().__init__()
         if not callable(haystacks) and iter(haystacks) is haystacks:
             raise ValueError(
@@ -64,27 +74,33 @@ class HaystackEvaluation(keras.callbacks.Callback):
                 f"{haystacks!r:.80}, which can be read once. Pass a list, "
                 "`list(haystacks)`, or a function that makes them."
             )
-        if every < 1:
+        check_integer("every", every)
+        if isinstance(haystacks, Sized) and not len(haystacks):
             raise ValueError(
-                f"`every` must be at least 1. Received: every={every}"
+                "`haystacks` must hold at least one. Received: "
+                f"haystacks={haystacks!r:.80}"
             )
+        check_integer("tokens_per_batch", tokens_per_batch)
+        check_asking(**arguments)
         self.haystacks = haystacks
         self.every = every
         self.evaluated = model
         self.tokens_per_batch = tokens_per_batch
         self.verbose = verbose
         self.arguments = arguments
-        self.results = None
-        self._asking = None
+        self.results: HaystackResults | None = None
+        self._asking: Asking | None = None
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         model = self.evaluated
         if model is None:
             model = getattr(self.model, "student", self.model)
         # Once, so that nothing is compiled anew in later epochs.
         self._asking = Asking(model, **self.arguments)
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(
+        self, epoch: int, logs: dict[str, float] | None = None
+    ) -> None:
         if epoch % self.every:
             return
         haystacks = self.haystacks

@@ -1,12 +1,17 @@
 """Images of COCO 2017, labelled by their instances: a source of haystacks."""
 
 import pathlib
+from collections.abc import Collection
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
+from keras_laid.arguments import check_choice
 from keras_laid.haystacks.question_files import checked
 from keras_laid.haystacks.question_files import image_path
 from keras_laid.haystacks.question_files import read_json
+from keras_laid.typing import PathLike
 
 FOLDERS = {"train": "train2017", "validation": "val2017", "test": "val2017"}
 
@@ -28,7 +33,7 @@ class Coco:
     Args:
         root: The folder of COCO 2017.
         split: `"train"`, `"validation"` or `"test"`.
-        exclude: Collection of strings, images to leave out, such as
+        exclude: Iterable of strings, images to leave out, such as
             `"val2017/000000000139.jpg"`. Defaults to none.
 
     Attributes:
@@ -38,7 +43,9 @@ class Coco:
 
     Raises:
         ValueError: If `split` is unknown, or if the annotations are truncated,
-            lack a key or name an unknown image or category.
+            lack a key, have an id or a name twice or name an unknown image or
+            category.
+        TypeError: If `exclude` is a string.
         FileNotFoundError: If there are no annotations.
 
     Reference:
@@ -46,11 +53,17 @@ class Coco:
        COCO's site, of which `categories`, `images` and `annotations` are read.
     """
 
-    def __init__(self, root, split, exclude=()):
-        if split not in FOLDERS:
-            raise ValueError(
-                f"`split` must be one of {sorted(FOLDERS)}. "
-                f"Received: split={split!r}"
+    def __init__(
+        self,
+        root: PathLike,
+        split: str,
+        exclude: Collection[str] = (),
+    ) -> None:
+        check_choice("split", split, FOLDERS)
+        if isinstance(exclude, str):
+            raise TypeError(
+                "`exclude` must be a collection of strings. Received: "
+                f"exclude={exclude!r:.80}. Pass `({exclude!r:.80},)`."
             )
         self.root = pathlib.Path(root)
         self.split = split
@@ -66,6 +79,7 @@ class Coco:
         names = sorted(shown)
         if split != "train":
             names = names[split == "test" :: 2]
+        exclude = frozenset(exclude)  # An iterator can be read once.
         names = [n for n in names if f"{folder}/{n}" not in exclude]
         self.images = tuple(f"{folder}/{name}" for name in names)
         self.labels = np.zeros((len(names), len(self.names)), bool)
@@ -75,7 +89,13 @@ class Coco:
         counts = self.labels.astype("int64")
         self._both = counts.T @ counts
 
-    def draw(self, size, needles, shows, rng):
+    def draw(
+        self,
+        size: int,
+        needles: np.ndarray,
+        shows: np.ndarray,
+        rng: np.random.Generator,
+    ) -> tuple[str, str, list[str]]:
         """Draws the anchor, the target and the images of one haystack.
 
         All pairs of names that could be asked about, whatever the answer, are
@@ -127,7 +147,7 @@ class Coco:
         return self.names[anchor], self.names[target], images
 
 
-def read_image(root, name, image_size):
+def read_image(root: PathLike, name: str, image_size: int) -> np.ndarray:
     """Reads an image and makes it square.
 
     Args:
@@ -144,25 +164,32 @@ def read_image(root, name, image_size):
         FileNotFoundError: If there is no such file.
     """
     from PIL import Image
-    from PIL import UnidentifiedImageError
 
     path = image_path(root, name)
     try:
-        with Image.open(path) as image:
-            image = image.convert("RGB").resize((image_size, image_size))
+        # By default Pillow also opens formats that other programs decode.
+        with Image.open(path, formats=("JPEG", "PNG")) as file:
+            image = file.convert("RGB").resize((image_size, image_size))
             return np.asarray(image)
-    except (UnidentifiedImageError, OSError) as error:
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,  # Of a chunk of a PNG.
+        Image.DecompressionBombError,
+    ) as error:
         raise ValueError(
             f"An image must be a whole JPEG or PNG file. Received: {path}, "
             f"with this error: {error}. Download it again."
         ) from error
 
 
-def _read_instances(path):
+def _read_instances(
+    path: pathlib.Path,
+) -> tuple[tuple[str, ...], dict[str, set[int]]]:
     """Returns names, and the numbers of those that each file shows."""
     data = read_json(path, dict)
 
-    def rows(name, /, **kinds):
+    def rows(name: str, /, **kinds: type) -> Iterator[tuple[Any, ...]]:
         for row in checked(data.get(name), list, f"`{name}`", path):
             checked(row, dict, f"An element of `{name}`", path)
             yield tuple(
@@ -170,10 +197,21 @@ def _read_instances(path):
                 for key, kind in kinds.items()
             )
 
-    names = dict(sorted(rows("categories", id=int, name=str)))
+    def by_id(name: str, /, **kinds: type) -> dict[Any, Any]:
+        pairs = list(rows(name, **kinds))
+        for key, values in zip(kinds, zip(*pairs, strict=True), strict=False):
+            if len(set(values)) < len(values) or "" in values:
+                raise ValueError(
+                    f"`{name}` must have each `{key}` once, and none that is "
+                    f"empty. Received: {len(values)} of them, "
+                    f"{len(set(values) - {''})} different ones in {path}"
+                )
+        return dict(sorted(pairs))
+
+    names = by_id("categories", id=int, name=str)
     numbers = {category: number for number, category in enumerate(names)}
-    files = dict(rows("images", id=int, file_name=str))
-    shown = {file: set() for file in files.values()}
+    files = by_id("images", id=int, file_name=str)
+    shown: dict[str, set[int]] = {file: set() for file in files.values()}
     for image, category in rows("annotations", image_id=int, category_id=int):
         if image not in files or category not in numbers:
             raise ValueError(

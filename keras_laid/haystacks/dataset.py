@@ -1,11 +1,24 @@
 """Single-needle haystacks as batches for `fit`, `evaluate` and `predict`."""
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+from typing import Any
+
 import keras
 import numpy as np
+from keras_hub.models import PaliGemmaCausalLMPreprocessor
 
+from keras_laid.arguments import check_integer
+from keras_laid.arguments import check_integers
 from keras_laid.haystacks.questions import question
+from keras_laid.haystacks.sampling import PairSource
+from keras_laid.haystacks.sampling import check_pair_source
 from keras_laid.haystacks.sampling import draw_pairs
 from keras_laid.haystacks.sampling import draw_questions
+from keras_laid.haystacks.sampling import rendered
+
+if TYPE_CHECKING:
+    from keras_laid.distillation.position_stretching import PositionStretching
 
 
 class Haystacks(keras.utils.PyDataset):
@@ -45,35 +58,44 @@ class Haystacks(keras.utils.PyDataset):
     of the answer.
 
     Raises:
-        ValueError: If a number or a size is not positive, or if the images'
+        ValueError: If a number or a size is not positive, if the source has
+            fewer than three names or two that are the same, or if the images'
             size is not the one that the preprocessor makes.
+        TypeError: If an argument is of another kind.
     """
 
     def __init__(
         self,
-        source,
-        preprocessor,
-        num_questions,
-        sizes,
-        batch_size=32,
-        stretching=None,
-        seed=0,
-        **kwargs,
-    ):
+        source: PairSource,
+        preprocessor: PaliGemmaCausalLMPreprocessor,
+        num_questions: int,
+        sizes: Sequence[int],
+        batch_size: int = 32,
+        stretching: "PositionStretching | None" = None,
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
-        for name, value in (
-            ("num_questions", num_questions),
-            ("batch_size", batch_size),
-            ("sizes", min(sizes, default=0)),
-        ):
-            if value < 1:
-                raise ValueError(
-                    f"`{name}` must be at least 1. Received: {name}={value}"
-                )
+        check_integer("num_questions", num_questions)
+        check_integer("batch_size", batch_size)
+        sizes = check_integers("sizes", sizes)
+        check_integer("seed", seed, at_least=0)
+        check_pair_source(source)
+        if not hasattr(preprocessor, "image_converter"):
+            raise TypeError(
+                "`preprocessor` must be a "
+                "`keras_hub.models.PaliGemmaCausalLMPreprocessor`. "
+                f"Received: {preprocessor!r:.80}. Pass `model.preprocessor`."
+            )
+        if stretching is not None and not hasattr(stretching, "positions"):
+            raise TypeError(
+                "`stretching` must be a `keras_laid.PositionStretching` or "
+                f"`None`. Received: {stretching!r:.80}"
+            )
         self.source = source
         self.preprocessor = preprocessor
         self.num_questions = num_questions
-        self.sizes = tuple(sizes)
+        self.sizes = sizes
         self.batch_size = batch_size
         self.stretching = stretching
         self.seed = seed
@@ -109,7 +131,7 @@ class Haystacks(keras.utils.PyDataset):
             self.batch_images[[one, other]] = self.batch_images[[other, one]]
         self._tokenize()
 
-    def text(self, anchor, target, beside):
+    def text(self, anchor: str, target: str, beside: str) -> tuple[str, str]:
         """The prompt and the response for a needle that shows two things.
 
         Args:
@@ -122,7 +144,7 @@ class Haystacks(keras.utils.PyDataset):
         """
         return question(anchor, target), "yes" if target == beside else "no"
 
-    def _tokenize(self):
+    def _tokenize(self) -> None:
         """Tokenizes each different question once."""
         keys = np.stack([self.anchors, self.targets, self.beside], axis=1)
         unique, self._rows = np.unique(keys, axis=0, return_inverse=True)
@@ -148,10 +170,12 @@ class Haystacks(keras.utils.PyDataset):
             keras.ops.convert_to_numpy(sample_weight), "float32"
         )
 
-    def __len__(self):
+    def __len__(self) -> int:
         return -(-self.num_questions // self.batch_size)
 
-    def __getitem__(self, index):
+    def __getitem__(
+        self, index: int
+    ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
         rng = np.random.default_rng((self.seed, index))
         start = index * self.batch_size
         which = np.arange(
@@ -172,7 +196,13 @@ class Haystacks(keras.utils.PyDataset):
             )
         return x, self._next[rows], self._weight[rows]
 
-    def _images(self, which, size, needles, rng):
+    def _images(
+        self,
+        which: np.ndarray,
+        size: int,
+        needles: np.ndarray,
+        rng: np.random.Generator,
+    ) -> np.ndarray:
         """Images of shape `(batch, size, height, width, 3)`, scaled."""
         pairs = draw_pairs(
             self._palettes[which],
@@ -182,9 +212,9 @@ class Haystacks(keras.utils.PyDataset):
             size,
             rng,
         )
-        images = self.source.render(pairs.reshape(-1, 2), rng)
+        images = rendered(self.source, pairs.reshape(-1, 2), rng)
         images = images.reshape(len(which), size, *images.shape[1:])
         return (images * self._scale + self._offset).astype("float32")
 
-    def on_epoch_end(self):
+    def on_epoch_end(self) -> None:
         self.epoch += 1

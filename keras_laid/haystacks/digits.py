@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from keras_laid.arguments import check_choice
+from keras_laid.arguments import check_integer
 from keras_laid.haystacks.sampling import PairSource
 
 NAMES = (
@@ -49,13 +51,12 @@ class Digits(PairSource):
             multiple of 16.
     """
 
-    def __init__(self, split, image_size=2 * PATCH, augment=False):
-        if split not in SPLITS:
-            raise ValueError(
-                f"`split` must be one of {sorted(SPLITS)}. "
-                f"Received: split={split!r}"
-            )
-        if image_size < 2 * PATCH or image_size % (2 * PATCH):
+    def __init__(
+        self, split: str, image_size: int = 2 * PATCH, augment: bool = False
+    ) -> None:
+        check_choice("split", split, SPLITS)
+        check_integer("image_size", image_size)
+        if image_size % (2 * PATCH):
             raise ValueError(
                 "`image_size` must be a positive multiple of "
                 f"{2 * PATCH} pixels, the size of a 2 x 2 grid of drawings. "
@@ -70,13 +71,14 @@ class Digits(PairSource):
 
         data = load_digits()
         drawings = np.round(data.images * (255 / 16)).astype("uint8")
-        self._drawings = []  # One array of shape (count, 8, 8) a digit.
+        # One array of shape (count, 8, 8) a digit.
+        self._drawings: list[np.ndarray] = []
         for digit in range(len(NAMES)):
             of_digit = drawings[data.target == digit]
             mine = np.isin(np.arange(len(of_digit)) % 20, SPLITS[split])
             self._drawings.append(of_digit[mine])
 
-    def render(self, pairs, rng):
+    def render(self, pairs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Draws one image for each pair of digits.
 
         Args:
@@ -104,7 +106,7 @@ class Digits(PairSource):
         return np.repeat(images[..., None], 3, axis=-1)
 
 
-def augmented(cells, rng):
+def augmented(cells: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Moves and dims drawings of shape `(images, cells, height, width)`."""
     for axis in (2, 3):
         # Half a pixel to either side, by linear interpolation.

@@ -1,10 +1,19 @@
 """How far a model sees: the effective window, by four rules."""
 
 import itertools
-import numbers
+import math
+from collections.abc import Sequence
+from typing import Any
+from typing import Literal
 from typing import NamedTuple
 
 import numpy as np
+
+from keras_laid.arguments import check_choice
+from keras_laid.arguments import check_number
+from keras_laid.arguments import check_seed
+from keras_laid.arguments import is_integer
+from keras_laid.arguments import is_number
 
 RESAMPLES = 2000
 
@@ -33,14 +42,14 @@ class EffectiveWindow(NamedTuple):
 
 
 def effective_window(
-    accuracy,
-    rule="relative",
-    share=None,
-    chance=None,
-    base_sizes=None,
-    threshold=None,
-    tokens_per_image=None,
-):
+    accuracy: dict[int, float],
+    rule: Literal["relative", "absolute", "nolima", "ruler"] = "relative",
+    share: float | None = None,
+    chance: float | None = None,
+    base_sizes: Sequence[int] | None = None,
+    threshold: float | None = None,
+    tokens_per_image: float | None = None,
+) -> EffectiveWindow:
     """The longest haystack at which a model still answers well enough.
 
     | rule | a size passes if its accuracy is |
@@ -86,6 +95,7 @@ def effective_window(
         ValueError: If `accuracy` is empty, or a size, an accuracy or an
             argument is out of its range; if the rule does not take an argument,
             or lacks one; or if the base is not above chance.
+        TypeError: If `accuracy` is no dictionary, or an argument no number.
 
     Reference:
      - `"nolima"`: [Modarressi et al., 2025](https://arxiv.org/abs/2502.05167).
@@ -106,8 +116,12 @@ def effective_window(
 
 
 def effective_window_interval(
-    accuracy, questions, confidence=0.95, seed=0, **arguments
-):
+    accuracy: dict[int, float],
+    questions: int | dict[int, int],
+    confidence: float = 0.95,
+    seed: int = 0,
+    **arguments: Any,
+) -> tuple[EffectiveWindow, EffectiveWindow]:
     """How sure an effective window is, given how many questions were asked.
 
     A parametric bootstrap: at each size the number of right answers is drawn
@@ -141,7 +155,8 @@ def effective_window_interval(
     criterion = _make_criterion(accuracy, **arguments)
     sizes = sorted(accuracy)
     counts = _make_counts(questions, sizes)
-    _check_range("confidence", confidence, 0 < confidence < 1, "(0, 1)")
+    check_number("confidence", confidence, "(0, 1)")
+    check_seed(seed)
     rng = np.random.default_rng(seed)
     drawn = rng.binomial(
         counts, [accuracy[size] for size in sizes], (RESAMPLES, len(sizes))
@@ -164,16 +179,16 @@ class _Criterion(NamedTuple):
     rule: str
     share: float | None
     chance: float | None
-    base_sizes: tuple | None
+    base_sizes: tuple[int, ...] | None
     threshold: float | None
     unit: float
 
-    def passes(self, accuracy, threshold):
+    def passes(self, accuracy: float, threshold: float) -> bool:
         if self.rule == "ruler":
             return accuracy > threshold
         return accuracy >= threshold
 
-    def find_threshold(self, accuracy):
+    def find_threshold(self, accuracy: dict[int, float]) -> float:
         """The accuracy to reach; infinite if the base is mere guessing."""
         if self.threshold is not None:
             return self.threshold
@@ -183,11 +198,11 @@ class _Criterion(NamedTuple):
         # The base itself passes, however the sum is rounded.
         return min(base, self.chance + self.share * (base - self.chance))
 
-    def base(self, accuracy):
+    def base(self, accuracy: dict[int, float]) -> float:
         return max(accuracy[size] for size in self.base_sizes)
 
 
-def _find(accuracy, criterion):
+def _find(accuracy: dict[int, float], criterion: _Criterion) -> EffectiveWindow:
     """The window of accuracies and a criterion that have been checked."""
     sizes = sorted(accuracy)
     threshold = criterion.find_threshold(accuracy)
@@ -210,17 +225,19 @@ def _find(accuracy, criterion):
     return EffectiveWindow(float(window * criterion.unit), censored)
 
 
-def _order(window):
+def _order(window: EffectiveWindow) -> tuple[float, int]:
     """Sorts windows: one below a size comes before it, one above it after."""
     return window.window, ("below", None, "above").index(window.censored)
 
 
-def _make_criterion(accuracy, rule="relative", tokens_per_image=None, **given):
+def _make_criterion(
+    accuracy: dict[int, float],
+    rule: str = "relative",
+    tokens_per_image: float | None = None,
+    **given: Any,
+) -> _Criterion:
     _check_accuracy(accuracy)
-    if rule not in TAKES:
-        raise ValueError(
-            f"`rule` must be one of {tuple(TAKES)}. Received: rule={rule!r}"
-        )
+    check_choice("rule", rule, TAKES)
     given = {name: value for name, value in given.items() if value is not None}
     for name in given:
         if name not in TAKES[rule]:
@@ -243,19 +260,21 @@ def _make_criterion(accuracy, rule="relative", tokens_per_image=None, **given):
     }[rule]
     base_sizes = None
     if threshold is None:
-        base_sizes = tuple(given.get("base_sizes", (min(accuracy),)))
-        _check_range("share", share, 0 < share <= 1, "(0, 1]")
-        _check_range("chance", chance, 0 <= chance < 1, "[0, 1)")
-        if not base_sizes or not set(base_sizes) <= accuracy.keys():
+        bases = given.get("base_sizes", (min(accuracy),))
+        base_sizes = () if is_number(bases) else tuple(bases)
+        check_number("share", share, "(0, 1]")
+        check_number("chance", chance, "[0, 1)")
+        measured = list(accuracy)
+        if not base_sizes or any(size not in measured for size in base_sizes):
             raise ValueError(
                 "`base_sizes` must be one or more of the sizes of `accuracy`, "
-                f"{sorted(accuracy)}. Received: base_sizes={base_sizes}. "
+                f"{sorted(accuracy)}. Received: base_sizes={bases!r:.80}. "
                 "Measure those sizes too, or choose among these."
             )
     else:
-        _check_range("threshold", threshold, 0 < threshold <= 1, "(0, 1]")
+        check_number("threshold", threshold, "(0, 1]")
     unit = 1 if tokens_per_image is None else tokens_per_image
-    _check_range("tokens_per_image", unit, unit > 0, "(0, inf)")
+    check_number("tokens_per_image", unit, "(0, inf)")
     criterion = _Criterion(rule, share, chance, base_sizes, threshold, unit)
     if criterion.find_threshold(accuracy) == np.inf:
         raise ValueError(
@@ -267,47 +286,46 @@ def _make_criterion(accuracy, rule="relative", tokens_per_image=None, **given):
     return criterion
 
 
-def _check_accuracy(accuracy):
+def _check_accuracy(accuracy: dict[int, float]) -> None:
+    if not isinstance(accuracy, dict):
+        raise TypeError(
+            "`accuracy` must be a dictionary from haystack size to accuracy. "
+            f"Received: accuracy={accuracy!r:.80}. Pass `results.accuracy`."
+        )
     if not accuracy:
         raise ValueError(
             "`accuracy` must have at least one size. Received: accuracy={}. "
             "Measure some with `evaluate_haystacks`."
         )
     for size, value in accuracy.items():
-        if not isinstance(size, numbers.Real) or not size > 0:
+        if not is_number(size) or not 0 < size < math.inf:
             raise ValueError(
                 "The sizes of `accuracy` must be numbers above 0. Received: "
                 f"{size!r}. Sizes read from JSON are strings: `int(size)`."
             )
-        if not 0 <= value <= 1:
+        if not is_number(value) or not 0 <= value <= 1:
             raise ValueError(
                 "`accuracy` must be between 0 and 1. Received: "
-                f"accuracy[{size}]={value}. Divide percentages by 100."
+                f"accuracy[{size}]={value!r:.80}. Divide percentages by 100."
             )
 
 
-def _make_counts(questions, sizes):
+def _make_counts(
+    questions: int | dict[int, int], sizes: Sequence[int]
+) -> np.ndarray:
     if not isinstance(questions, dict):
         questions = dict.fromkeys(sizes, questions)
     if questions.keys() != set(sizes):
         raise ValueError(
             f"`questions` must have the sizes of `accuracy`, {sizes}. "
-            f"Received: {sorted(questions)}. Pass one number if it is the same "
+            f"Received: {list(questions)}. Pass one number if it is the same "
             "at each size."
         )
     for size, count in questions.items():
-        if not isinstance(count, numbers.Integral) or not count > 0:
+        if not is_integer(count) or not 0 < count < 2**63:
             raise ValueError(
                 "`questions` must be integers above 0. Received: "
                 f"{count!r} at size {size}. Pass how many were asked, "
                 "`questions` of what `evaluate_haystacks` returns."
             )
     return np.array([questions[size] for size in sizes])
-
-
-def _check_range(name, value, is_inside, bounds):
-    if not is_inside:
-        raise ValueError(
-            f"`{name}` must be in {bounds}. Received: {name}={value}. "
-            "Pass a value in that range."
-        )

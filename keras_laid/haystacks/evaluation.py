@@ -1,9 +1,21 @@
 """Asks a model questions about haystacks, and counts what it gets right."""
 
+import string
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Sequence
+from collections.abc import Sized
+from typing import Any
+from typing import Literal
+
 import keras
 import numpy as np
 from tqdm import tqdm
 
+from keras_laid.arguments import check_choice
+from keras_laid.arguments import check_integer
+from keras_laid.arguments import check_kind
+from keras_laid.arguments import check_path
 from keras_laid.backbones.image_prompts import ImagePrompts
 from keras_laid.haystacks.answer_log import AnswerLog
 from keras_laid.haystacks.coco import read_image
@@ -13,23 +25,26 @@ from keras_laid.haystacks.questions import RULES
 from keras_laid.haystacks.questions import complies
 from keras_laid.haystacks.questions import score
 from keras_laid.haystacks.results import HaystackResults
+from keras_laid.haystacks.sampling import Haystack
+from keras_laid.typing import Images
+from keras_laid.typing import PathLike
 
 WAYS = ("logits", "choice", "generate")
 TEXT_LENGTH = 32  # About how many tokens a question takes.
 
 
 def evaluate_haystacks(
-    model,
-    haystacks,
-    through="logits",
-    rule="strict",
-    prompt="question",
-    max_answer_tokens=8,
-    tokens_per_batch=8192,
-    root=None,
-    output=None,
-    verbose=True,
-):
+    model: keras.Model | Callable[[list[Images], list[str]], Sequence[str]],
+    haystacks: Iterable[Haystack],
+    through: Literal["logits", "choice", "generate"] = "logits",
+    rule: Literal["strict", "official"] = "strict",
+    prompt: str = "question",
+    max_answer_tokens: int = 8,
+    tokens_per_batch: int = 8192,
+    root: PathLike | None = None,
+    output: PathLike | None = None,
+    verbose: bool = True,
+) -> HaystackResults:
     """Measures how often a model answers questions about haystacks rightly.
 
     A model can be asked in three ways:
@@ -88,8 +103,13 @@ def evaluate_haystacks(
         ValueError: If an argument is none of those above; if there are no
             haystacks; if the family of the model is unknown, the model has no
             preprocessor or its answers cannot be told apart by their first
-            token; if images have the wrong size; or if `output` holds answers
-            of another model, to other questions or asked otherwise.
+            token; if images have the wrong size or are not `uint8`; or if
+            `output` holds answers of another model, to other questions or
+            asked otherwise, or files that are not as written here. A refused
+            call leaves what is in `output` as it is.
+        TypeError: If an argument, a haystack or what a function returns is of
+            another kind.
+        NotADirectoryError: If `output` is a file.
 
     Reference:
      - [Wu et al., 2025](https://arxiv.org/abs/2407.13766). The official prompt
@@ -100,7 +120,51 @@ def evaluate_haystacks(
        shuffled when haystacks are drawn.
     """
     asking = Asking(model, through, rule, prompt, max_answer_tokens, root)
+    check_integer("tokens_per_batch", tokens_per_batch)
     return asking.evaluate(haystacks, tokens_per_batch, output, verbose)
+
+
+def check_asking(
+    through: str = "logits",
+    rule: str = "strict",
+    prompt: str = "question",
+    max_answer_tokens: int = 8,
+    root: PathLike | None = None,
+) -> None:
+    """Refuses arguments of `evaluate_haystacks`, whatever the model."""
+    check_choice("through", through, WAYS)
+    check_choice("rule", rule, RULES)
+    if rule == "official" and through != "generate":
+        raise ValueError(
+            "The official rule reads words, which only `through="
+            f"'generate'` makes. Received: rule={rule!r}, "
+            f"through={through!r}. Pass `through='generate'`, or leave "
+            "out `rule`."
+        )
+    check_kind("prompt", prompt, str, "a string")
+    names = _names_in(PROMPTS.get(prompt, prompt))
+    if names not in (["question"], ["images", "question"]):
+        raise ValueError(
+            f"`prompt` must be one of {tuple(PROMPTS)}, or hold '{{question}}' "
+            "once and at most one '{images}', no other braces. Received: "
+            f"prompt={prompt!r:.80}. Write '{{{{' for a brace."
+        )
+    check_integer("max_answer_tokens", max_answer_tokens)
+    if root is not None:
+        check_path("root", root)
+
+
+def _names_in(template: str) -> list[str] | None:
+    """What stands in braces, sorted; `None` where they do not match."""
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError:
+        return None
+    return sorted(
+        f"{name}{spec}{conversion or ''}"
+        for _, name, spec, conversion in parts
+        if name is not None
+    )
 
 
 class Asking:
@@ -108,46 +172,21 @@ class Asking:
 
     def __init__(
         self,
-        model,
-        through="logits",
-        rule="strict",
-        prompt="question",
-        max_answer_tokens=8,
-        root=None,
-    ):
-        for name, value, choices in (
-            ("through", through, WAYS),
-            ("rule", rule, RULES),
-        ):
-            if value not in choices:
-                raise ValueError(
-                    f"`{name}` must be one of {choices}. "
-                    f"Received: {name}={value!r}"
-                )
-        if rule == "official" and through != "generate":
-            raise ValueError(
-                "The official rule reads words, which only `through="
-                f"'generate'` makes. Received: rule={rule!r}, "
-                f"through={through!r}. Pass `through='generate'`, or leave "
-                "out `rule`."
-            )
+        model: keras.Model | Callable[[list[Images], list[str]], Sequence[str]],
+        through: Literal["logits", "choice", "generate"] = "logits",
+        rule: Literal["strict", "official"] = "strict",
+        prompt: str = "question",
+        max_answer_tokens: int = 8,
+        root: PathLike | None = None,
+    ) -> None:
+        check_asking(through, rule, prompt, max_answer_tokens, root)
         self.template = PROMPTS.get(prompt, prompt)
-        if "{question}" not in self.template:
-            raise ValueError(
-                f"`prompt` must be one of {tuple(PROMPTS)}, or hold "
-                f"'{{question}}'. Received: prompt={prompt!r}"
-            )
-        if max_answer_tokens < 1:
-            raise ValueError(
-                "`max_answer_tokens` must be at least 1. "
-                f"Received: max_answer_tokens={max_answer_tokens}"
-            )
         self.through = through
         self.rule = rule
         self.max_answer_tokens = max_answer_tokens
         self.root = root
         self.function, self.prompts = None, None
-        if callable(model) and not isinstance(model, keras.Model):
+        if callable(model) and not isinstance(model, (keras.Model, type)):
             if through != "generate":
                 raise ValueError(
                     "A function answers in words. Received: a function and "
@@ -158,22 +197,39 @@ class Asking:
             self.prompts = ImagePrompts(model)
             self.first_tokens = self._first_tokens()
 
-    def evaluate(self, haystacks, tokens_per_batch, output, verbose):
+    def evaluate(
+        self,
+        haystacks: Iterable[Haystack],
+        tokens_per_batch: int,
+        output: PathLike | None,
+        verbose: bool,
+    ) -> HaystackResults:
         """Asks all, each size in batches of its own."""
         log = AnswerLog(output, self.settings())
-        waiting = {}  # From a size to numbered haystacks.
+        # From a size to numbered haystacks.
+        waiting: dict[int, list[tuple[int, Haystack]]] = {}
         filled = set()  # Sizes of which a whole batch has been asked.
-        total = len(haystacks) if hasattr(haystacks, "__len__") else None
+        total = len(haystacks) if isinstance(haystacks, Sized) else None
+        if total is not None:  # Before others are asked.
+            log.check_all(range(total))
         numbered = enumerate(haystacks)
         with tqdm(
             desc="haystacks", total=total, disable=not verbose
         ) as progress:
 
-            def ask(batch, rows):
+            def ask(batch: list[tuple[int, Haystack]], rows: int) -> None:
                 log.add(self._ask(batch, rows))
                 progress.update(len(batch))
 
             for index, haystack in numbered:
+                if not isinstance(haystack, Haystack):
+                    raise TypeError(
+                        "`haystacks` must hold `keras_laid.haystacks.Haystack`"
+                        f"s. Received: {type(haystack).__name__} at position "
+                        f"{index}. "
+                        "Make them with `Haystack.from_example` or "
+                        "`question.haystack`."
+                    )
                 if log.has(index, haystack):
                     progress.update()
                     continue
@@ -193,9 +249,9 @@ class Asking:
             results.save(output)
         return results
 
-    def settings(self):
+    def settings(self) -> dict[str, Any]:
         """What answers depend on, besides the haystacks."""
-        settings = {
+        settings: dict[str, Any] = {
             "through": self.through,
             "rule": self.rule,
             "prompt": self.template,
@@ -206,11 +262,13 @@ class Asking:
             settings["model"] = self.prompts.fingerprint()
         return settings
 
-    def _rows(self, size, tokens_per_batch):
+    def _rows(self, size: int, tokens_per_batch: int) -> int:
         image_length = self.prompts.image_length if self.prompts else 256
         return max(1, tokens_per_batch // (size * image_length + TEXT_LENGTH))
 
-    def _ask(self, batch, rows):
+    def _ask(
+        self, batch: list[tuple[int, Haystack]], rows: int
+    ) -> list[dict[str, Any]]:
         """Answers a batch of haystacks of one size: a list of records."""
         haystacks = [haystack for _, haystack in batch]
         size = len(haystacks[0].images)
@@ -219,8 +277,17 @@ class Asking:
                 self.template.format(images="", question=haystack.question)
                 for haystack in haystacks
             ]
-            images = [haystack.images for haystack in haystacks]
-            answers = list(self.function(images, texts))
+            images: Any = [haystack.images for haystack in haystacks]
+            returned = self.function(images, texts)
+            # A string alone would be one answer a letter.
+            answers = [] if returned is None else [*returned]
+            if isinstance(returned, (str, type(None))) or not all(
+                isinstance(answer, str) for answer in answers
+            ):
+                raise TypeError(
+                    "The function must return a list of strings. Received: "
+                    f"{returned!r:.80}"
+                )
             if len(answers) != len(texts):
                 raise ValueError(
                     "The function must return one answer a prompt. Received: "
@@ -229,7 +296,15 @@ class Asking:
             judged = self._judge_words(answers, haystacks)
         else:
             padded = haystacks + haystacks[-1:] * (rows - len(haystacks))
-            images = np.stack([self._images(h.images) for h in padded])
+            images = [self._images(h.images) for h in padded]
+            shapes = {np.shape(image) for each in images for image in each}
+            if len(shapes) > 1:
+                raise ValueError(
+                    "A model needs images of one size. Received: images of "
+                    f"shapes {sorted(shapes)}. Make them of one size, or pass "
+                    "a function of images and prompts."
+                )
+            images = np.stack(images)
             texts = [
                 self.prompts.fill(self.template, size, question=h.question)
                 for h in padded
@@ -240,7 +315,9 @@ class Asking:
             for (index, haystack), verdict in zip(batch, judged, strict=True)
         ]
 
-    def _judge(self, images, texts, haystacks):
+    def _judge(
+        self, images: np.ndarray, texts: list[str], haystacks: list[Haystack]
+    ) -> list[tuple[str, bool, bool | None]]:
         """What a model answers, whether it is right, and whether it complies.
 
         `images` and `texts` may have more rows than there are haystacks.
@@ -273,7 +350,9 @@ class Asking:
             )
         ]
 
-    def _judge_words(self, answers, haystacks):
+    def _judge_words(
+        self, answers: list[str], haystacks: list[Haystack]
+    ) -> list[tuple[str, bool, bool | None]]:
         return [
             (
                 answer,
@@ -283,7 +362,7 @@ class Asking:
             for answer, haystack in zip(answers, haystacks, strict=True)
         ]
 
-    def _images(self, images):
+    def _images(self, images: Images) -> np.ndarray:
         if not isinstance(images[0], str):
             return images
         if self.root is None:
@@ -295,7 +374,7 @@ class Asking:
         height, _ = self.prompts.image_size
         return np.stack([read_image(self.root, p, height) for p in images])
 
-    def _first_tokens(self):
+    def _first_tokens(self) -> dict[str, set[int]]:
         tokens = {word: self.prompts.first_tokens(word) for word in ANSWERS}
         if tokens["yes"] & tokens["no"]:
             raise ValueError(

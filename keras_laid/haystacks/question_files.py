@@ -2,12 +2,20 @@
 
 import dataclasses
 import json
+import os
 import pathlib
+from collections.abc import Mapping
+from typing import Any
+from typing import TypeVar
+
+import numpy as np
 
 from keras_laid.haystacks.questions import ANSWERS
 from keras_laid.haystacks.sampling import Haystack
+from keras_laid.typing import PathLike
 
-KINDS = {
+Kind = TypeVar("Kind")
+KINDS: dict[str, type] = {
     "conversations": list,
     "id": str,
     "needle": str,
@@ -18,6 +26,7 @@ KINDS = {
 # Who speaks: single-needle files say "human", multi-needle ones "user".
 ASKERS = ("human", "user")
 ANSWERERS = ("gpt",)
+LARGEST = 2**31  # Bytes of a JSON file; COCO's largest has 0.5 GB.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +50,10 @@ class Question:
     answer: str
     needle: str
     target: str
-    pos_image: tuple
-    neg_image: tuple
+    pos_image: tuple[str, ...]
+    neg_image: tuple[str, ...]
 
-    def haystack(self, rng):
+    def haystack(self, rng: np.random.Generator) -> Haystack:
         """Shuffles the images, which files keep apart, with `rng`."""
         images = self.pos_image + self.neg_image
         order = rng.permutation(len(images))
@@ -62,7 +71,9 @@ class Question:
         )
 
 
-def read_questions(path, root=None):
+def read_questions(
+    path: PathLike, root: PathLike | None = None
+) -> tuple[Question, ...]:
     """Reads a question file of the Visual Haystacks benchmark.
 
     Args:
@@ -74,9 +85,10 @@ def read_questions(path, root=None):
         A tuple of `Question`.
 
     Raises:
-        ValueError: If the file is not whole or holds no questions, if an entry
-            lacks a key, has another or has a value of the wrong type, or if
-            the path of an image is not relative or leaves the root.
+        ValueError: If the file is not whole, has a key twice, is larger than
+            2 GiB or holds no questions, if an entry lacks a key, has another or
+            has a value of the wrong type, or if the path of an image is not
+            relative or leaves the root.
         FileNotFoundError: If the file, or an image below `root`, is missing.
 
     Reference:
@@ -100,19 +112,46 @@ def read_questions(path, root=None):
     return questions
 
 
-def read_json(path, kind):
+def read_json(
+    path: pathlib.Path, kind: type[Kind], advice: str = "download it again"
+) -> Kind:
     """Reads a JSON file whose outermost value is a `list` or a `dict`."""
+    if not path.is_file():  # A pipe would be waited for.
+        raise FileNotFoundError(
+            f"A JSON file must be there. Received: {path}, which is no file"
+        )
+    if path.stat().st_size > LARGEST:
+        raise ValueError(
+            f"A JSON file must have at most {LARGEST} bytes. "
+            f"Received: {path} of {path.stat().st_size}"
+        )
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # Of JSON and of UTF-8.
+        value = json.loads(
+            path.read_text(encoding="utf-8"),
+            object_pairs_hook=_dict_of,
+            parse_constant=_refuse_constant,
+        )
+    except (ValueError, RecursionError) as error:  # Of JSON and of UTF-8.
         raise ValueError(
             f"The file must be a whole JSON file in UTF-8. Received: {path}, "
-            f"with this error: {error}. It may be truncated: download it again."
+            f"with this error: {error}. It may be truncated: {advice}."
         ) from error
     return checked(value, kind, "the outermost value", path)
 
 
-def checked(value, kind, name, where):
+def _dict_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """What Python would make of an object, but with each key once."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError(f"a key twice in {[key for key, _ in pairs]!r:.80}")
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name}, which is no number of JSON")
+
+
+def checked(value: object, kind: type[Kind], name: str, where: object) -> Kind:
     """Returns `value`, of type `kind`, or says where it is not."""
     # A boolean is an integer in Python, but not in JSON.
     if not isinstance(value, kind) or isinstance(value, bool):
@@ -123,7 +162,7 @@ def checked(value, kind, name, where):
     return value
 
 
-def image_path(root, name):
+def image_path(root: PathLike, name: str) -> pathlib.Path:
     """The path of an image that must be a file below a root.
 
     Args:
@@ -138,8 +177,10 @@ def image_path(root, name):
             by a symbolic link.
         FileNotFoundError: If there is no such file.
     """
-    root = pathlib.Path(root).resolve()
-    path = (root / _relative(name, "image_path")).resolve()
+    # Not `Path.resolve`, which raises at a link that leads to itself.
+    root = pathlib.Path(os.path.realpath(root))
+    path = root / _relative(name, "image_path")
+    path = pathlib.Path(os.path.realpath(path))
     if not path.is_relative_to(root):
         raise ValueError(
             "An image must not lie outside the root, by symbolic links either. "
@@ -154,7 +195,7 @@ def image_path(root, name):
     return path
 
 
-def _relative(name, where):
+def _relative(name: str, where: object) -> str:
     checked(name, str, "The path of an image", where)
     parts = name.split("/")
     if {"", ".", ".."} & set(parts) or "\\" in name or "\0" in name:
@@ -166,7 +207,9 @@ def _relative(name, where):
     return name
 
 
-def _keys(value, kinds, name, where):
+def _keys(
+    value: Any, kinds: Mapping[str, type], name: str, where: object
+) -> None:
     """Checks that a dictionary has these keys, of these types, and no other."""
     checked(value, dict, name, where)
     for problem, keys in (
@@ -182,7 +225,7 @@ def _keys(value, kinds, name, where):
         checked(value[key], kind, f"`{key}`", where)
 
 
-def _question(entry, where):
+def _question(entry: Any, where: str) -> Question:
     _keys(entry, KINDS, "An entry", where)
     if len(entry["conversations"]) != 2:
         raise ValueError(
@@ -227,7 +270,9 @@ def _question(entry, where):
     )
 
 
-def _one_of(value, choices, name, where):
+def _one_of(
+    value: str, choices: tuple[str, ...], name: str, where: str
+) -> None:
     if value not in choices:
         raise ValueError(
             f"{name} must be one of {choices}. Received: {value!r} in {where}"

@@ -1,6 +1,9 @@
 """The wording of the Visual Haystacks benchmark, and the rules of scoring."""
 
 import re
+from typing import Literal
+
+from keras_laid.arguments import check_choice
 
 ANSWERS = ("yes", "no")
 RULES = ("strict", "official")
@@ -12,7 +15,7 @@ PROMPTS = {
 }
 
 
-def article(name):
+def article(name: str) -> str:
     """`"a seven"`, `"an eight"`, `"a unicorn"`, `"an hourglass"`.
 
     By spelling, with one exception for each sound: `"an one"` is what the
@@ -22,12 +25,12 @@ def article(name):
     return f"{'an' if vowel or name.startswith('hour') else 'a'} {name}"
 
 
-def question(anchor, target):
+def question(anchor: str, target: str) -> str:
     """The question of the Visual Haystacks benchmark, with one needle."""
     return f"For the image with {article(anchor)}, is there {article(target)}?"
 
 
-def multi_needle_question(anchor, target, quantifier):
+def multi_needle_question(anchor: str, target: str, quantifier: str) -> str:
     """The benchmark's question with several needles.
 
     Args:
@@ -44,7 +47,11 @@ def multi_needle_question(anchor, target, quantifier):
     )
 
 
-def score(answer, expected, rule="strict"):
+def score(
+    answer: str,
+    expected: str,
+    rule: Literal["strict", "official"] = "strict",
+) -> bool:
     """Whether an answer in words is right.
 
     Both rules ignore case and punctuation, and look at whole words: `"not"` is
@@ -62,23 +69,22 @@ def score(answer, expected, rule="strict"):
 
     Raises:
         ValueError: If `expected` or `rule` is none of those.
+        TypeError: If `answer` is no string.
 
     Reference:
      - The benchmark's `utils.py`, which splits words with NLTK; here they are
        split at spaces and punctuation, not at hyphens and slashes.
     """
-    if expected not in ANSWERS:
-        raise ValueError(
-            f"`expected` must be one of {ANSWERS}. "
-            f"Received: expected={expected!r}"
-        )
+    check_choice("expected", expected, ANSWERS)
     said = _said(answer)
     if _is_strict(rule):
         return said == {expected}
     return expected in said
 
 
-def complies(answer, rule="strict"):
+def complies(
+    answer: str, rule: Literal["strict", "official"] = "strict"
+) -> bool:
     """Whether an answer in words is yes or no at all, be it right or wrong.
 
     By the official rule it holds `"yes"`, `"no"` or both, by the strict one
@@ -98,14 +104,15 @@ def complies(answer, rule="strict"):
     return len(said) == 1 if _is_strict(rule) else bool(said)
 
 
-def _said(answer):
+def _said(answer: str) -> set[str]:
+    if not isinstance(answer, str):
+        raise TypeError(
+            f"`answer` must be a string. Received: answer={answer!r:.80}"
+        )
     words = re.split(r"[\s,;:!?()\[\]{}\"*]+|--", answer.lower())
     return {word.strip(".'`") for word in words} & set(ANSWERS)
 
 
-def _is_strict(rule):
-    if rule not in RULES:
-        raise ValueError(
-            f"`rule` must be one of {RULES}. Received: rule={rule!r}"
-        )
+def _is_strict(rule: str) -> bool:
+    check_choice("rule", rule, RULES)
     return rule == "strict"

@@ -3,11 +3,17 @@
 import csv
 import dataclasses
 import json
-import pathlib
+from typing import Any
 from typing import NamedTuple
 
 import keras
 import numpy as np
+
+from keras_laid.arguments import check_integer
+from keras_laid.arguments import check_number
+from keras_laid.arguments import check_seed
+from keras_laid.haystacks.answer_log import made_folder
+from keras_laid.typing import PathLike
 
 RESAMPLES = 2000
 
@@ -39,21 +45,21 @@ class HaystackResults:
         settings: Dictionary of how the questions were asked.
     """
 
-    records: tuple
-    settings: dict
+    records: tuple[dict[str, Any], ...]
+    settings: dict[str, Any]
 
     @property
-    def accuracy(self):
+    def accuracy(self) -> dict[int, float]:
         """From size to the share of right answers, 0 to 1; chance is 0.5."""
         return self._mean("right")
 
     @property
-    def questions(self):
+    def questions(self) -> dict[int, int]:
         """From size to how many questions were asked."""
         return {size: len(records) for size, records in self._by_size().items()}
 
     @property
-    def compliance(self):
+    def compliance(self) -> dict[int, float] | None:
         """From size to the share of answers that were yes or no at all.
 
         `None` with `through="choice"`, which leaves no other answer.
@@ -62,7 +68,12 @@ class HaystackResults:
             return None
         return self._mean("complied")
 
-    def intervals(self, confidence=0.95, resamples=RESAMPLES, seed=0):
+    def intervals(
+        self,
+        confidence: float = 0.95,
+        resamples: int = RESAMPLES,
+        seed: int = 0,
+    ) -> dict[int, tuple[float, float]]:
         """How sure each accuracy is, given how many questions were asked.
 
         The percentile bootstrap: questions of a size are drawn with
@@ -80,15 +91,9 @@ class HaystackResults:
         Raises:
             ValueError: If `confidence` or `resamples` is out of its range.
         """
-        if not 0 < confidence < 1:
-            raise ValueError(
-                "`confidence` must be in (0, 1). "
-                f"Received: confidence={confidence}"
-            )
-        if resamples < 1:
-            raise ValueError(
-                f"`resamples` must be at least 1. Received: {resamples}"
-            )
+        check_number("confidence", confidence, "(0, 1)")
+        check_integer("resamples", resamples)
+        check_seed(seed)
         rng = np.random.default_rng(seed)
         tails = ((1 - confidence) / 2, (1 + confidence) / 2)
         intervals = {}
@@ -100,7 +105,9 @@ class HaystackResults:
             intervals[size] = (low, high)
         return intervals
 
-    def by_position(self, bins=5):
+    def by_position(
+        self, bins: int = 5
+    ) -> dict[int, tuple[PositionRange, ...]]:
         """Accuracy by size and by where the needle was.
 
         Haystacks are cut into equal parts, `bins` of them or as many as there
@@ -116,10 +123,7 @@ class HaystackResults:
         Raises:
             ValueError: If `bins` is not positive.
         """
-        if bins < 1:
-            raise ValueError(
-                f"`bins` must be at least 1. Received: bins={bins}"
-            )
+        check_integer("bins", bins)
         ranges = {}
         for size, records in self._by_size().items():
             parts = min(bins, size)
@@ -142,7 +146,7 @@ class HaystackResults:
             )
         return ranges
 
-    def save(self, folder):
+    def save(self, folder: PathLike) -> None:
         """Writes tables and plots.
 
         Args:
@@ -153,8 +157,7 @@ class HaystackResults:
         # Here, since matplotlib takes a second to import.
         from keras_laid.haystacks import plots
 
-        folder = pathlib.Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = made_folder(folder)
         rows = self._rows()
         with (folder / "results.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, rows[0])
@@ -181,7 +184,7 @@ class HaystackResults:
         plots.plot_accuracy(folder / "accuracy.png", {"": self})
         plots.plot_positions(folder / "positions.png", self)
 
-    def _rows(self):
+    def _rows(self) -> list[dict[str, Any]]:
         """A dictionary for each size, for CSV and JSON."""
         accuracy, compliance = self.accuracy, self.compliance
         intervals = self.intervals()
@@ -197,14 +200,14 @@ class HaystackResults:
             for size, count in self.questions.items()
         ]
 
-    def _by_size(self):
+    def _by_size(self) -> dict[int, list[dict[str, Any]]]:
         """Records of each size, smallest first."""
-        groups = {}
+        groups: dict[int, list[dict[str, Any]]] = {}
         for record in sorted(self.records, key=lambda r: r["size"]):
             groups.setdefault(record["size"], []).append(record)
         return groups
 
-    def _mean(self, name):
+    def _mean(self, name: str) -> dict[int, float]:
         return {
             size: sum(record[name] for record in records) / len(records)
             for size, records in self._by_size().items()

@@ -1,12 +1,29 @@
 """Draws haystacks: the question, the needles, and what other images show."""
 
+import collections
 import dataclasses
 import itertools
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+from typing import Any
+from typing import Self
 
 import numpy as np
 
+from keras_laid.arguments import check_integer
+from keras_laid.arguments import check_integers
+from keras_laid.arguments import check_seed
+from keras_laid.arguments import is_integer
+from keras_laid.haystacks.questions import ANSWERS
 from keras_laid.haystacks.questions import multi_needle_question
 from keras_laid.haystacks.questions import question
+from keras_laid.typing import Images
+
+if TYPE_CHECKING:
+    from keras_laid.haystacks.coco import Coco
 
 # Names in one haystack. If straws showed any of hundreds of names, the target
 # would hardly be among them, and to see it anywhere would be to know.
@@ -25,17 +42,47 @@ class Haystack:
         needles: Tuple of integers, the positions of the needles.
         images: Sequence of `uint8` arrays of shape `(height, width, 3)`, or of
             paths below a root.
+
+    Raises:
+        TypeError: If the question is no string or the images are no sequence.
+        ValueError: If the question is empty, if the answer is another word, if
+            there are no images, or if a needle is none of their positions.
     """
 
     question: str
     answer: str
     anchor: str
     target: str
-    needles: tuple
-    images: object
+    needles: tuple[int, ...]
+    images: Images
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.question, str) or not hasattr(
+            self.images, "__len__"
+        ):
+            raise TypeError(
+                "A haystack must have a string as its question and a sequence "
+                f"of images. Received: question={self.question!r:.80}, images "
+                f"of type {type(self.images).__name__}"
+            )
+        if not self.question.strip() or self.answer not in ANSWERS:
+            raise ValueError(
+                "A haystack must have a question that is not empty and an "
+                f"answer in {ANSWERS}. Received: question="
+                f"{self.question!r:.80}, answer={self.answer!r}"
+            )
+        count = len(self.images)
+        if not count or not all(
+            is_integer(needle) and 0 <= needle < count
+            for needle in self.needles
+        ):
+            raise ValueError(
+                "A haystack must have images, and `needles` must be positions "
+                f"among them. Received: {count} images, needles={self.needles}"
+            )
 
     @classmethod
-    def from_example(cls, example):
+    def from_example(cls, example: Mapping[str, Any]) -> Self:
         """Makes one from an example of the dataset `visual_haystacks`.
 
         Args:
@@ -50,11 +97,13 @@ class Haystack:
         )
 
 
-def _decoded(text):
+def _decoded(text: str | bytes) -> str:
     return text.decode() if isinstance(text, bytes) else str(text)
 
 
-def draw_questions(kinds, count, rng):
+def draw_questions(
+    kinds: int, count: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Draws what questions are about, from names numbered `0` to `kinds - 1`.
 
     Args:
@@ -72,7 +121,14 @@ def draw_questions(kinds, count, rng):
     return draws[:, 0], draws[:, 1], draws[:, 2:], np.sort(draws, axis=1)
 
 
-def draw_pairs(palettes, anchors, beside, needles, size, rng):
+def draw_pairs(
+    palettes: np.ndarray,
+    anchors: np.ndarray,
+    beside: np.ndarray,
+    needles: np.ndarray,
+    size: int,
+    rng: np.random.Generator,
+) -> np.ndarray:
     """Draws which two things each image of some haystacks shows.
 
     Args:
@@ -109,7 +165,17 @@ class PairSource:
     `keras_laid.haystacks.Digits` does.
     """
 
-    def draw(self, size, needles, shows, rng):
+    names: Sequence[str]
+    image_size: int
+    render: Callable[[np.ndarray, np.random.Generator], np.ndarray]
+
+    def draw(
+        self,
+        size: int,
+        needles: np.ndarray,
+        shows: np.ndarray,
+        rng: np.random.Generator,
+    ) -> tuple[str, str, np.ndarray]:
         """Draws the anchor, the target and the images of one haystack.
 
         Args:
@@ -129,11 +195,74 @@ class PairSource:
         pairs = draw_pairs(
             palettes, anchors, beside[None], needles[None], size, rng
         )
-        images = self.render(pairs[0], rng)
+        images = rendered(self, pairs[0], rng)
         return self.names[anchors[0]], self.names[targets[0]], images
 
 
-def draw_haystacks(source, num_questions, sizes, needles=(1,), seed=0):
+def check_pair_source(source: Any) -> None:
+    """Refuses what has no `render`, or has no names to ask about."""
+    if not callable(getattr(source, "render", None)) or isinstance(
+        source, type
+    ):
+        raise TypeError(
+            "`source` must have `names` and `render(pairs, rng)`, as "
+            f"`keras_laid.haystacks.Digits(...)`. Received: {source!r:.80}"
+        )
+    names = getattr(source, "names", None)
+    if (
+        not isinstance(names, collections.abc.Sequence)
+        or not all(isinstance(name, str) and name.strip() for name in names)
+        or not len(names) == len(set(names)) >= 3
+    ):
+        raise ValueError(
+            "`source.names` must be three or more different strings: the "
+            "anchor, the target and what needles show in its place. "
+            f"Received: {names!r:.80}"
+        )
+
+
+def rendered(
+    source: PairSource, pairs: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """What `source.render` makes of pairs, if it is one image for each."""
+    images = source.render(pairs, rng)
+    shape: tuple[int, ...] = getattr(images, "shape", ())
+    if (
+        len(shape) != 4
+        or (shape[0], shape[3]) != (len(pairs), 3)
+        or images.dtype != "uint8"
+    ):
+        raise ValueError(
+            "`source.render` must return a `uint8` array of shape `(images, "
+            "height, width, 3)`, with one image a pair. Received: "
+            f"{type(images).__name__} of shape {shape} and dtype "
+            f"{getattr(images, 'dtype', None)} for {len(pairs)} pairs"
+        )
+    return images
+
+
+def check_sizes(
+    sizes: Sequence[int], needles: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns both as tuples, if there is room for some needles."""
+    sizes = check_integers("sizes", sizes)
+    needles = check_integers("needles", needles)
+    if min(needles) > min(sizes):
+        raise ValueError(
+            "A haystack must have room for its needles. "
+            f"Received: needles={needles}, sizes={sizes}. "
+            "Pass fewer needles or greater sizes."
+        )
+    return sizes, needles
+
+
+def draw_haystacks(
+    source: "PairSource | Coco",
+    num_questions: int,
+    sizes: Sequence[int],
+    needles: Sequence[int] = (1,),
+    seed: int | Sequence[int] = 0,
+) -> Iterator[Haystack]:
     """Draws haystacks, single-needle or multi-needle.
 
     Sizes, numbers of needles, "all" and "any" are shared out evenly, and half
@@ -149,28 +278,38 @@ def draw_haystacks(source, num_questions, sizes, needles=(1,), seed=0):
             by its multi-needle questions. Defaults to `(1,)`.
         seed: Integer or sequence of integers.
 
-    Yields:
-        `Haystack` objects.
+    Returns:
+        An iterator of `Haystack`s, which are drawn one by one.
 
     Raises:
-        ValueError: If a number is not positive, or if no number of needles is
-            small enough for one of the sizes.
+        ValueError: If a number is not positive, if no number of needles is
+            small enough for one of the sizes, or if the source has fewer than
+            three names or two that are the same.
+        TypeError: If a number is no integer, or if `source` cannot be drawn
+            from.
     """
-    for name, value in (
-        ("num_questions", num_questions),
-        ("sizes", min(sizes, default=0)),
-        ("needles", min(needles, default=0)),
+    check_integer("num_questions", num_questions)
+    sizes, needles = check_sizes(sizes, needles)
+    check_seed(seed)
+    if isinstance(source, PairSource):
+        check_pair_source(source)
+    elif not callable(getattr(source, "draw", None)) or isinstance(
+        source, type
     ):
-        if value < 1:
-            raise ValueError(
-                f"`{name}` must be at least 1. Received: {name}={value}"
-            )
-    if min(needles) > min(sizes):
-        raise ValueError(
-            "A haystack must have room for its needles. "
-            f"Received: needles={tuple(needles)}, sizes={tuple(sizes)}. "
-            "Pass fewer needles or greater sizes."
+        raise TypeError(
+            "`source` must be a `keras_laid.haystacks.PairSource` or a "
+            f"`keras_laid.haystacks.Coco`. Received: {source!r:.80}"
         )
+    return _draw(source, num_questions, sizes, needles, seed)
+
+
+def _draw(
+    source: "PairSource | Coco",
+    num_questions: int,
+    sizes: Sequence[int],
+    needles: Sequence[int],
+    seed: int | Sequence[int],
+) -> Iterator[Haystack]:
     cells = [
         (size, count, quantifier, answer)
         for size, count in itertools.product(sizes, needles)
@@ -181,10 +320,17 @@ def draw_haystacks(source, num_questions, sizes, needles=(1,), seed=0):
     rng = np.random.default_rng(seed)
     order = rng.permutation(np.resize(np.arange(len(cells)), num_questions))
     for child, cell in zip(rng.spawn(num_questions), order, strict=True):
-        yield _draw_haystack(source, *cells[cell], child)
+        yield _draw_haystack(source, *cells[int(cell)], child)
 
 
-def _draw_haystack(source, size, count, quantifier, answer, rng):
+def _draw_haystack(
+    source: "PairSource | Coco",
+    size: int,
+    count: int,
+    quantifier: str,
+    answer: str,
+    rng: np.random.Generator,
+) -> Haystack:
     places = rng.permutation(size)[:count]
     # "All" is refuted by any needle without the target, "any" by no less than
     # all of them.

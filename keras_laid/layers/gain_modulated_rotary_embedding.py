@@ -1,10 +1,20 @@
 """Rotary position embedding with a trainable gain per frequency."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
+from typing import Literal
 
 import keras
 from keras import ops
 from keras_hub.layers import RotaryEmbedding
+
+from keras_laid.arguments import check_choice
+from keras_laid.arguments import check_integer
+from keras_laid.arguments import check_number
+from keras_laid.arguments import check_positions
+from keras_laid.arguments import check_switch
+from keras_laid.typing import Tensor
 
 ROPE_TYPES = ("linear", "dynamic", "yarn")
 APPLIED_TO = ("queries_and_keys", "queries")
@@ -77,9 +87,11 @@ class GainModulatedRotaryEmbedding(RotaryEmbedding):
         A tensor of the shape of `inputs`, in the layer's compute dtype.
 
     Raises:
+        TypeError: If an argument is of another kind.
         ValueError: If an argument is out of its range, if `applied_to` is
             `"queries_and_keys"` with `num_heads`, if the number of features is
-            odd or unknown, or if the inputs do not have `num_heads` heads.
+            odd or unknown, or if the inputs do not have `num_heads` heads, or
+            positions of another shape.
 
     Example:
 
@@ -97,43 +109,40 @@ class GainModulatedRotaryEmbedding(RotaryEmbedding):
 
     def __init__(
         self,
-        max_wavelength=10000,
-        scaling_factor=1.0,
-        rope_type="linear",
-        beta_fast=32.0,
-        beta_slow=1.0,
-        original_max_position_embeddings=4096,
-        truncate=True,
-        sequence_axis=1,
-        feature_axis=-1,
-        denominator_dim=None,
-        num_heads=None,
-        max_gain=4.0,
-        applied_to=None,
-        **kwargs,
-    ):
-        if rope_type not in ROPE_TYPES:
-            raise ValueError(
-                f"`rope_type` must be one of {list(ROPE_TYPES)}. "
-                f"Received: rope_type={rope_type!r}"
-            )
-        if num_heads is not None and num_heads < 1:
-            raise ValueError(
-                "`num_heads` must be a positive integer, or `None` for gains "
-                f"shared by all heads. Received: num_heads={num_heads}"
-            )
-        if not (max_gain > 1 and math.isfinite(max_gain)):
-            raise ValueError(
-                "`max_gain` must be finite and greater than 1. "
-                f"Received: max_gain={max_gain}"
-            )
+        max_wavelength: float = 10000,
+        scaling_factor: float = 1.0,
+        rope_type: Literal["linear", "dynamic", "yarn"] = "linear",
+        beta_fast: float = 32.0,
+        beta_slow: float = 1.0,
+        original_max_position_embeddings: int = 4096,
+        truncate: bool = True,
+        sequence_axis: int = 1,
+        feature_axis: int = -1,
+        denominator_dim: int | None = None,
+        num_heads: int | None = None,
+        max_gain: float = 4.0,
+        applied_to: Literal["queries_and_keys", "queries"] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        check_number("max_wavelength", max_wavelength, "(0, inf)")
+        check_number("scaling_factor", scaling_factor, "(0, inf)")
+        check_choice("rope_type", rope_type, ROPE_TYPES)
+        check_number("beta_fast", beta_fast, "(0, inf)")
+        check_number("beta_slow", beta_slow, "(0, inf)")
+        check_integer(
+            "original_max_position_embeddings", original_max_position_embeddings
+        )
+        check_switch("truncate", truncate)
+        check_integer("sequence_axis", sequence_axis, at_least=-math.inf)
+        check_integer("feature_axis", feature_axis, at_least=-math.inf)
+        if denominator_dim is not None:
+            check_integer("denominator_dim", denominator_dim)
+        if num_heads is not None:
+            check_integer("num_heads", num_heads)
+        check_number("max_gain", max_gain, "(1, inf)")
         if applied_to is None:
             applied_to = "queries_and_keys" if num_heads is None else "queries"
-        if applied_to not in APPLIED_TO:
-            raise ValueError(
-                f"`applied_to` must be one of {list(APPLIED_TO)}. "
-                f"Received: applied_to={applied_to!r}"
-            )
+        check_choice("applied_to", applied_to, APPLIED_TO)
         if num_heads is not None and applied_to != "queries":
             raise ValueError(
                 "Gains of each head must be applied to queries alone: one key "
@@ -160,10 +169,10 @@ class GainModulatedRotaryEmbedding(RotaryEmbedding):
         self.applied_to = applied_to
         self.built = False  # The parent, which has no weights, says `True`.
 
-    def build(self, input_shape):
+    def build(self, input_shape: Sequence[int | None]) -> None:
         sequence_axis, feature_axis = self._normalize_axes(input_shape)
         features = input_shape[feature_axis]
-        if features is None or features % 2:
+        if not features or features % 2:
             raise ValueError(
                 "The number of features must be known and even: the two halves "
                 "are rotated as pairs. "
@@ -171,7 +180,7 @@ class GainModulatedRotaryEmbedding(RotaryEmbedding):
                 f"feature_axis={self.feature_axis}"
             )
         axes = {feature_axis: features}
-        shape = (features // 2,)
+        shape: tuple[int, ...] = (features // 2,)
         if self.num_heads is not None:
             others = [
                 axis
@@ -196,7 +205,7 @@ class GainModulatedRotaryEmbedding(RotaryEmbedding):
         # Keras refuses inputs with other features or heads than these.
         self.input_spec = keras.layers.InputSpec(axes=axes)
 
-    def gains(self):
+    def gains(self) -> Tensor:
         """The gains on the logits.
 
         Returns:
@@ -206,7 +215,7 @@ class GainModulatedRotaryEmbedding(RotaryEmbedding):
         """
         return ops.exp(self._bounded_log_gain())
 
-    def feature_gains(self):
+    def feature_gains(self) -> Tensor:
         """What each feature of the inputs is multiplied by.
 
         Returns:
@@ -220,7 +229,7 @@ class GainModulatedRotaryEmbedding(RotaryEmbedding):
         gain = ops.exp(log_gain)
         return ops.concatenate((gain, gain), axis=-1)
 
-    def modulate(self, inputs):
+    def modulate(self, inputs: Tensor) -> Tensor:
         """Multiplies queries or keys by their gains, without a rotation.
 
         Gains and rotation commute: this may be used before or after a rotation
@@ -242,16 +251,26 @@ class GainModulatedRotaryEmbedding(RotaryEmbedding):
         x = ops.cast(ops.cast(x, wide) * gains, inputs.dtype)
         return ops.moveaxis(x, (-1, 1), (feature_axis, sequence_axis))
 
-    def call(self, inputs, start_index=0, positions=None):
+    def call(
+        self,
+        inputs: Tensor,
+        start_index: int | Tensor = 0,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        if positions is not None:
+            length = inputs.shape[self.sequence_axis]
+            check_positions(positions, inputs.shape[0], length)
         rotated = super().call(
             inputs, start_index=start_index, positions=positions
         )
         return self.modulate(rotated)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(
+        self, input_shape: Sequence[int | None]
+    ) -> Sequence[int | None]:
         return input_shape
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         config.update(
             {
@@ -262,7 +281,7 @@ class GainModulatedRotaryEmbedding(RotaryEmbedding):
         )
         return config
 
-    def _bounded_log_gain(self):
+    def _bounded_log_gain(self) -> Tensor:
         limit = math.log(self.max_gain)
         log_gain = ops.convert_to_tensor(self.log_gain)
         return limit * ops.tanh(log_gain / limit)

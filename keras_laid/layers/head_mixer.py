@@ -1,8 +1,15 @@
 """Learned weights from a teacher's heads to a student's heads."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops
+
+from keras_laid.arguments import check_integer
+from keras_laid.arguments import check_number
+from keras_laid.typing import Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_laid")
@@ -35,6 +42,7 @@ class HeadMixer(keras.layers.Layer):
         layer's compute dtype.
 
     Raises:
+        TypeError: If a number of heads is no integer, or `sharpness` no number.
         ValueError: If a number of heads is not positive, or `sharpness` is not
             finite.
 
@@ -49,26 +57,16 @@ class HeadMixer(keras.layers.Layer):
 
     def __init__(
         self,
-        student_heads,
-        teacher_heads,
-        initializer="zeros",
-        sharpness=0.0,
-        **kwargs,
-    ):
+        student_heads: int,
+        teacher_heads: int,
+        initializer: str | keras.initializers.Initializer = "zeros",
+        sharpness: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        check_integer("student_heads", student_heads)
+        check_integer("teacher_heads", teacher_heads)
+        check_number("sharpness", sharpness, "(-inf, inf)")
         super().__init__(**kwargs)
-        if student_heads < 1 or teacher_heads < 1:
-            raise ValueError(
-                "`student_heads` and `teacher_heads` must be positive. "
-                f"Received: student_heads={student_heads}, "
-                f"teacher_heads={teacher_heads}"
-            )
-        if not np.isfinite(sharpness):
-            raise ValueError(
-                "`sharpness` must be finite. "
-                f"Received: sharpness={sharpness}. "
-                "With `sharpness=10.0` the preferred heads have all but "
-                "1/20,000 of the weight of any other."
-            )
         self.student_heads = student_heads
         self.teacher_heads = teacher_heads
         self.initializer = keras.initializers.get(initializer)
@@ -86,7 +84,7 @@ class HeadMixer(keras.layers.Layer):
         )
         self.built = True
 
-    def mixture(self):
+    def mixture(self) -> Tensor:
         """The weights of the teacher's heads.
 
         Returns:
@@ -95,16 +93,18 @@ class HeadMixer(keras.layers.Layer):
         """
         return ops.softmax(ops.convert_to_tensor(self.mixing_logits), axis=-1)
 
-    def call(self, inputs):
+    def call(self, inputs: Tensor) -> Tensor:
         # b = batch, l = position, t = teacher head, s = student head,
         # d = feature
         mixture = ops.cast(self.mixture(), inputs.dtype)
         return ops.einsum("bltd,st->blsd", inputs, mixture)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(
+        self, input_shape: Sequence[int | None]
+    ) -> tuple[int | None, ...]:
         return (*input_shape[:2], self.student_heads, *input_shape[3:])
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         config.update(
             {
@@ -116,7 +116,9 @@ class HeadMixer(keras.layers.Layer):
         )
         return config
 
-    def _initial_logits(self, shape, dtype=None):
+    def _initial_logits(
+        self, shape: Sequence[int], dtype: str | None = None
+    ) -> Tensor:
         student = np.arange(self.student_heads)[:, None]
         teacher = np.arange(self.teacher_heads)[None, :]
         # Head `i` of `n` covers `i / n` to `(i + 1) / n`; in whole numbers.

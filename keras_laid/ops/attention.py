@@ -1,9 +1,17 @@
 """What describes attention to an op: queries, keys, mask, distances."""
 
-from typing import Any
 from typing import NamedTuple
+from typing import Self
 
 from keras import ops
+
+from keras_laid.arguments import check_dtype
+from keras_laid.arguments import check_integer
+from keras_laid.arguments import check_kind
+from keras_laid.arguments import check_number
+from keras_laid.arguments import check_scalar
+from keras_laid.arguments import check_shape
+from keras_laid.typing import Tensor
 
 
 class Attention(NamedTuple):
@@ -19,26 +27,27 @@ class Attention(NamedTuple):
             `soft_cap * tanh(x / soft_cap)`.
     """
 
-    query: Any
-    key: Any
+    query: Tensor
+    key: Tensor
     scale: float
     soft_cap: float | None = None
 
-    def logits(self):
+    def logits(self) -> Tensor:
         """Logits of shape `(batch, heads, rows, keys)`, in float32."""
         # b = batch, i = row, j = key, h = head, d = head dim
-        query = ops.cast(self.query, "float32")
+        # Scaled before: a product of logits may be fused with the difference
+        # from their normalizer, and is then rounded otherwise than in that.
+        query = ops.cast(self.query, "float32") * self.scale
         logits = ops.einsum("bihd,bjhd->bhij", query, self.key_of_each_head())
-        logits = logits * self.scale
         if self.soft_cap is not None:
             logits = ops.tanh(logits / self.soft_cap) * self.soft_cap
         return logits
 
-    def key_of_each_head(self):
+    def key_of_each_head(self) -> Tensor:
         """Keys of shape `(batch, keys, heads, head_dim)`, in float32."""
         return self.of_each_head(self.key)
 
-    def of_each_head(self, tensor):
+    def of_each_head(self, tensor: Tensor) -> Tensor:
         """What each head reads of a tensor like `key`, in float32."""
         tensor = ops.cast(tensor, "float32")
         repeats = self.query.shape[2] // tensor.shape[2]
@@ -62,16 +71,21 @@ class AttentionMask(NamedTuple):
             is no block.
     """
 
-    bidirectional: Any
-    causal: Any
-    row_index: Any
+    bidirectional: Tensor
+    causal: Tensor
+    row_index: Tensor
     window: int | None = None
-    block: Any = None
+    block: Tensor | None = None
 
     @classmethod
     def from_lengths(
-        cls, key_length, lengths, prefix_lengths=0, row_index=None, window=None
-    ):
+        cls,
+        key_length: int,
+        lengths: Tensor,
+        prefix_lengths: int | Tensor = 0,
+        row_index: Tensor | None = None,
+        window: int | None = None,
+    ) -> Self:
         """Describes a mask by lengths: causal after an optional prefix.
 
         Args:
@@ -87,10 +101,25 @@ class AttentionMask(NamedTuple):
 
         Returns:
             An `AttentionMask`.
+
+        Raises:
+            TypeError: If a length is no integer.
+            ValueError: If a length is out of range, or `lengths` has another
+                shape.
         """
+        check_integer("key_length", key_length)
+        if window is not None:
+            check_integer("window", window)
+        lengths = ops.convert_to_tensor(lengths)
+        check_shape("lengths", lengths, batch=None)
+        check_dtype("lengths", lengths, "int")
+        prefix = ops.convert_to_tensor(prefix_lengths)
+        if len(prefix.shape):
+            check_shape("prefix_lengths", prefix, batch=lengths.shape[0])
+        check_dtype("prefix_lengths", prefix, "int")
         index = ops.arange(key_length)
-        lengths = ops.reshape(ops.convert_to_tensor(lengths), (-1, 1))
-        prefix = ops.reshape(ops.convert_to_tensor(prefix_lengths), (-1, 1))
+        lengths = ops.reshape(lengths, (-1, 1))
+        prefix = ops.reshape(prefix, (-1, 1))
         some = ops.less(index, ops.cast(lengths, index.dtype))
         first = ops.less(index, ops.cast(prefix, index.dtype))
         return cls(
@@ -100,7 +129,7 @@ class AttentionMask(NamedTuple):
             window=window,
         )
 
-    def allowed(self):
+    def allowed(self) -> Tensor:
         """Boolean tensor of shape `(batch, 1, rows, keys)`."""
         key_index = ops.arange(ops.shape(self.causal)[1])
         row_index = ops.cast(self.row_index, key_index.dtype)[:, None]
@@ -129,12 +158,12 @@ class Distance(NamedTuple):
         exponent: Float, greater than 0.
     """
 
-    row_positions: Any
-    key_positions: Any
-    strength: Any = 0.0
+    row_positions: Tensor
+    key_positions: Tensor
+    strength: float | Tensor = 0.0
     exponent: float = 1.0
 
-    def weights(self):
+    def weights(self) -> Tensor:
         """Float32 tensor of shape `(batch or 1, 1, rows, keys)`."""
         rows = ops.cast(self.row_positions, "float32")
         keys = ops.cast(self.key_positions, "float32")
@@ -143,7 +172,85 @@ class Distance(NamedTuple):
         weights = 1.0 + self.strength * ops.power(share, self.exponent)
         return weights[:, None]
 
-    def span(self):
+    def span(self) -> Tensor:
         """Float32 tensor of shape `(batch or 1,)`, in tokens."""
         keys = ops.cast(self.key_positions, "float32")
         return ops.max(keys, axis=1) - ops.min(keys, axis=1)
+
+
+def check_attention(name: str, attention: Attention) -> None:
+    """Refuses what is no `Attention`, or one that does not fit itself."""
+    check_kind(name, attention, Attention, "a `keras_laid.ops.Attention`")
+    check_number(f"{name}.scale", attention.scale, "(0, inf)")
+    if attention.soft_cap is not None:
+        check_number(f"{name}.soft_cap", attention.soft_cap, "(0, inf)")
+    query, key = attention.query, attention.key
+    check_shape(
+        f"{name}.query", query, batch=None, rows=None, heads=None, head_dim=None
+    )
+    check_shape(
+        f"{name}.key",
+        key,
+        batch=query.shape[0],
+        keys=None,
+        key_heads=None,
+        head_dim=None,
+    )
+    if query.shape[2] % key.shape[2] or query.shape[3] != key.shape[3]:
+        raise ValueError(
+            "Query heads must be a multiple of key heads, and head dims "
+            f"must be equal. Received: {name}.query.shape="
+            f"{tuple(query.shape)}, {name}.key.shape={tuple(key.shape)}"
+        )
+
+
+def check_same_tokens(student: Attention, teacher: Attention) -> None:
+    """Refuses two `Attention`s over other tokens than one another."""
+    for name, one, other in (
+        ("batch", student.query.shape[0], teacher.query.shape[0]),
+        ("rows", student.query.shape[1], teacher.query.shape[1]),
+        ("keys", student.key.shape[1], teacher.key.shape[1]),
+    ):
+        if None not in (one, other) and one != other:
+            raise ValueError(
+                f"Student and teacher must have the same {name}. "
+                f"Received: student {name}={one}, teacher {name}={other}"
+            )
+
+
+def check_mask(mask: AttentionMask, attention: Attention) -> None:
+    """Refuses what is no `AttentionMask` of an `Attention`."""
+    check_kind("mask", mask, AttentionMask, "a `keras_laid.ops.AttentionMask`")
+    batch, rows = attention.query.shape[:2]
+    keys = attention.key.shape[1]
+    for name in ("bidirectional", "causal"):
+        tensor = getattr(mask, name)
+        check_shape(f"mask.{name}", tensor, batch=batch, keys=keys)
+        check_dtype(f"mask.{name}", tensor, "bool")
+    check_shape("mask.row_index", mask.row_index, rows=rows)
+    check_dtype("mask.row_index", mask.row_index, "int")
+    if mask.window is not None:
+        check_integer("mask.window", mask.window)
+    if mask.block is not None:
+        check_shape("mask.block", mask.block, batch=batch, keys=keys)
+        check_dtype("mask.block", mask.block, "int")
+
+
+def check_distance(distance: Distance, attention: Attention) -> None:
+    """Refuses what is no `Distance` between the tokens of an `Attention`."""
+    check_kind("distance", distance, Distance, "a `keras_laid.ops.Distance`")
+    check_number("distance.exponent", distance.exponent, "(0, inf)")
+    check_scalar("distance.strength", distance.strength, "[0, inf)")
+    batch = attention.query.shape[0]
+    for name, axis, size in (
+        ("row_positions", "rows", attention.query.shape[1]),
+        ("key_positions", "keys", attention.key.shape[1]),
+    ):
+        tensor = getattr(distance, name)
+        shared = tuple(getattr(tensor, "shape", ()))[:1] == (1,)
+        check_shape(
+            f"distance.{name}",
+            tensor,
+            batch=1 if shared else batch,
+            **{axis: size},
+        )

@@ -3,6 +3,8 @@
 import dataclasses
 import logging
 from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
 
 logger = logging.getLogger("keras_laid")
 
@@ -20,25 +22,26 @@ class Implementation:
     """
 
     name: str
-    run: Callable
-    why_not: Callable = lambda *args, **kwargs: None
+    run: Callable[..., Any]
+    why_not: Callable[..., str | None] = lambda *args, **kwargs: None
 
 
-def select(op_name, implementations, requested, *args, **kwargs):
+def select(
+    op_name: str,
+    implementations: Sequence[Implementation],
+    requested: str | None,
+    *args: Any,
+    **kwargs: Any,
+) -> Implementation:
     """Returns the first implementation that accepts the arguments.
 
     A named implementation is used or refused; it is never replaced. With
     `requested=None` the first that accepts is used, in the order listed.
     Exceptions from `run` are never caught: a kernel that breaks must be seen.
     """
+    check_requested(op_name, implementations, requested)
     by_name = {impl.name: impl for impl in implementations}
     if requested is not None:
-        if requested not in by_name:
-            raise ValueError(
-                f"Unknown `implementation` for `{op_name}`. Expected one of "
-                f"{sorted(by_name)} or `None`. "
-                f"Received: implementation={requested!r}"
-            )
         reason = by_name[requested].why_not(*args, **kwargs)
         if reason is not None:
             raise NotImplementedError(
@@ -47,7 +50,7 @@ def select(op_name, implementations, requested, *args, **kwargs):
             )
         return by_name[requested]
 
-    refusals = []
+    refusals: list[str] = []
     for impl in implementations:
         reason = impl.why_not(*args, **kwargs)
         if reason is None:
@@ -58,3 +61,17 @@ def select(op_name, implementations, requested, *args, **kwargs):
         f"No implementation of `{op_name}` accepts these arguments. "
         + " ".join(refusals)
     )
+
+
+def check_requested(
+    op_name: str,
+    implementations: Sequence[Implementation],
+    requested: str | None,
+) -> None:
+    """Refuses a name that no implementation has."""
+    names = sorted(impl.name for impl in implementations)
+    if requested is not None and requested not in names:
+        raise ValueError(
+            f"Unknown `implementation` for `{op_name}`. Expected one of "
+            f"{names} or `None`. Received: implementation={requested!r}"
+        )

@@ -2,8 +2,20 @@
 
 from keras import ops
 
+from keras_laid.arguments import check_shape
+from keras_laid.ops.attention import Attention
+from keras_laid.ops.attention import check_attention
+from keras_laid.ops.attention import check_same_tokens
+from keras_laid.typing import Tensor
 
-def query_key_distance(student, teacher, mixture, row_mask, key_mask):
+
+def query_key_distance(
+    student: Attention,
+    teacher: Attention,
+    mixture: Tensor,
+    row_mask: Tensor,
+    key_mask: Tensor,
+) -> Tensor:
     """Relative squared distance of queries and keys, head by head.
 
     For student head `s` and the mixed teacher head `Q = sum_t m_st Q_t`,
@@ -24,17 +36,30 @@ def query_key_distance(student, teacher, mixture, row_mask, key_mask):
         A float32 tensor of shape `(batch, student_heads)`, 0 or more.
 
     Raises:
-        ValueError: If head dims differ.
+        TypeError: If an argument is of another kind.
+        ValueError: If head dims differ or shapes do not fit.
 
     Reference:
      - [Zhou et al., 2026](https://arxiv.org/abs/2512.21576), equation 7.
     """
+    check_attention("student", student)
+    check_attention("teacher", teacher)
+    check_same_tokens(student, teacher)
     if student.query.shape[-1] != teacher.query.shape[-1]:
         raise ValueError(
             "Queries and keys can be matched only between equal head dims. "
             f"Received: student head dim={student.query.shape[-1]}, teacher "
             f"head dim={teacher.query.shape[-1]}. Match attention maps instead."
         )
+    batch, rows, student_heads, _ = student.query.shape
+    check_shape(
+        "mixture",
+        mixture,
+        student_heads=student_heads,
+        teacher_heads=teacher.query.shape[2],
+    )
+    check_shape("row_mask", row_mask, batch=batch, rows=rows)
+    check_shape("key_mask", key_mask, batch=batch, keys=student.key.shape[1])
     return relative_distance(
         ops.cast(student.query, "float32"),
         ops.cast(teacher.query, "float32"),
@@ -48,7 +73,9 @@ def query_key_distance(student, teacher, mixture, row_mask, key_mask):
     )
 
 
-def relative_distance(student, teacher, mixture, mask):
+def relative_distance(
+    student: Tensor, teacher: Tensor, mixture: Tensor, mask: Tensor
+) -> Tensor:
     # b = batch, i = token, s = student head, t = teacher head, d = head dim
     mixed = ops.einsum("st,bitd->bisd", mixture, teacher)
     mask = ops.cast(mask, "float32")[:, :, None, None]

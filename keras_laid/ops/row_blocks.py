@@ -1,13 +1,17 @@
 """Splits the rows of attention into blocks of one size."""
 
+from collections.abc import Callable
+
 from keras import ops
+
+from keras_laid.typing import Tensor
 
 # Each block's maps have shape (batch, heads, block, keys).
 ROWS = 128  # The most a block has.
 ELEMENTS = 2**18  # About how many rows times keys it has, over long prompts.
 
 
-def rows_of_block(keys):
+def rows_of_block(keys: int | None) -> int:
     """Fewer rows for more keys; the most where keys are known only later."""
     return ROWS if keys is None else max(1, min(ROWS, ELEMENTS // keys))
 
@@ -20,18 +24,18 @@ class RowBlocks:
         size: Integer, rows of a block.
     """
 
-    def __init__(self, rows, size):
+    def __init__(self, rows: int | Tensor, size: int) -> None:
         self.rows = rows
         self.size = size
         self.count = (rows + size - 1) // size
         self.filled = self.count * size
 
-    def fill(self, tensor, axis):
+    def fill(self, tensor: Tensor, axis: int) -> Tensor:
         """Rows for full blocks: the last row is repeated."""
         index = ops.minimum(ops.arange(self.filled), self.rows - 1)
         return ops.take(tensor, index, axis=axis)
 
-    def fill_zeros(self, tensor, axis):
+    def fill_zeros(self, tensor: Tensor, axis: int) -> Tensor:
         """Rows for full blocks: zeros follow the last."""
         shape = [1] * len(tensor.shape)
         shape[axis] = -1
@@ -39,17 +43,19 @@ class RowBlocks:
         zeros = ops.zeros((), dtype=tensor.dtype)
         return ops.where(inside, self.fill(tensor, axis), zeros)
 
-    def of(self, number):
+    def of(self, number: int | Tensor) -> Callable[[Tensor, int], Tensor]:
         """`rows(tensor, axis)`, which takes the rows of a block."""
 
-        def rows_of(tensor, axis):
+        def rows_of(tensor: Tensor, axis: int) -> Tensor:
             start, shape = [0] * len(tensor.shape), list(ops.shape(tensor))
             start[axis], shape[axis] = number * self.size, self.size
             return ops.slice(tensor, start, shape)
 
         return rows_of
 
-    def put(self, whole, number, axis, part):
+    def put(
+        self, whole: Tensor, number: int | Tensor, axis: int, part: Tensor
+    ) -> Tensor:
         """`whole` with the rows of a block replaced."""
         start = [0] * len(whole.shape)
         start[axis] = number * self.size

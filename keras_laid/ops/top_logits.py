@@ -1,9 +1,16 @@
 """The largest next-token logits, which stand for all of them."""
 
-from typing import Any
+from collections.abc import Callable
 from typing import NamedTuple
+from typing import Self
 
 from keras import ops
+
+from keras_laid.arguments import check_dtype
+from keras_laid.arguments import check_integer
+from keras_laid.arguments import check_number
+from keras_laid.arguments import check_shape
+from keras_laid.typing import Tensor
 
 NOTHING = -1e30  # The logarithm of no probability; finite, so that sums are.
 
@@ -25,14 +32,14 @@ class TopLogits(NamedTuple):
         temperature: Float greater than 0.
     """
 
-    logits: Any
-    index: Any
-    others: Any
+    logits: Tensor
+    index: Tensor
+    others: Tensor
     vocabulary: int
     temperature: float = 1.0
 
     @classmethod
-    def of(cls, logits, count, temperature=1.0):
+    def of(cls, logits: Tensor, count: int, temperature: float = 1.0) -> Self:
         """The largest of all logits.
 
         Args:
@@ -42,7 +49,19 @@ class TopLogits(NamedTuple):
 
         Returns:
             A `TopLogits`.
+
+        Raises:
+            TypeError: If a number is of another kind.
+            ValueError: If one is out of range, or `logits` has another shape.
         """
+        check_shape("logits", logits, batch=None, length=None, vocabulary=None)
+        check_number("temperature", temperature, "(0, inf)")
+        check_integer("count", count)
+        if count > logits.shape[-1]:
+            raise ValueError(
+                "`count` must be at most the number of logits. Received: "
+                f"count={count}, logits.shape={tuple(logits.shape)}"
+            )
         logits = ops.cast(logits, "float32")
         vocabulary = logits.shape[-1]
         top, index = ops.top_k(logits, count)
@@ -52,7 +71,7 @@ class TopLogits(NamedTuple):
             top, index, ops.stack(others, axis=-1), vocabulary, temperature
         )
 
-    def log_probabilities(self, log_q, temperature):
+    def log_probabilities(self, log_q: Tensor, temperature: float) -> Tensor:
         """Log-probabilities of next tokens, softened, in float32.
 
         Args:
@@ -68,20 +87,20 @@ class TopLogits(NamedTuple):
         rest = rest - ops.logsumexp(rest, axis=-1, keepdims=True)
         return put(rest + others[..., None] - total, self.index, top - total)
 
-    def computed(self):
+    def computed(self) -> Self:
         return self
 
-    def constant(self):
+    def constant(self) -> Self:
         return self.map_tokens(ops.stop_gradient)
 
-    def map_tokens(self, function):
+    def map_tokens(self, function: Callable[[Tensor], Tensor]) -> Self:
         return self._replace(
             logits=function(self.logits),
             index=function(self.index),
             others=function(self.others),
         )
 
-    def first(self, vocabulary):
+    def first(self, vocabulary: int) -> Self:
         if vocabulary == self.vocabulary:
             return self
         raise ValueError(
@@ -91,7 +110,18 @@ class TopLogits(NamedTuple):
         )
 
 
-def put(tensor, index, values):
+def check_top_logits(name: str, top: TopLogits) -> None:
+    """Refuses a `TopLogits` whose parts do not fit each other."""
+    axes = dict(batch=None, length=None)
+    check_shape(f"{name}.logits", top.logits, **axes, count=None)
+    count = top.logits.shape[2]
+    check_shape(f"{name}.index", top.index, **axes, count=count)
+    check_dtype(f"{name}.index", top.index, "int")
+    check_shape(f"{name}.others", top.others, **axes, temperatures=2)
+    check_integer(f"{name}.vocabulary", top.vocabulary)
+
+
+def put(tensor: Tensor, index: Tensor, values: Tensor) -> Tensor:
     """A tensor with other values where `index` names its last axis."""
     *outer, size = ops.shape(tensor)
     count = index.shape[-1]

@@ -1,9 +1,14 @@
 """What describes next-token logits to an op, before they exist."""
 
-from typing import Any
+from collections.abc import Callable
 from typing import NamedTuple
+from typing import Self
 
 from keras import ops
+
+from keras_laid.arguments import check_number
+from keras_laid.arguments import check_shape
+from keras_laid.typing import Tensor
 
 
 class Unembedding(NamedTuple):
@@ -17,16 +22,16 @@ class Unembedding(NamedTuple):
             `soft_cap * tanh(x / soft_cap)`.
     """
 
-    hidden: Any
-    kernel: Any = None
+    hidden: Tensor
+    kernel: Tensor | None = None
     soft_cap: float | None = None
 
     @property
-    def vocabulary(self):
+    def vocabulary(self) -> int:
         """Integer, the number of tokens that have logits."""
         return (self.hidden if self.kernel is None else self.kernel).shape[-1]
 
-    def logits(self):
+    def logits(self) -> Tensor:
         """Logits of shape `(batch, length, vocabulary)`, in float32."""
         logits = self.hidden
         if self.kernel is not None:
@@ -36,7 +41,7 @@ class Unembedding(NamedTuple):
             logits = ops.tanh(logits / self.soft_cap) * self.soft_cap
         return logits
 
-    def log_probabilities(self, log_q, temperature):
+    def log_probabilities(self, log_q: Tensor, temperature: float) -> Tensor:
         """Log-probabilities of next tokens, softened, in float32.
 
         Args:
@@ -46,11 +51,11 @@ class Unembedding(NamedTuple):
         del log_q
         return ops.log_softmax(self.logits() / temperature)
 
-    def computed(self):
+    def computed(self) -> "Unembedding":
         """The same with its logits, which are computed no second time."""
         return Unembedding(self.logits())
 
-    def constant(self):
+    def constant(self) -> Self:
         """The same without gradients."""
         kernel = self.kernel
         if kernel is not None:
@@ -59,14 +64,30 @@ class Unembedding(NamedTuple):
             hidden=ops.stop_gradient(self.hidden), kernel=kernel
         )
 
-    def map_tokens(self, function):
+    def map_tokens(self, function: Callable[[Tensor], Tensor]) -> Self:
         """The same with `function` of every tensor over tokens."""
         return self._replace(hidden=function(self.hidden))
 
-    def first(self, vocabulary):
+    def first(self, vocabulary: int) -> Self:
         """The same with the logits of the first tokens alone."""
         if vocabulary == self.vocabulary:
             return self
         if self.kernel is None:
             return self._replace(hidden=self.hidden[..., :vocabulary])
         return self._replace(kernel=self.kernel[:, :vocabulary])
+
+
+def check_unembedding(name: str, unembedding: Unembedding) -> None:
+    """Refuses an `Unembedding` whose parts do not fit each other."""
+    hidden, kernel, soft_cap = unembedding
+    axes = dict(batch=None, length=None, features=None)
+    check_shape(f"{name}.hidden", hidden, **axes)
+    if kernel is not None:
+        check_shape(
+            f"{name}.kernel",
+            kernel,
+            hidden_dim=hidden.shape[2],
+            vocabulary=None,
+        )
+    if soft_cap is not None:
+        check_number(f"{name}.soft_cap", soft_cap, "(0, inf)")

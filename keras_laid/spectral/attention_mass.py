@@ -1,17 +1,30 @@
 """How far attention reaches: its mass by distance."""
 
 import itertools
+from collections.abc import Sequence
+from typing import Literal
 
+import keras
 import numpy as np
 from keras import ops
 
+from keras_laid.arguments import check_choice
+from keras_laid.arguments import check_increasing
 from keras_laid.backbones.decoder import backbone_of
+from keras_laid.spectral.prompt_attention import PromptAttention
+from keras_laid.spectral.prompt_attention import check_is_dictionary
 from keras_laid.spectral.prompt_attention import prompt_attention
+from keras_laid.typing import Tensor
 
 UNITS = ("token", "image")
 
 
-def attention_mass(model, inputs, edges, layers=(-1,)):
+def attention_mass(
+    model: keras.Model,
+    inputs: dict[str, Tensor],
+    edges: Sequence[int],
+    layers: Sequence[int] = (-1,),
+) -> np.ndarray:
     """Share of the prompt's attention that falls on each range of distances.
 
     Means over the text tokens of the prompt, over heads, layers and examples.
@@ -23,9 +36,9 @@ def attention_mass(model, inputs, edges, layers=(-1,)):
         model: A `keras_laid.MultiImagePaliGemmaCausalLM` or
             `keras_hub.models.PaliGemmaCausalLM`.
         inputs: One batch of its inputs.
-        edges: Increasing sequence of distances in tokens, 0 first. Range `i` is
-            `edges[i] <= distance < edges[i + 1]`; what is farther than the
-            last edge is counted nowhere.
+        edges: Increasing sequence of two or more distances in tokens. Range
+            `i` is `edges[i] <= distance < edges[i + 1]`; what is farther than
+            the last edge is counted nowhere.
         layers: Indices of decoder layers with full attention. Defaults to the
             last one.
 
@@ -34,8 +47,9 @@ def attention_mass(model, inputs, edges, layers=(-1,)):
 
     Raises:
         ValueError: If `layers` is empty, or an index is out of range or that of
-            a layer with a sliding window.
+            a layer with a sliding window; or if `edges` do not increase.
     """
+    check_increasing("edges", edges, "[0, inf)")
     shares = []
     for rows in prompt_attention(model, inputs, layers):
         maps = ops.convert_to_numpy(ops.mean(rows.maps(), axis=1))
@@ -53,7 +67,12 @@ def attention_mass(model, inputs, edges, layers=(-1,)):
     return np.mean(shares, axis=0)
 
 
-def attention_by_distance(model, inputs, layers=(-1,), per="token"):
+def attention_by_distance(
+    model: keras.Model,
+    inputs: dict[str, Tensor],
+    layers: Sequence[int] = (-1,),
+    per: Literal["token", "image"] = "token",
+) -> np.ndarray:
     """The prompt's attention to the images, as a signal over distance.
 
     The mean over the text tokens of the prompt. Distance is counted back from
@@ -89,8 +108,8 @@ def attention_by_distance(model, inputs, layers=(-1,), per="token"):
             a layer with a sliding window; if `per` is another word; or if the
             inputs have positions of their own.
     """
-    if per not in UNITS:
-        raise ValueError(f"`per` must be one of {UNITS}. Received: per={per!r}")
+    check_choice("per", per, UNITS)
+    check_is_dictionary(inputs)
     if inputs.get("positions") is not None:
         raise ValueError(
             "`inputs` must have no positions of their own: a spectrum needs "
@@ -110,7 +129,7 @@ def attention_by_distance(model, inputs, layers=(-1,), per="token"):
     return signal
 
 
-def signal_of(rows):
+def signal_of(rows: PromptAttention) -> Tensor:
     """Attention of shape `(batch, heads, distances)`, nearest first."""
     # b = batch, h = head, i = row, j = key
     to_images = rows.maps()[..., : rows.image_tokens]

@@ -1,13 +1,20 @@
 """How much of the attention logits each rotary frequency makes."""
 
+from collections.abc import Sequence
+
+import keras
 import numpy as np
 from keras import ops
 
 from keras_laid.backbones.rotary_frequencies import sum_over_pairs
+from keras_laid.spectral.prompt_attention import PromptAttention
 from keras_laid.spectral.prompt_attention import prompt_attention
+from keras_laid.typing import Tensor
 
 
-def frequency_shares(model, inputs, layers=(-1,)):
+def frequency_shares(
+    model: keras.Model, inputs: dict[str, Tensor], layers: Sequence[int] = (-1,)
+) -> np.ndarray:
     """Share of each rotary frequency in the logits' variance over the images.
 
     A logit is a sum over rotary frequencies of the product of the query's and
@@ -54,7 +61,7 @@ def frequency_shares(model, inputs, layers=(-1,)):
     )
 
 
-def shares_of(rows):
+def shares_of(rows: PromptAttention) -> Tensor:
     """Shares of shape `(batch, heads, frequencies)`."""
     # b = batch, i = row, j = key, h = head, d and e = features
     query = ops.cast(rows.attention.query, "float32")

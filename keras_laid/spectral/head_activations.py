@@ -1,16 +1,28 @@
 """Figure 4: what each head still reads from images as the haystack grows."""
 
+from collections.abc import Sequence
+
+import keras
 import numpy as np
 from keras import ops
 
+from keras_laid.arguments import check_number
+from keras_laid.arguments import is_number
 from keras_laid.ops.attention_divergence.definition import TINY
+from keras_laid.spectral.prompt_attention import PromptAttention
 from keras_laid.spectral.prompt_attention import prompt_attention
+from keras_laid.typing import Tensor
 
 # A head that never had more activation than this has none to keep.
 FAINT = 0.05
 
 
-def head_activations(model, inputs_by_size, layers=(-1,), beyond=0.5):
+def head_activations(
+    model: keras.Model,
+    inputs_by_size: dict[int, dict[str, Tensor]],
+    layers: Sequence[int] = (-1,),
+    beyond: float = 0.5,
+) -> dict[int, np.ndarray]:
     """Normalised key activation of each head, by haystack size.
 
     For a row `i` of the prompt, with attention `a_ij` to image token `j` and
@@ -51,11 +63,8 @@ def head_activations(model, inputs_by_size, layers=(-1,), beyond=0.5):
     Reference:
      - [Zhou et al., 2026](https://arxiv.org/abs/2512.21576), figure 4.
     """
-    if not 0 <= beyond < 1:
-        raise ValueError(
-            f"`beyond` must be in [0, 1). Received: beyond={beyond}. "
-            "Pass 0.5 for the farther half of the haystack."
-        )
+    check_number("beyond", beyond, "[0, 1)")
+    _check_sizes("inputs_by_size", inputs_by_size)
     return {
         size: np.stack(
             [
@@ -68,7 +77,9 @@ def head_activations(model, inputs_by_size, layers=(-1,), beyond=0.5):
     }
 
 
-def classify_heads(activations, keep=0.67):
+def classify_heads(
+    activations: dict[int, np.ndarray], keep: float = 0.67
+) -> np.ndarray:
     """Calls each head local or global, by how its activation goes with size.
 
     A line is fitted to the mean activation over the logarithm of the size. A
@@ -95,15 +106,30 @@ def classify_heads(activations, keep=0.67):
         ValueError: If there are fewer than two sizes, or if `keep` is out of
             its range.
     """
+    _check_sizes("activations", activations)
     if len(activations) < 2:
         raise ValueError(
             "`activations` must have two sizes or more. Received: sizes "
             f"{sorted(activations)}. Pass more to `head_activations`."
         )
-    if not 0 < keep <= 1:
-        raise ValueError(f"`keep` must be in (0, 1]. Received: keep={keep}")
+    check_number("keep", keep, "(0, 1]")
+    shapes = {np.shape(values)[1:] for values in activations.values()}
+    if len(shapes) > 1 or len(*shapes) != 2:
+        raise ValueError(
+            "`activations` must be arrays of shape `(batch, layers, heads)`, "
+            "of the same layers and heads. Received: shapes "
+            f"{[np.shape(values) for values in activations.values()]}"
+        )
+    if not all(
+        np.size(values) and np.isfinite(values).all()
+        for values in activations.values()
+    ):
+        raise ValueError(
+            "`activations` must be finite, of one example or more. Received: "
+            "none, or values that are not finite"
+        )
     sizes = sorted(activations)
-    means = np.stack([activations[size].mean(axis=0) for size in sizes])
+    means = np.stack([np.mean(activations[size], axis=0) for size in sizes])
     heads = means.shape[1:]
     slope, start = np.polyfit(
         np.log(sizes) - np.log(sizes[0]), means.reshape(len(sizes), -1), 1
@@ -113,7 +139,20 @@ def classify_heads(activations, keep=0.67):
     return np.where(is_global, "global", "local").reshape(heads)
 
 
-def activation_of(rows, beyond):
+def _check_sizes(name: str, by_size: object) -> None:
+    if not isinstance(by_size, dict):
+        raise TypeError(
+            f"`{name}` must be a dictionary from haystack size, in images. "
+            f"Received: {type(by_size).__name__}"
+        )
+    if not by_size or not all(is_number(s) and s > 0 for s in by_size):
+        raise ValueError(
+            f"The sizes of `{name}` must be one or more numbers above 0. "
+            f"Received: {list(by_size)!r:.80}"
+        )
+
+
+def activation_of(rows: PromptAttention, beyond: float) -> Tensor:
     """Activations of shape `(batch, heads)`."""
     # b = batch, h = head, i = row, j = key, d = feature
     images = rows.image_tokens
@@ -127,5 +166,5 @@ def activation_of(rows, beyond):
     return ops.einsum("bhi,bi->bh", activation, rows.row_weight)
 
 
-def _length(x):
+def _length(x: Tensor) -> Tensor:
     return ops.sqrt(ops.sum(ops.square(x), axis=-1))

@@ -3,6 +3,10 @@
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
+
+from keras_laid.arguments import check_number
+from keras_laid.arguments import check_seed
 
 RESAMPLES = 2000
 
@@ -21,7 +25,9 @@ class Interval(NamedTuple):
     high: np.ndarray
 
 
-def mean_with_interval(values, confidence=0.95, seed=0):
+def mean_with_interval(
+    values: ArrayLike, confidence: float = 0.95, seed: int = 0
+) -> Interval:
     """Mean over examples, with its bootstrap interval.
 
     Examples are drawn with replacement 2,000 times; the interval is between the
@@ -42,7 +48,7 @@ def mean_with_interval(values, confidence=0.95, seed=0):
             finite, or if `confidence` is out of its range.
     """
     values = np.asarray(values, "float64")
-    if values.ndim == 0 or len(values) < 2:
+    if values.ndim == 0 or len(values) < 2 or not values.size:
         raise ValueError(
             "`values` must have two examples or more on its first axis. "
             f"Received: values.shape={values.shape}. "
@@ -54,10 +60,8 @@ def mean_with_interval(values, confidence=0.95, seed=0):
             f"{np.sum(~np.isfinite(values))} of {values.size} that are not. "
             "Leave out the examples without a value, and say how many."
         )
-    if not 0 < confidence < 1:
-        raise ValueError(
-            f"`confidence` must be in (0, 1). Received: confidence={confidence}"
-        )
+    check_number("confidence", confidence, "(0, 1)")
+    check_seed(seed)
     count = len(values)
     rng = np.random.default_rng(seed)
     # How often each example is drawn: [resamples, examples].

@@ -1,11 +1,22 @@
 """What distillation learned besides the student: mixtures and gains."""
 
+from typing import TYPE_CHECKING
+
+import keras
+import numpy as np
 from keras import ops
 
 from keras_laid.backbones.gain_modulation import gains_by_index
 
+if TYPE_CHECKING:
+    from keras_laid.distillation.distiller import (
+        DistanceWeightedAttentionDistillation,
+    )
 
-def head_mixtures(distiller):
+
+def head_mixtures(
+    distiller: "DistanceWeightedAttentionDistillation",
+) -> dict[tuple[int, int], np.ndarray]:
     """The weights of the teacher's heads in each student head.
 
     Args:
@@ -26,7 +37,7 @@ def head_mixtures(distiller):
     }
 
 
-def rotary_gains(model):
+def rotary_gains(model: keras.Model) -> dict[int, np.ndarray]:
     """The gains on a model's rotary frequencies.
 
     Args:

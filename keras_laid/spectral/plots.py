@@ -1,10 +1,18 @@
 """Pictures of numbers computed elsewhere. Nothing is computed here."""
 
 import itertools
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
 
-STYLES = {
+from keras_laid.typing import PathLike
+
+STYLES: dict[str, dict[str, Any]] = {
     "teacher": dict(color="0.6", linestyle="--"),
     "before": dict(color="tab:orange"),
     "after": dict(color="tab:blue"),
@@ -13,7 +21,7 @@ OTHER_COLORS = ("tab:green", "tab:purple", "tab:red", "tab:brown", "tab:pink")
 LABELS = {"before": "student before", "after": "student after"}
 
 
-def styles_of(names):
+def styles_of(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """A style for each name: its own in every picture, or the next colour."""
     others = [name for name in names if name not in STYLES]
     colors = itertools.cycle(OTHER_COLORS)
@@ -24,11 +32,25 @@ def styles_of(names):
     return STYLES | own
 
 
-def label_of(name):
+def check_some(name: str, values: object) -> None:
+    """Refuses a picture of nothing."""
+    if not isinstance(values, dict) or not values:
+        raise ValueError(
+            f"`{name}` must be a dictionary of one or more to draw. "
+            f"Received: {name}={values!r:.80}"
+        )
+
+
+def label_of(name: str) -> str:
     return LABELS.get(name, name)
 
 
-def plot_accuracy(path, accuracy, windows=None, trained_on=None):
+def plot_accuracy(
+    path: PathLike,
+    accuracy: dict[str, dict[int, float]],
+    windows: Mapping[str, float] | None = None,
+    trained_on: int | None = None,
+) -> None:
     """Accuracy over haystack size, on a logarithmic axis.
 
     Args:
@@ -40,6 +62,7 @@ def plot_accuracy(path, accuracy, windows=None, trained_on=None):
             in images, drawn as marks on the axis.
         trained_on: Optional largest size trained on, in images.
     """
+    check_some("accuracy", accuracy)
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     styles = styles_of([*accuracy, *(windows or {})])
     for name, by_size in accuracy.items():
@@ -73,7 +96,7 @@ def plot_accuracy(path, accuracy, windows=None, trained_on=None):
     sizes = sorted(set().union(*accuracy.values()))
     lowest = min(min(by_size.values()) for by_size in accuracy.values())
     axes.set_xscale("log")
-    axes.set_xticks(sizes, sizes, minor=False)
+    axes.set_xticks(sizes, [str(size) for size in sizes], minor=False)
     axes.minorticks_off()
     axes.set(
         xlim=(0.9, max(sizes) * 1.15),
@@ -85,7 +108,9 @@ def plot_accuracy(path, accuracy, windows=None, trained_on=None):
     finish(figure, path)
 
 
-def plot_terms(path, history, steps_per_epoch):
+def plot_terms(
+    path: PathLike, history: Mapping[str, Sequence[float]], steps_per_epoch: int
+) -> None:
     """Loss terms over training steps, a panel each.
 
     Args:
@@ -98,6 +123,11 @@ def plot_terms(path, history, steps_per_epoch):
         for name in ("loss", "attention", "query_key", "logits", "supervised")
         if name in history
     ]
+    if not names:
+        raise ValueError(
+            "`history` must have a loss or a term of one. "
+            f"Received: {list(history)!r:.80}"
+        )
     figure, panels = plt.subplots(
         1,
         len(names),
@@ -113,7 +143,12 @@ def plot_terms(path, history, steps_per_epoch):
     finish(figure, path)
 
 
-def plot_attention_mass(path, masses, edges, image_length):
+def plot_attention_mass(
+    path: PathLike,
+    masses: dict[str, np.ndarray],
+    edges: Sequence[int],
+    image_length: int,
+) -> None:
     """Attention of the question by distance.
 
     Args:
@@ -123,6 +158,7 @@ def plot_attention_mass(path, masses, edges, image_length):
         edges: Edges of the ranges, in tokens.
         image_length: Integer, tokens an image has.
     """
+    check_some("masses", masses)
     figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
     in_images = [edge / image_length for edge in edges]
     styles = styles_of(masses)
@@ -138,7 +174,7 @@ def plot_attention_mass(path, masses, edges, image_length):
     finish(figure, path)
 
 
-def finish(figure, path):
+def finish(figure: Figure, path: PathLike) -> None:
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)

@@ -1,16 +1,19 @@
 """The attention of the prompt's text, in memory linear in the length."""
 
-from typing import Any
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import keras
 import numpy as np
 from keras import ops
 
+from keras_laid.arguments import is_integer
 from keras_laid.backbones import decoder
 from keras_laid.backbones.attention_capture import attention_mask
 from keras_laid.backbones.attention_capture import run_capturing
 from keras_laid.ops.attention import Attention
 from keras_laid.ops.attention_divergence.definition import log_attention
+from keras_laid.typing import Tensor
 
 
 class PromptAttention(NamedTuple):
@@ -25,16 +28,27 @@ class PromptAttention(NamedTuple):
     """
 
     attention: Attention
-    allowed: Any
-    row_weight: Any
+    allowed: Tensor
+    row_weight: Tensor
     image_tokens: int
 
-    def maps(self):
+    def maps(self) -> Tensor:
         """Attention of shape `(batch, heads, rows, keys)`, 0 to 1."""
         return ops.exp(log_attention(self.attention, self.allowed))
 
 
-def prompt_attention(model, inputs, layers):
+def check_is_dictionary(inputs: object) -> None:
+    if not isinstance(inputs, dict):
+        raise TypeError(
+            "`inputs` must be a dictionary, one batch of the model's inputs. "
+            f"Received: {type(inputs).__name__}. Of a batch of `Haystacks`, "
+            "pass the first element."
+        )
+
+
+def prompt_attention(
+    model: keras.Model, inputs: dict[str, Tensor], layers: Sequence[int]
+) -> list[PromptAttention]:
     """Runs a model and keeps the attention of its text.
 
     A row is a text token, and there are few: what is kept, and all that is
@@ -52,9 +66,35 @@ def prompt_attention(model, inputs, layers):
 
     Raises:
         ValueError: If `layers` is empty, or an index is out of range or that of
-            a layer with a sliding window.
+            a layer with a sliding window; if an input is missing; if an
+            example has no prompt; or if the model is no PaliGemma.
+        TypeError: If `layers` holds no integers, or `inputs` is no dictionary.
     """
+    decoder.pali_gemma_backbone_of(model)
+    check_is_dictionary(inputs)
+    if not isinstance(layers, (list, tuple)) or not all(
+        is_integer(layer) for layer in layers
+    ):
+        raise TypeError(
+            "`layers` must be a sequence of integers. "
+            f"Received: layers={layers!r:.80}. Pass `(-1,)` for the last one."
+        )
     layers = decoder.chosen_layers(model, layers)
+    names = decoder.input_names(model)
+    if missing := sorted(set(names) - inputs.keys()):
+        raise ValueError(
+            f"`inputs` must have {sorted(names)}. "
+            f"Received: {sorted(inputs)}, without {missing}"
+        )
+    padding, response = (
+        ops.convert_to_numpy(inputs[name])
+        for name in ("padding_mask", "response_mask")
+    )
+    if not (padding > response).any(axis=1).all():
+        raise ValueError(
+            "Each example must have a prompt, tokens that `padding_mask` has "
+            "and `response_mask` has not. Received: one without any"
+        )
     captured = run_capturing(model, inputs, layers)
     length = inputs["token_ids"].shape[1]
     key_length = captured[0].key.shape[1]

@@ -6,11 +6,19 @@ per token, or per image.
 """
 
 import itertools
+from collections.abc import Sequence
+from typing import Literal
 from typing import NamedTuple
 
+import keras
 import numpy as np
+from numpy.typing import ArrayLike
 
+from keras_laid.arguments import check_choice
+from keras_laid.arguments import check_increasing
+from keras_laid.arguments import check_number
 from keras_laid.spectral.attention_mass import attention_by_distance
+from keras_laid.typing import Tensor
 
 HEADS = ("mean", "best")
 # Below this share of a signal's energy, rounding of float32 is all there is.
@@ -30,7 +38,7 @@ class Spectrum(NamedTuple):
     power: np.ndarray
 
 
-def power_spectrum(signal):
+def power_spectrum(signal: ArrayLike) -> Spectrum:
     """Energy of signals by frequency, one-sided.
 
     Normalised so that Parseval's theorem holds: the sum over frequencies is the
@@ -44,13 +52,14 @@ def power_spectrum(signal):
         A `Spectrum`, a named tuple `(frequency, power)`.
 
     Raises:
-        ValueError: If there are fewer than two distances.
+        ValueError: If there are fewer than two distances, or a value is not
+            finite.
     """
     frequency, coefficients = _coefficients(signal)
     return Spectrum(frequency, np.abs(coefficients) ** 2)
 
 
-def low_frequency_share(signal, cutoff):
+def low_frequency_share(signal: ArrayLike, cutoff: float) -> np.ndarray:
     """Share of a signal's energy at low frequencies: `0 < frequency <= cutoff`.
 
     The constant part, at frequency 0, is left out of both sums: the mass of
@@ -73,7 +82,8 @@ def low_frequency_share(signal, cutoff):
             two distances.
     """
     frequency, power = power_spectrum(signal)
-    if not frequency[1] <= cutoff <= 0.5:
+    check_number("cutoff", cutoff, "(0, 0.5]")
+    if cutoff < frequency[1]:
         raise ValueError(
             "`cutoff` must be in [1 / distances, 0.5], in cycles per step of "
             f"distance. Received: cutoff={cutoff}, distances="
@@ -85,7 +95,9 @@ def low_frequency_share(signal, cutoff):
     return power[..., low].sum(axis=-1) / varying
 
 
-def signal_agreement(one, other, bands):
+def signal_agreement(
+    one: ArrayLike, other: ArrayLike, bands: Sequence[float]
+) -> np.ndarray:
     """Cosine of two signals, band by band.
 
     Both signals are filtered to a band; the cosine of what is left is 1 where
@@ -107,10 +119,11 @@ def signal_agreement(one, other, bands):
         ValueError: If the signals differ in length, or a band holds no
             frequency of theirs, or if there are fewer than two distances.
     """
-    if np.shape(one)[-1] != np.shape(other)[-1]:
+    check_increasing("bands", bands, "[0, 0.5]")
+    if np.shape(one)[-1:] != np.shape(other)[-1:]:
         raise ValueError(
             "The signals must have as many distances as each other. Received: "
-            f"{np.shape(one)[-1]} and {np.shape(other)[-1]}. "
+            f"signals of shapes {np.shape(one)} and {np.shape(other)}. "
             "Give both models the same inputs."
         )
     frequency, one = _coefficients(one)
@@ -129,15 +142,15 @@ def signal_agreement(one, other, bands):
 
 
 def band_agreement(
-    teacher,
-    student,
-    inputs,
-    bands,
-    teacher_layers=(-1,),
-    student_layers=(-1,),
-    per="token",
-    heads="mean",
-):
+    teacher: keras.Model,
+    student: keras.Model,
+    inputs: dict[str, Tensor],
+    bands: Sequence[float],
+    teacher_layers: Sequence[int] = (-1,),
+    student_layers: Sequence[int] = (-1,),
+    per: Literal["token", "image"] = "token",
+    heads: Literal["mean", "best"] = "mean",
+) -> np.ndarray:
     """How the attention of two models agrees over distance, band by band.
 
     `signal_agreement` of their `attention_by_distance`, one number for each
@@ -165,10 +178,7 @@ def band_agreement(
         ValueError: As `attention_by_distance` and `signal_agreement`, or if
             `heads` is another word.
     """
-    if heads not in HEADS:
-        raise ValueError(
-            f"`heads` must be one of {HEADS}. Received: heads={heads!r}"
-        )
+    check_choice("heads", heads, HEADS)
     one, other = (
         _heads_of_layers(attention_by_distance(model, inputs, layers, per))
         for model, layers in (
@@ -182,18 +192,18 @@ def band_agreement(
     return signal_agreement(one, other, bands).mean(axis=1)
 
 
-def _heads_of_layers(signal):
+def _heads_of_layers(signal: np.ndarray) -> np.ndarray:
     """`(batch, layers, heads, ...)` to `(batch, layers * heads, ...)`."""
     return signal.reshape(signal.shape[0], -1, signal.shape[-1])
 
 
-def _best_match(one, other):
+def _best_match(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """For each head of `one`, the index of the most similar of `other`."""
     whole = signal_agreement(one[:, :, None], other[:, None], (0.0, 0.5))
     return np.nan_to_num(whole[..., 0], nan=-1.0).mean(axis=0).argmax(axis=1)
 
 
-def _coefficients(signal):
+def _coefficients(signal: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Frequencies, and coefficients whose squares are energies."""
     signal = np.asarray(signal, "float64")
     count = signal.shape[-1] if signal.ndim else 0
@@ -202,13 +212,19 @@ def _coefficients(signal):
             "`signal` must have two distances or more. Received: "
             f"signal.shape={signal.shape}. Pass haystacks of more images."
         )
+    if not np.isfinite(signal).all():
+        raise ValueError(
+            "`signal` must be finite. Received: "
+            f"{np.sum(~np.isfinite(signal))} of {signal.size} values that are "
+            "not"
+        )
     frequency = np.fft.rfftfreq(count)
     # Each frequency but 0 and 0.5 stands for its negative too.
     sides = np.where((frequency == 0) | (frequency == 0.5), 1, 2)
     return frequency, np.fft.rfft(signal) * np.sqrt(sides / count)
 
 
-def _cosine(one, other, band):
+def _cosine(one: np.ndarray, other: np.ndarray, band: np.ndarray) -> np.ndarray:
     """Cosine of coefficients of shape `(..., frequencies)` within a band."""
     energies = [
         _nan_if_rounding(
@@ -221,5 +237,5 @@ def _cosine(one, other, band):
     return np.clip(product / np.sqrt(energies[0] * energies[1]), -1, 1)
 
 
-def _nan_if_rounding(energy, total):
+def _nan_if_rounding(energy: np.ndarray, total: np.ndarray) -> np.ndarray:
     return np.where(energy > ROUNDING * total, energy, np.nan)

@@ -3,17 +3,35 @@
 Where values come with an interval, they are those of `mean_with_interval`.
 """
 
-import matplotlib.pyplot as plt
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+from typing import Literal
 
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from keras_laid.spectral.intervals import Interval
+from keras_laid.spectral.plots import check_some
 from keras_laid.spectral.plots import finish
 from keras_laid.spectral.plots import label_of
 from keras_laid.spectral.plots import styles_of
+from keras_laid.typing import PathLike
 
 FREQUENCY_TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 HEAD_COLORS = {"global": "tab:blue", "local": "tab:orange"}
 
 
-def plot_spectra(path, frequency, powers, per="token", cutoff=None):
+def plot_spectra(
+    path: PathLike,
+    frequency: np.ndarray,
+    powers: dict[str, Interval],
+    per: Literal["token", "image"] = "token",
+    cutoff: float | None = None,
+) -> None:
     """Energy of attention by frequency, on logarithmic axes.
 
     Args:
@@ -24,6 +42,7 @@ def plot_spectra(path, frequency, powers, per="token", cutoff=None):
         per: `"token"` or `"image"`, the unit of distance.
         cutoff: Optional float; frequencies up to it are shaded as low.
     """
+    check_some("powers", powers)
     figure, axes = plt.subplots(figsize=(7, 3.8), layout="constrained")
     for name, style in _named_styles(powers):
         _draw_with_interval(axes, frequency[1:], powers[name], 1, name, style)
@@ -35,7 +54,7 @@ def plot_spectra(path, frequency, powers, per="token", cutoff=None):
         xlim=(frequency[1], 0.5),
     )
     ticks = [t for t in FREQUENCY_TICKS if frequency[1] <= t]
-    axes.set_xticks(ticks, ticks)
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
     if cutoff is not None:
         axes.axvspan(frequency[1], cutoff, color="0.95", zorder=0)
@@ -46,7 +65,12 @@ def plot_spectra(path, frequency, powers, per="token", cutoff=None):
     finish(figure, path)
 
 
-def plot_intervals(path, values, ylabel, reference=None):
+def plot_intervals(
+    path: PathLike,
+    values: dict[str, Interval],
+    ylabel: str,
+    reference: tuple[float, str] | None = None,
+) -> None:
     """One number a model, with its interval.
 
     Args:
@@ -56,6 +80,7 @@ def plot_intervals(path, values, ylabel, reference=None):
         reference: Optional pair of a number and what it stands for, drawn as a
             line.
     """
+    check_some("values", values)
     figure, axes = plt.subplots(figsize=(5, 3.4), layout="constrained")
     for index, (name, style) in enumerate(_named_styles(values)):
         mean, low, high = values[name]
@@ -76,7 +101,12 @@ def plot_intervals(path, values, ylabel, reference=None):
     finish(figure, path)
 
 
-def plot_frequency_shares(path, wavelengths, shares, window=None):
+def plot_frequency_shares(
+    path: PathLike,
+    wavelengths: np.ndarray,
+    shares: dict[str, Interval],
+    window: int | None = None,
+) -> None:
     """Each rotary frequency's share of the logits, over its wavelength.
 
     Args:
@@ -87,6 +117,7 @@ def plot_frequency_shares(path, wavelengths, shares, window=None):
         window: Optional number of tokens; longer wavelengths, which do not turn
             once within it, are shaded.
     """
+    check_some("shares", shares)
     figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
     axes.axhline(0, color="0.8", linewidth=1)
     for name, style in _named_styles(shares):
@@ -110,7 +141,12 @@ def plot_frequency_shares(path, wavelengths, shares, window=None):
     finish(figure, path)
 
 
-def plot_band_agreement(path, bands, agreements, per="token"):
+def plot_band_agreement(
+    path: PathLike,
+    bands: Sequence[float],
+    agreements: dict[str, Interval],
+    per: Literal["token", "image"] = "token",
+) -> None:
     """Agreement of students with the teacher, band by band.
 
     Args:
@@ -120,6 +156,7 @@ def plot_band_agreement(path, bands, agreements, per="token"):
             of shape `(len(bands) - 1,)`.
         per: `"token"` or `"image"`, the unit of distance.
     """
+    check_some("agreements", agreements)
     figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
     centers = list(range(len(bands) - 1))
     axes.axhline(0, color="0.8", linewidth=1)
@@ -152,7 +189,11 @@ def plot_band_agreement(path, bands, agreements, per="token"):
     finish(figure, path)
 
 
-def plot_head_activations(path, activations, kinds):
+def plot_head_activations(
+    path: PathLike,
+    activations: dict[str, dict[int, np.ndarray]],
+    kinds: Mapping[str, np.ndarray],
+) -> None:
     """Figure 4: the activation of each head over haystack size.
 
     Args:
@@ -162,6 +203,7 @@ def plot_head_activations(path, activations, kinds):
             examples.
         kinds: Dictionary from the same names to what `classify_heads` returned.
     """
+    check_some("activations", activations)
     figure, panels = plt.subplots(
         1,
         len(activations),
@@ -185,19 +227,23 @@ def plot_head_activations(path, activations, kinds):
                 alpha=0.8,
             )
         axes.set_xscale("log")
-        axes.set_xticks(sizes, sizes, fontsize=8, rotation=45)
+        axes.set_xticks(
+            sizes, [str(size) for size in sizes], fontsize=8, rotation=45
+        )
         axes.minorticks_off()
         axes.set(title=label_of(name), xlabel="images", ylim=(0, None))
     panels[0, 0].set_ylabel("key activation")
     lines = [
-        plt.Line2D([], [], color=color, label=kind)
+        Line2D([], [], color=color, label=kind)
         for kind, color in HEAD_COLORS.items()
     ]
     figure.legend(handles=lines, frameon=False, loc="outside right upper")
     finish(figure, path)
 
 
-def plot_head_mixtures(path, mixtures):
+def plot_head_mixtures(
+    path: PathLike, mixtures: dict[tuple[int, int], np.ndarray]
+) -> None:
     """Weights of the teacher's heads in each student head, a panel a layer.
 
     Args:
@@ -206,6 +252,7 @@ def plot_head_mixtures(path, mixtures):
             arrays of shape `(student_heads, teacher_heads)`, of
             `head_mixtures`.
     """
+    check_some("mixtures", mixtures)
     figure, panels = plt.subplots(
         1,
         len(mixtures),
@@ -237,7 +284,9 @@ def plot_head_mixtures(path, mixtures):
     finish(figure, path)
 
 
-def plot_gains(path, wavelengths, gains):
+def plot_gains(
+    path: PathLike, wavelengths: np.ndarray, gains: dict[int, np.ndarray]
+) -> None:
     """Learned gains over the wavelength of their frequency.
 
     Args:
@@ -246,6 +295,7 @@ def plot_gains(path, wavelengths, gains):
         gains: Dictionary from indices of layers to arrays of shape
             `(frequencies,)` or `(heads, frequencies)`, of `rotary_gains`.
     """
+    check_some("gains", gains)
     figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
     axes.axhline(1, color="0.8", linewidth=1)
     colors = plt.get_cmap("viridis")
@@ -272,23 +322,30 @@ def plot_gains(path, wavelengths, gains):
     finish(figure, path)
 
 
-def _named_styles(by_name):
+def _named_styles(by_name: Iterable[str]) -> list[tuple[str, dict[str, Any]]]:
     styles = styles_of(by_name)
     return [(name, styles[name]) for name in by_name]
 
 
-def _draw_with_interval(axes, x, interval, start, name, style):
+def _draw_with_interval(
+    axes: Axes,
+    x: np.ndarray,
+    interval: Interval,
+    start: int,
+    name: str,
+    style: dict[str, Any],
+) -> None:
     """A line with its interval as a band, from index `start`."""
     mean, low, high = (values[start:] for values in interval)
     axes.fill_between(x, low, high, color=style["color"], alpha=0.2, lw=0)
     axes.plot(x, mean, label=label_of(name), **style)
 
 
-def _outside_legend(axes):
+def _outside_legend(axes: Axes) -> None:
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
 
 
-def _cells(matrix):
+def _cells(matrix: np.ndarray) -> list[tuple[tuple[int, int], float]]:
     return [
         ((row, column), matrix[row, column])
         for row in range(matrix.shape[0])

@@ -246,6 +246,7 @@ def test_one_step_reaches_every_weight(family):
         teacher=make_model(family, seed=5, **small_models.LARGER),
         student=student,
         distance_weighting=DistanceWeighting(schedule="constant"),
+        attention_weight=1.0,
         query_key_weight=1.0,
     )
     distiller.compile(optimizer=keras.optimizers.SGD(3.0))

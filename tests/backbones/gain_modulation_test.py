@@ -427,29 +427,6 @@ def test_quantized_kernels_are_refused(tmp_path, per_head):
     np.testing.assert_allclose(outputs_of(loaded), gained, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "arguments, error, words",
-    [
-        (dict(layers=[4]), ValueError, r"4 decoder layers.*layers=\[4\]"),
-        (dict(layers=[1, -5]), ValueError, r"4 decoder.*layers=\[1, -5\]"),
-        (dict(layers=[1, 2]), ValueError, r"full attention.*\[2\] have none"),
-        (dict(layers=[]), ValueError, r"at least one.*\[1, 3\].*layers=\[\]"),
-        (dict(layers=[3, -1]), ValueError, r"once.*layers=\[3, -1\]"),
-        (dict(layers=1), TypeError, "sequence of integers.*layers=1"),
-        (dict(layers="all"), TypeError, "sequence of integers.*layers='all'"),
-        (dict(layers=[1.0]), TypeError, r"sequence of integers.*\[1.0\]"),
-        (dict(max_gain=0.5), ValueError, "`max_gain`.*max_gain=0.5"),
-    ],
-)
-def test_refusals_change_nothing(arguments, error, words):
-    model = make_task(PALI_GEMMA_2)
-    names = set(weights_of(model))
-    with pytest.raises(error, match=words):
-        attach_gain_modulation(model, **arguments)
-    assert set(weights_of(model)) == names
-    assert_plain(model.backbone)
-
-
 def test_model_with_sliding_windows_alone():
     model = make_task(dict(PALI_GEMMA_2, num_layers=1))
     with pytest.raises(ValueError, match="full attention.*without any"):

@@ -184,20 +184,6 @@ def test_half_precision_is_close():
     np.testing.assert_allclose(found[1], found[0], atol=0.05 * scale)
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (dict(group_size=0), r"`group_size` must.*group_size=0"),
-        (dict(group_size=2.0), r"`group_size` must.*group_size=2\.0"),
-        (dict(neighbor_window=-1), r"`neighbor_window` must.*=-1"),
-    ],
-)
-def test_arguments_out_of_range_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        with self_extend(make_pali_gemma(), **dict(SETTINGS, **arguments)):
-            pass
-
-
 def test_other_models_and_scopes_are_refused():
     with pytest.raises(ValueError, match="Received: Dense"):
         with self_extend(keras.layers.Dense(1), **SETTINGS):

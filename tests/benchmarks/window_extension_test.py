@@ -8,7 +8,7 @@ import pytest
 import keras_laid
 from benchmarks import rows
 from benchmarks.window_extension import methods as study
-from benchmarks.window_extension import report
+from benchmarks.window_extension import tables
 from benchmarks.window_extension.data import IGNORED
 from benchmarks.window_extension.data import make_data
 from benchmarks.window_extension.settings import Settings
@@ -124,15 +124,15 @@ def write_rows(path, accuracies):
         row = dict(config="a", method=method, seed=seed, split="test")
         row |= {
             f"accuracy_{size}": 1.0 - falls_by * np.log10(size)
-            for size in report.SIZES
+            for size in tables.SIZES
         }
         rows.append_row(path, row)
 
 
 def test_tables_have_means_intervals_and_ratios(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "ROWS", tmp_path / "rows.csv")
+    monkeypatch.setattr(tables, "ROWS", tmp_path / "rows.csv")
     write_rows(
-        report.ROWS,
+        tables.ROWS,
         {
             ("untouched", 0): 0.2,
             ("untouched", 1): 0.2,
@@ -140,8 +140,8 @@ def test_tables_have_means_intervals_and_ratios(tmp_path, monkeypatch):
             ("sft", 1): 0.2,
         },
     )
-    of_config = report.read_runs()["a"]
-    table = report.make_table(of_config, ["untouched", "sft", "never_run"])
+    of_config = tables.read_runs()["a"]
+    table = tables.make_table(of_config, ["untouched", "sft", "never_run"])
     _, _, untouched, sft = table.split("\n")
     assert untouched.startswith("| untouched | 2 | 1.000 ± 0.000 |")
     assert untouched.endswith("| 1.0 (1.0 to 1.0) |")
@@ -149,15 +149,6 @@ def test_tables_have_means_intervals_and_ratios(tmp_path, monkeypatch):
     assert "| 0.850 ± 0.635 |" in sft
     # Windows of 10 ** 0.75 and 10 ** 0.375: ratios of 10 ** 0.375 and 1.
     assert f"| {10 ** (0.375 / 2):.1f} (" in sft
-
-
-def test_marks_are_filled_again_and_again():
-    text = "before\n<!-- a -->\nold\n<!-- /a -->\nafter"
-    once = report.fill(text, "a", "new")
-    assert once == "before\n<!-- a -->\nnew\n<!-- /a -->\nafter"
-    assert report.fill(once, "a", "new") == once
-    with pytest.raises(ValueError, match="must have the marks"):
-        report.fill(text, "b", "new")
 
 
 def test_rows_done_are_known(tmp_path):

@@ -48,6 +48,7 @@ def make_distiller(preprocessor, optimizer=None, gains=True, **kwargs):
     compile_kwargs = kwargs.pop("compile_kwargs", {})
     # XLA compiles TensorFlow's steps too, but takes its time.
     compile_kwargs.setdefault("jit_compile", BACKEND == "jax")
+    kwargs.setdefault("attention_weight", 1.0)  # So that it shows.
     teacher, student = make_pair(preprocessor, gains)
     distiller = DistanceWeightedAttentionDistillation(
         teacher, student, **kwargs
@@ -308,21 +309,46 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(preprocessor):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
-def test_mixed_precision(preprocessor, policy):
+def losses_in(policy, preprocessor):
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(policy)
     try:
         distiller = make_distiller(
-            preprocessor, keras.optimizers.Adam(3e-3), query_key_weight=0.1
+            preprocessor,
+            keras.optimizers.Adam(3e-3),
+            query_key_weight=0.1,
+            # A few steps: TensorFlow takes longer to make a graph of them.
+            compile_kwargs=dict(run_eagerly=BACKEND == "tensorflow"),
         )
         history = distiller.fit(
-            make_haystacks(preprocessor, sizes=(2,)), epochs=8, verbose=0
+            make_haystacks(preprocessor, sizes=(2,)),
+            epochs=4,
+            shuffle=False,
+            verbose=0,
         ).history
     finally:
         keras.config.set_dtype_policy(before)
-    assert np.isfinite(history["loss"]).all()
-    assert history["loss"][-1] < history["loss"][0]
+    return history["loss"]
+
+
+@pytest.fixture(scope="module")
+def losses_in_float32(preprocessor):
+    return losses_in("float32", preprocessor)
+
+
+@pytest.mark.parametrize(
+    ("policy", "roundoff"),
+    [("mixed_bfloat16", 2.0**-9), ("mixed_float16", 2.0**-12)],
+)
+def test_mixed_precision(preprocessor, policy, roundoff, losses_in_float32):
+    losses = losses_in(policy, preprocessor)
+    assert losses[-1] < losses[0]
+    # Some 30 roundings one after another, from a pixel to a logit, that add up
+    # as random numbers do, in two standard deviations. Later losses part: at
+    # first Adam's steps are signs, of gradients near 0 too.
+    share = 2 * 30**0.5 * roundoff
+    np.testing.assert_allclose(losses[:2], losses_in_float32[:2], share)
+    assert (np.array(losses) != losses_in_float32).all()
 
 
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras refuses it with PyTorch.")
@@ -467,72 +493,6 @@ def test_shared_vocabulary(preprocessor):
     assert np.isfinite(logs["logits"])
 
 
-def other_resolution(preprocessor):
-    return make_multi_image(None, preprocessor, image_size=32)
-
-
-def other_head_dim(preprocessor):
-    return make_multi_image(None, preprocessor, head_dim=4)
-
-
-def one_image(preprocessor):
-    return make_pali_gemma(None, preprocessor)
-
-
-def only_a_backbone(preprocessor):
-    return make_pali_gemma(None, preprocessor).backbone
-
-
-def no_pali_gemma(preprocessor):
-    return keras.Sequential([keras.layers.Dense(1)])
-
-
-@pytest.mark.parametrize(
-    ("teacher", "kwargs", "words"),
-    [
-        (other_resolution, {}, "same tokens.*teacher .*'image_size': 32"),
-        (one_image, {}, "several images a prompt, or both one"),
-        (only_a_backbone, {}, "`teacher` must be a task with logits"),
-        (no_pali_gemma, {}, "Received: Sequential"),
-        (other_head_dim, dict(query_key_weight=1.0), "teacher head_dim=4"),
-        (None, dict(attention_weight=-1.0), "`attention_weight` must be"),
-        (None, dict(logits_weight=float("nan")), "logits_weight=nan"),
-        (None, dict(temperature=0.0), "`temperature` must be"),
-        (None, dict(rows="question"), "`rows` must be one of"),
-        (None, dict(vocabulary="any"), "`vocabulary` must be one of"),
-        (None, dict(layer_map="first"), '"last", "uniform", or pairs'),
-        (None, dict(layer_map=[(0, 2)]), "teacher layer 2"),
-        (None, dict(layer_map=[(0, 0), (-2, 1)]), "each student layer once"),
-        (
-            None,
-            dict(attention_weight=0, logits_weight=0, supervised_weight=0),
-            "At least one term",
-        ),
-    ],
-)
-def test_what_does_not_fit_is_refused(preprocessor, teacher, kwargs, words):
-    student = make_multi_image(None, preprocessor)
-    teacher = (teacher or make_multi_image_like)(preprocessor)
-    with pytest.raises(ValueError, match=words):
-        DistanceWeightedAttentionDistillation(teacher, student, **kwargs)
-
-
-def make_multi_image_like(preprocessor):
-    return make_multi_image(None, preprocessor, seed=1)
-
-
-def test_one_model_twice_is_refused(preprocessor):
-    pali_gemma = make_pali_gemma(None, preprocessor)
-    one, other = (
-        keras_laid.MultiImagePaliGemmaCausalLM.from_causal_lm(pali_gemma)
-        for _ in range(2)
-    )
-    with pytest.raises(ValueError, match="must be two models"):
-        DistanceWeightedAttentionDistillation(one, one)
-    with pytest.raises(ValueError, match="must not share weights"):
-        DistanceWeightedAttentionDistillation(one, other)
-
-
 def test_sliding_layers_are_no_targets(preprocessor):
     teacher = make_multi_image(PALI_GEMMA_2, preprocessor, seed=1)
     student = make_multi_image(PALI_GEMMA_2, preprocessor, seed=2)
@@ -565,17 +525,3 @@ def test_schedules(schedule, expected):
         for step in (0, 2, 4, 8, 9)
     ]
     np.testing.assert_allclose(found, expected, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "words"),
-    [
-        (dict(strength=-1.0), "`strength` must be.*strength=-1.0"),
-        (dict(exponent=0.0), "`exponent` must be"),
-        (dict(schedule="step"), "`schedule` must be one of.*'step'"),
-        (dict(steps=0), "`steps` must be at least 1"),
-    ],
-)
-def test_bad_weightings_are_refused(kwargs, words):
-    with pytest.raises(ValueError, match=words):
-        DistanceWeighting(**kwargs)

@@ -188,7 +188,7 @@ def test_different_configs_have_different_folders():
         {},
         dict(source="openmoji"),
         dict(sizes=(1, 200)),
-        dict(needles=(2,)),
+        dict(needles=(1, 2)),
         dict(image_size=32),
         dict(num_questions={"test": 9}),
         dict(seed=1),

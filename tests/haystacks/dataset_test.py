@@ -102,8 +102,8 @@ def test_last_batch_may_be_short(preprocessor):
     ("kwargs", "words"),
     [
         (dict(num_questions=0), "`num_questions` must be at least 1"),
-        (dict(sizes=()), "`sizes` must be at least 1"),
-        (dict(sizes=(2, 0)), "sizes=0"),
+        (dict(sizes=()), "`sizes` must be one or more integers of at least 1"),
+        (dict(sizes=(2, 0)), r"sizes=\(2, 0\)"),
         (dict(batch_size=0), "`batch_size` must be at least 1"),
     ],
 )

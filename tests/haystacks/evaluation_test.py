@@ -346,7 +346,7 @@ def test_refuses_answers_to_other_questions(tmp_path):
         # The same questions about other drawings.
         list(draw_haystacks(Digits("validation"), 24, (1, 3), seed=0)),
     ):
-        with pytest.raises(ValueError, match="with the haystacks it was begun"):
+        with pytest.raises(ValueError, match="haystacks it was begun with"):
             evaluate(function, others, **arguments)
     with pytest.raises(ValueError, match="has 4 more. Pass all"):
         evaluate(function, haystacks[:20], **arguments)

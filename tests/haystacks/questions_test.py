@@ -63,7 +63,7 @@ def test_to_say_both_is_right_by_the_official_rule_alone(answer, expected):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("yes", "Yes"), r"`expected` must be one of \('yes', 'no'\).*'Yes'"),
+        (("yes", "Yes"), r"`expected` must be one of \['yes', 'no'\].*'Yes'"),
         (("yes", "yes", "lax"), "`rule` must be one of.*rule='lax'"),
     ],
 )

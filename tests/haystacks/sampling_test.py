@@ -19,13 +19,19 @@ WORDING = (
 
 
 class Labels(PairSource):
-    """A source whose images are the numbers of what they show."""
+    """A source whose images have two pixels: the numbers of what they show."""
 
     def __init__(self, kinds):
         self.names = tuple(f"n{i}" for i in range(kinds))
 
     def render(self, pairs, rng):
-        return pairs
+        digits = np.stack([pairs // 256, pairs % 256, 0 * pairs], axis=-1)
+        return digits[:, None].astype("uint8")
+
+
+def numbers(image):
+    """The two numbers that an image of `Labels` shows."""
+    return (256 * image[0, :, 0].astype(int) + image[0, :, 1]).tolist()
 
 
 def read(haystack):
@@ -33,7 +39,7 @@ def read(haystack):
     match = re.fullmatch(WORDING, haystack.question)
     anchor = match["anchor"] or match["anchors"]
     target = match["target"] or match["targets"]
-    shown = [{f"n{number}" for number in image} for image in haystack.images]
+    shown = [{f"n{n}" for n in numbers(image)} for image in haystack.images]
     needles = tuple(i for i, names in enumerate(shown) if anchor in names)
     has_target = [target in shown[i] for i in needles]
     return anchor, target, match["quantifier"], needles, has_target
@@ -56,7 +62,7 @@ def test_answers_are_true(kinds, sizes, needles, seed):
         assert (haystack.anchor, haystack.target) == (anchor, target)
         assert haystack.needles == found
         assert anchor != target
-        assert all(one != other for one, other in haystack.images)
+        assert all(one != other for one, other in map(numbers, haystack.images))
         truth = any(has_target) if quantifier == "any" else all(has_target)
         assert haystack.answer == ("yes" if truth else "no")
 
@@ -101,7 +107,7 @@ def test_straws_show_the_target_whatever_the_answer():
         for place, image in enumerate(haystack.images):
             if place != needle:
                 target = int(haystack.target[1:])
-                share[haystack.answer].append(target in image)
+                share[haystack.answer].append(target in numbers(image))
     for answer in ("yes", "no"):
         assert abs(np.mean(share[answer]) - 2 / 9) < 0.04
 
@@ -133,8 +139,8 @@ def test_same_seed_same_haystacks():
     ("changes", "words"),
     [
         (dict(num_questions=0), "`num_questions` must be at least 1"),
-        (dict(sizes=()), "`sizes` must be at least 1"),
-        (dict(needles=(0, 1)), "`needles` must be at least 1"),
+        (dict(sizes=()), "`sizes` must be one or more integers of at least 1"),
+        (dict(needles=(0, 1)), r"of at least 1. Received: needles=\(0, 1\)"),
         (dict(needles=(3,)), r"room for its needles.*\(3,\), sizes=\(2, 4\)"),
     ],
 )

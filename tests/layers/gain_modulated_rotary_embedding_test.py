@@ -335,26 +335,6 @@ def test_same_gains_whatever_the_default_of_applied_to():
 
 
 @pytest.mark.parametrize(
-    "arguments, words",
-    [
-        (dict(rope_type="yarnn"), r"one of \['linear'.*rope_type='yarnn'"),
-        (dict(num_heads=0), "positive integer.*num_heads=0"),
-        (dict(max_gain=1.0), "greater than 1.*max_gain=1.0"),
-        (dict(max_gain=float("nan")), "greater than 1.*max_gain=nan"),
-        (dict(max_gain=float("inf")), "finite.*max_gain=inf"),
-        (dict(applied_to="keys"), "one of.*applied_to='keys'"),
-        (
-            dict(num_heads=2, applied_to="queries_and_keys"),
-            "queries alone.*num_heads=2, applied_to='queries_and_keys'",
-        ),
-    ],
-)
-def test_arguments_out_of_range(arguments, words):
-    with pytest.raises(ValueError, match=words):
-        GainModulatedRotaryEmbedding(**arguments)
-
-
-@pytest.mark.parametrize(
     "arguments, shape, words",
     [
         (dict(), (2, 7, 3, 9), r"known and even.*\(2, 7, 3, 9\)"),

@@ -113,22 +113,6 @@ def test_config_and_file_round_trip(tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        (dict(student_heads=0, teacher_heads=4), "positive.*student_heads=0"),
-        (dict(student_heads=2, teacher_heads=-1), "positive.*teacher_heads=-1"),
-        (
-            dict(student_heads=2, teacher_heads=4, sharpness=float("inf")),
-            "`sharpness` must be finite.*sharpness=inf",
-        ),
-    ],
-)
-def test_arguments_out_of_range(arguments, words):
-    with pytest.raises(ValueError, match=words):
-        HeadMixer(**arguments)
-
-
 def test_other_numbers_of_heads_are_refused():
     mixer = HeadMixer(2, 4)
     with pytest.raises(ValueError, match="expected axis 2"):

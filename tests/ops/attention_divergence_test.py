@@ -508,32 +508,3 @@ def test_kernels_refuse_dtypes_that_they_do_not_take():
     why_not = divergence_module.why_not_inputs
     assert "some are float32" in why_not(*sides, ("float16",))
     assert why_not(*sides, ("float16", "float32")) is None
-
-
-@pytest.mark.parametrize(
-    ("query", "key", "words"),
-    [
-        ((2, 6, 2, 8), (2, 19, 1, 8), "same rows"),
-        ((1, 7, 2, 8), (1, 19, 1, 8), "same batch"),
-        ((2, 7, 2, 8), (2, 19, 1, 7), "head dims"),
-        ((2, 7, 2, 8), (2, 18, 1, 8), "same keys"),
-        ((2, 7, 3, 8), (2, 19, 1, 8), "same number of heads"),
-        ((2, 7, 3, 8), (2, 19, 2, 8), "multiple of key heads"),
-    ],
-)
-def test_shapes_that_do_not_fit_are_refused(query, key, words):
-    student, _, *rest = arguments(Case("odd"))
-    teacher = Attention(ops.ones(query), ops.ones(key), 1.0)
-    with pytest.raises(ValueError, match=words):
-        attention_divergence(student, teacher, *rest)
-
-
-def test_scale_must_be_positive():
-    student, *rest = arguments(Case("odd"))
-    with pytest.raises(ValueError, match=r"`scale` must be greater than 0"):
-        attention_divergence(student._replace(scale=0.0), *rest)
-
-
-def test_mixture_must_have_a_row_for_each_student_head():
-    with pytest.raises(ValueError, match=r"`mixture` must have shape"):
-        attention_divergence(*arguments(Case("odd")), ops.ones((3, 2)))

@@ -221,9 +221,3 @@ def test_memory_is_linear_in_length(monkeypatch):
     short, long = (temporary_bytes(n, "chunked") for n in (2048, 8192))
     assert long < 4.5 * short
     assert short < 0.25 * temporary_bytes(2048, "definition")
-
-
-def test_values_must_go_with_keys():
-    query, key, _ = Case().tensors()
-    with pytest.raises(ValueError, match="value for each key.*18"):
-        Case().run(None, query, key, key[:, :18])

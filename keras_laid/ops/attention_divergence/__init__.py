@@ -2,29 +2,47 @@
 
 import importlib
 import importlib.util
+from collections.abc import Callable
+from typing import Any
+from typing import Literal
 
 import keras
 from keras import ops
 
+from keras_laid.arguments import check_shape
+from keras_laid.ops.attention import Attention
+from keras_laid.ops.attention import AttentionMask
+from keras_laid.ops.attention import Distance
+from keras_laid.ops.attention import check_attention
+from keras_laid.ops.attention import check_distance
+from keras_laid.ops.attention import check_mask
+from keras_laid.ops.attention import check_same_tokens
 from keras_laid.ops.attention_divergence import chunked
 from keras_laid.ops.attention_divergence import definition
 from keras_laid.ops.dispatch import Implementation
 from keras_laid.ops.dispatch import select
+from keras_laid.typing import Tensor
 
 WIDEST = 256  # Head dim that a fused kernel holds on the chip.
 
 
-def kernel(name):
+def kernel(name: str) -> Callable[..., Tensor]:
     """The op of one of the kernels' modules, imported on its first call."""
 
-    def run(*arguments):
+    def run(*arguments: Any) -> Tensor:
         module = importlib.import_module(f"{__name__}.{name}")
         return module.attention_divergence(*arguments)
 
     return run
 
 
-def why_not_pallas(student, teacher, mask, distance, mixture):
+def why_not_pallas(
+    student: Attention,
+    teacher: Attention,
+    mask: AttentionMask,
+    distance: Distance,
+    mixture: Tensor | None,
+) -> str | None:
     if keras.backend.backend() != "jax":
         return f"it needs JAX, not {keras.backend.backend()}."
     import jax
@@ -38,7 +56,13 @@ def why_not_pallas(student, teacher, mask, distance, mixture):
     )
 
 
-def why_not_triton(student, teacher, mask, distance, mixture):
+def why_not_triton(
+    student: Attention,
+    teacher: Attention,
+    mask: AttentionMask,
+    distance: Distance,
+    mixture: Tensor | None,
+) -> str | None:
     if keras.backend.backend() != "torch":
         return f"it needs torch, not {keras.backend.backend()}."
     device = student.query.device
@@ -56,13 +80,13 @@ def why_not_triton(student, teacher, mask, distance, mixture):
     )
 
 
-def why_not_mask(mask):
+def why_not_mask(mask: AttentionMask) -> str | None:
     if mask.block is not None:
         return "it knows no blocks of keys."
     return None
 
 
-def why_not_capability(capability):
+def why_not_capability(capability: str) -> str | None:
     """Other chips lack memory for the tiles, or what reads them."""
     if capability.split(".")[0] not in ("9", "10"):
         return (
@@ -72,7 +96,9 @@ def why_not_capability(capability):
     return None
 
 
-def why_not_inputs(student, teacher, dtypes):
+def why_not_inputs(
+    student: Attention, teacher: Attention, dtypes: tuple[str, ...]
+) -> str | None:
     for side in (student, teacher):
         dtype = keras.backend.standardize_dtype(side.query.dtype)
         if dtype not in dtypes:
@@ -95,8 +121,14 @@ IMPLEMENTATIONS = (
 
 
 def attention_divergence(
-    student, teacher, mask, distance, mixture=None, implementation=None
-):
+    student: Attention,
+    teacher: Attention,
+    mask: AttentionMask,
+    distance: Distance,
+    mixture: Tensor | None = None,
+    implementation: Literal["pallas", "triton", "chunked", "definition"]
+    | None = None,
+) -> Tensor:
     """Divergence of a student's attention from a teacher's, row by row.
 
     For row `i`, teacher map `p` and student map `q`,
@@ -129,7 +161,8 @@ def attention_divergence(
         A float32 tensor of shape `(batch, student_heads, rows)`, in nats.
 
     Raises:
-        ValueError: If shapes do not fit, a scale is not greater than 0, or
+        TypeError: If an argument is of another kind.
+        ValueError: If shapes do not fit, a number is out of its range, or
             `implementation` is unknown.
         NotImplementedError: If the named `implementation` cannot run here.
 
@@ -137,7 +170,7 @@ def attention_divergence(
      - [Zhou et al., 2026](https://arxiv.org/abs/2512.21576), "progressive
        distance-weighted attention matching"; the formula is ours.
     """
-    check_arguments(student, teacher, mixture)
+    check_arguments(student, teacher, mask, distance, mixture)
     teacher = teacher._replace(
         query=ops.stop_gradient(teacher.query),
         key=ops.stop_gradient(teacher.key),
@@ -149,43 +182,31 @@ def attention_divergence(
     return chosen.run(*arguments)
 
 
-def check_arguments(student, teacher, mixture):
+def check_arguments(
+    student: Attention,
+    teacher: Attention,
+    mask: AttentionMask,
+    distance: Distance,
+    mixture: Tensor | None,
+) -> None:
+    check_attention("student", student)
+    check_attention("teacher", teacher)
+    check_same_tokens(student, teacher)
+    check_mask(mask, student)
+    check_distance(distance, student)
     student_heads = student.query.shape[2]
     teacher_heads = teacher.query.shape[2]
-    for name, side in (("student", student), ("teacher", teacher)):
-        if side.scale <= 0:
-            raise ValueError(
-                "`scale` must be greater than 0. Received: "
-                f"{name}.scale={side.scale}"
-            )
-        heads, key_heads = side.query.shape[2], side.key.shape[2]
-        if heads % key_heads or side.query.shape[3] != side.key.shape[3]:
-            raise ValueError(
-                "Query heads must be a multiple of key heads, and head dims "
-                f"must be equal. Received: {name}.query.shape="
-                f"{tuple(side.query.shape)}, {name}.key.shape="
-                f"{tuple(side.key.shape)}"
-            )
-    if mixture is None and student_heads != teacher_heads:
+    if mixture is not None:
+        check_shape(
+            "mixture",
+            mixture,
+            student_heads=student_heads,
+            teacher_heads=teacher_heads,
+        )
+    elif student_heads != teacher_heads:
         raise ValueError(
             "Without `mixture` the student and the teacher must have the same "
             f"number of heads. Received: student heads={student_heads}, "
             f"teacher heads={teacher_heads}. Pass the mixture of a "
             "`keras_laid.HeadMixer`."
         )
-    expected = (student_heads, teacher_heads)
-    if mixture is not None and tuple(mixture.shape) != expected:
-        raise ValueError(
-            "`mixture` must have shape (student_heads, teacher_heads) = "
-            f"{expected}. Received: mixture.shape={tuple(mixture.shape)}"
-        )
-    for name, one, other in (
-        ("batch", student.query.shape[0], teacher.query.shape[0]),
-        ("rows", student.query.shape[1], teacher.query.shape[1]),
-        ("keys", student.key.shape[1], teacher.key.shape[1]),
-    ):
-        if None not in (one, other) and one != other:
-            raise ValueError(
-                f"Student and teacher must have the same {name}. "
-                f"Received: student {name}={one}, teacher {name}={other}"
-            )

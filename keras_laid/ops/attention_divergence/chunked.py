@@ -4,24 +4,27 @@ The gradient is the one that README.md derives, from three numbers that are kept
 of each row, and maps that are computed anew.
 """
 
-from typing import Any
 from typing import NamedTuple
 
 from keras import ops
 
+from keras_laid.ops.attention import Attention
+from keras_laid.ops.attention import AttentionMask
+from keras_laid.ops.attention import Distance
 from keras_laid.ops.attention_divergence import definition
 from keras_laid.ops.row_blocks import RowBlocks
 from keras_laid.ops.row_blocks import rows_of_block
+from keras_laid.typing import Tensor
 
 
 class Block(NamedTuple):
     """The op's arguments for some of the rows."""
 
-    student: Any
-    teacher: Any
-    mask: Any
-    distance: Any
-    mixture: Any
+    student: Attention
+    teacher: Attention
+    mask: AttentionMask
+    distance: Distance
+    mixture: Tensor | None
 
     def of_rows(self, rows):
         """The same with `rows(tensor, axis)` of what has rows."""

@@ -2,13 +2,24 @@
 
 from keras import ops
 
+from keras_laid.ops.attention import Attention
+from keras_laid.ops.attention import AttentionMask
+from keras_laid.ops.attention import Distance
+from keras_laid.typing import Tensor
+
 # Stands for minus infinity, whose differences would be NaN.
 MASKED = -1e30
 # Below this a probability counts as 0 in `p * log(p)`.
 TINY = 1e-30
 
 
-def attention_divergence(student, teacher, mask, distance, mixture):
+def attention_divergence(
+    student: Attention,
+    teacher: Attention,
+    mask: AttentionMask,
+    distance: Distance,
+    mixture: Tensor | None,
+) -> Tensor:
     # b = batch, s = student head, t = teacher head, i = row, j = key
     allowed = mask.allowed()
     log_q = log_attention(student, allowed)  # [b, s, i, j]
@@ -22,5 +33,5 @@ def attention_divergence(student, teacher, mask, distance, mixture):
     return ops.maximum(ops.sum(terms, axis=-1), 0.0)
 
 
-def log_attention(attention, allowed):
+def log_attention(attention: Attention, allowed: Tensor) -> Tensor:
     return ops.log_softmax(ops.where(allowed, attention.logits(), MASKED))

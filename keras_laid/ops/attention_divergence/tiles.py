@@ -1,9 +1,14 @@
 """What the fused kernels share: shapes, places, and which tiles they visit."""
 
-from typing import Any
 from typing import NamedTuple
+from typing import Self
 
 from keras import ops
+
+from keras_laid.ops.attention import Attention
+from keras_laid.ops.attention import AttentionMask
+from keras_laid.ops.attention import Distance
+from keras_laid.typing import Tensor
 
 
 class Spec(NamedTuple):
@@ -15,7 +20,7 @@ class Spec(NamedTuple):
     soft_cap: float | None
 
     @classmethod
-    def of(cls, attention):
+    def of(cls, attention: Attention) -> Self:
         return cls(
             attention.query.shape[2],
             attention.key.shape[2],
@@ -30,13 +35,15 @@ class Places(NamedTuple):
     Weights are `1 + |row_share - key_share| ** exponent`.
     """
 
-    kinds: Any  # (batch, keys): 0 for padding, 1 bidirectional, 2 causal.
-    row_index: Any  # (rows,)
-    row_share: Any  # (batch, rows)
-    key_share: Any  # (batch, keys)
+    kinds: Tensor  # (batch, keys): 0 for padding, 1 bidirectional, 2 causal.
+    row_index: Tensor  # (rows,)
+    row_share: Tensor  # (batch, rows)
+    key_share: Tensor  # (batch, keys)
 
     @classmethod
-    def of(cls, mask, distance, batch):
+    def of(
+        cls, mask: AttentionMask, distance: Distance, batch: int | Tensor
+    ) -> Self:
         kinds = ops.where(mask.bidirectional, 1, ops.where(mask.causal, 2, 0))
         rows = ops.cast(distance.row_positions, "float32")
         keys = ops.cast(distance.key_positions, "float32")
@@ -88,7 +95,9 @@ CHOICES = {
 SMALL = [(512, Tiles(64, 32, 4, 1)), (1024, Tiles(32, 32, 4, 1))]
 
 
-def choose_tiles(kernel, width, count, item_size, mixed):
+def choose_tiles(
+    kernel: str, width: int, count: int, item_size: int, mixed: bool
+) -> Tiles:
     """Wider heads leave less of the chip's memory for a tile.
 
     Args:
@@ -106,7 +115,7 @@ def choose_tiles(kernel, width, count, item_size, mixed):
     return next(t for limit, t in SMALL if width * item_size <= limit)
 
 
-def row_bounds(places, tiles, window):
+def row_bounds(places: Places, tiles: Tiles, window: int | None) -> Tensor:
     """The tiles of keys that each tile of rows visits, in three ranges.
 
     Returns:
@@ -121,11 +130,11 @@ def row_bounds(places, tiles, window):
         highest = ops.concatenate([highest, index[-1:]])
     number = ops.arange(keys, dtype="int32")
 
-    def first(kind):
+    def first(kind: int) -> Tensor:
         at = ops.where(places.kinds == kind, number, keys)
         return ops.min(at, axis=1)[:, None]
 
-    def after_last(kind):
+    def after_last(kind: int) -> Tensor:
         at = ops.where(places.kinds == kind, number + 1, 0)
         return ops.max(at, axis=1)[:, None]
 
@@ -140,7 +149,7 @@ def row_bounds(places, tiles, window):
     return in_tiles(start, full_start, full_end, end, tiles.keys)
 
 
-def key_bounds(places, tiles, window):
+def key_bounds(places: Places, tiles: Tiles, window: int | None) -> Tensor:
     """The tiles of rows that visit each tile of keys, in three ranges.
 
     Returns:
@@ -155,7 +164,7 @@ def key_bounds(places, tiles, window):
     kinds = ops.reshape(kinds, (-1, lowest.shape[0], tiles.keys))
     least, most = ops.min(kinds, axis=-1), ops.max(kinds, axis=-1)
 
-    def first_row(at_least):
+    def first_row(at_least: Tensor) -> Tensor:
         return ops.cast(ops.searchsorted(index, at_least), "int32")
 
     start = ops.where(ops.any(kinds == 1, axis=-1), 0, first_row(lowest))
@@ -171,7 +180,9 @@ def key_bounds(places, tiles, window):
     return in_tiles(start, full_start, full_end, end, tiles.rows)
 
 
-def in_tiles(start, full_start, full_end, end, size):
+def in_tiles(
+    start: Tensor, full_start: Tensor, full_end: Tensor, end: Tensor, size: int
+) -> Tensor:
     """Bounds of the tiles that hold some of a range, and of the full ones."""
     start = start // size
     end = ops.maximum((end + size - 1) // size, start)

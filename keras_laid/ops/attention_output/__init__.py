@@ -1,9 +1,17 @@
 """What attention puts out, under a mask described in linear memory."""
 
+from typing import Literal
+
+from keras_laid.arguments import check_shape
+from keras_laid.ops.attention import Attention
+from keras_laid.ops.attention import AttentionMask
+from keras_laid.ops.attention import check_attention
+from keras_laid.ops.attention import check_mask
 from keras_laid.ops.attention_output import chunked
 from keras_laid.ops.attention_output import definition
 from keras_laid.ops.dispatch import Implementation
 from keras_laid.ops.dispatch import select
+from keras_laid.typing import Tensor
 
 # In order of preference.
 IMPLEMENTATIONS = (
@@ -12,7 +20,12 @@ IMPLEMENTATIONS = (
 )
 
 
-def attention_output(attention, value, mask, implementation=None):
+def attention_output(
+    attention: Attention,
+    value: Tensor,
+    mask: AttentionMask,
+    implementation: Literal["chunked", "definition"] | None = None,
+) -> Tensor:
     """Mean of the values that each row attends, weighted by its attention.
 
     `softmax(attention.logits()) @ value` over the keys that `mask` allows. A
@@ -31,14 +44,22 @@ def attention_output(attention, value, mask, implementation=None):
         `value`. Gradients reach queries, keys and values.
 
     Raises:
-        ValueError: If `value` does not go with the keys.
+        TypeError: If an argument is of another kind.
+        ValueError: If shapes do not fit, a number is out of its range, or
+            `implementation` is unknown.
         NotImplementedError: If the named `implementation` cannot run here.
     """
-    if tuple(value.shape[:3]) != tuple(attention.key.shape[:3]):
-        raise ValueError(
-            "There must be a value for each key. Received: value.shape="
-            f"{tuple(value.shape)}, key.shape={tuple(attention.key.shape)}"
-        )
+    check_attention("attention", attention)
+    check_mask(mask, attention)
+    batch, keys, key_heads, _ = attention.key.shape
+    check_shape(
+        "value",
+        value,
+        batch=batch,
+        keys=keys,
+        key_heads=key_heads,
+        value_dim=None,
+    )
     arguments = (attention, value, mask)
     chosen = select(
         "attention_output", IMPLEMENTATIONS, implementation, *arguments

@@ -3,23 +3,25 @@
 Of each row its normalizer is kept; the backward pass computes maps anew.
 """
 
-from typing import Any
 from typing import NamedTuple
 
 from keras import ops
 
+from keras_laid.ops.attention import Attention
+from keras_laid.ops.attention import AttentionMask
 from keras_laid.ops.attention_divergence.definition import MASKED
 from keras_laid.ops.attention_output import definition
 from keras_laid.ops.row_blocks import RowBlocks
 from keras_laid.ops.row_blocks import rows_of_block
+from keras_laid.typing import Tensor
 
 
 class Block(NamedTuple):
     """The op's arguments for some of the rows."""
 
-    attention: Any
-    value: Any
-    mask: Any
+    attention: Attention
+    value: Tensor
+    mask: AttentionMask
 
     def of_rows(self, rows):
         """The same with `rows(tensor, axis)` of what has rows."""

@@ -1,15 +1,26 @@
 """Divergence of a student's next tokens from a teacher's, and from labels."""
 
 from typing import Any
+from typing import Literal
 from typing import NamedTuple
 
 from keras import ops
 
+from keras_laid.arguments import check_choice
+from keras_laid.arguments import check_dtype
+from keras_laid.arguments import check_kind
+from keras_laid.arguments import check_number
+from keras_laid.arguments import check_scalar
+from keras_laid.arguments import check_shape
 from keras_laid.ops.dispatch import Implementation
 from keras_laid.ops.dispatch import select
 from keras_laid.ops.logits_divergence import chunked
 from keras_laid.ops.logits_divergence import definition
 from keras_laid.ops.top_logits import TopLogits
+from keras_laid.ops.top_logits import check_top_logits
+from keras_laid.ops.unembedding import Unembedding
+from keras_laid.ops.unembedding import check_unembedding
+from keras_laid.typing import Tensor
 
 TINY = 1e-7  # Of no token at all, the mean is 0.
 
@@ -25,13 +36,15 @@ class LogitsLosses(NamedTuple):
         kl: The divergence at temperature 1.
     """
 
-    loss: Any
-    divergence: Any
-    cross_entropy: Any
-    kl: Any
+    loss: Tensor
+    divergence: Tensor
+    cross_entropy: Tensor
+    kl: Tensor
 
 
-def why_not_chunked(student, teacher, *others):
+def why_not_chunked(
+    student: Unembedding, teacher: Unembedding | TopLogits | None, *others: Any
+) -> str | None:
     if student.kernel is None:
         return "the student's logits exist already."
     return None
@@ -45,16 +58,16 @@ IMPLEMENTATIONS = (
 
 
 def logits_divergence(
-    student,
-    teacher=None,
-    labels=None,
-    weights=None,
-    divergence_weight=1.0,
-    cross_entropy_weight=1.0,
-    temperature=1.0,
-    vocabulary="same",
-    implementation=None,
-):
+    student: Unembedding,
+    teacher: Unembedding | TopLogits | None = None,
+    labels: Tensor | None = None,
+    weights: Tensor | None = None,
+    divergence_weight: float | Tensor = 1.0,
+    cross_entropy_weight: float | Tensor = 1.0,
+    temperature: float = 1.0,
+    vocabulary: Literal["same", "shared"] = "same",
+    implementation: Literal["chunked", "definition"] | None = None,
+) -> LogitsLosses:
     """Divergence from a teacher and cross-entropy with labels, in one pass.
 
     The means over tokens `i` with weights `w_i` of
@@ -89,6 +102,7 @@ def logits_divergence(
         A `LogitsLosses`.
 
     Raises:
+        TypeError: If an argument is of another kind.
         ValueError: If there is neither a teacher nor labels, shapes or
             vocabularies do not fit, or an argument is out of range.
         NotImplementedError: If the named `implementation` cannot run here.
@@ -97,7 +111,12 @@ def logits_divergence(
      - [Hinton et al., 2015](https://arxiv.org/abs/1503.02531), section 2;
        [Zhou et al., 2026](https://arxiv.org/abs/2512.21576), equation 8.
     """
-    check_arguments(student, teacher, labels, weights, temperature, vocabulary)
+    check_scalar("divergence_weight", divergence_weight, "[0, inf)")
+    check_scalar("cross_entropy_weight", cross_entropy_weight, "[0, inf)")
+    check_number("temperature", temperature, "(0, inf)")
+    check_choice("vocabulary", vocabulary, ("same", "shared"))
+    check_models(student, teacher, temperature, vocabulary)
+    check_tokens(student, teacher, labels, weights)
     if teacher is not None:
         shared = min(student.vocabulary, teacher.vocabulary)
         teacher = teacher.first(shared).constant()
@@ -126,56 +145,62 @@ def logits_divergence(
     )
 
 
-def check_arguments(student, teacher, labels, weights, temperature, vocabulary):
+def check_models(
+    student: Unembedding,
+    teacher: Unembedding | TopLogits | None,
+    temperature: float,
+    vocabulary: str,
+) -> None:
+    words = "a `keras_laid.ops.Unembedding`"
+    check_kind("student", student, Unembedding, words)
+    check_unembedding("student", student)
+    if teacher is None:
+        return
+    words = f"{words}, a `keras_laid.ops.TopLogits` or `None`"
+    check_kind("teacher", teacher, (Unembedding, TopLogits), words)
+    if isinstance(teacher, TopLogits):
+        check_top_logits("teacher", teacher)
+        if temperature != teacher.temperature:
+            raise ValueError(
+                "`temperature` must be the one that the largest logits were "
+                f"taken at. Received: temperature={temperature}, "
+                f"teacher.temperature={teacher.temperature}"
+            )
+    else:
+        check_unembedding("teacher", teacher)
+    if vocabulary == "same" and student.vocabulary != teacher.vocabulary:
+        raise ValueError(
+            "Student and teacher must have the same vocabulary. Received: "
+            f"{student.vocabulary} tokens for the student, "
+            f"{teacher.vocabulary} for the teacher. "
+            'Pass `vocabulary="shared"` to compare the first ones.'
+        )
+
+
+def check_tokens(
+    student: Unembedding,
+    teacher: Unembedding | TopLogits | None,
+    labels: Tensor | None,
+    weights: Tensor | None,
+) -> None:
     if teacher is None and labels is None:
         raise ValueError(
             "There must be something to compare the student with. Received: "
             "teacher=None, labels=None"
         )
-    if temperature <= 0:
-        raise ValueError(
-            "`temperature` must be greater than 0. Received: "
-            f"temperature={temperature}"
-        )
-    if vocabulary not in ("same", "shared"):
-        raise ValueError(
-            '`vocabulary` must be "same" or "shared". Received: '
-            f"vocabulary={vocabulary!r}"
-        )
-    if teacher is not None and vocabulary == "same":
-        if student.vocabulary != teacher.vocabulary:
-            raise ValueError(
-                "Student and teacher must have the same vocabulary. Received: "
-                f"{student.vocabulary} tokens for the student, "
-                f"{teacher.vocabulary} for the teacher. "
-                'Pass `vocabulary="shared"` to compare the first ones.'
-            )
-    if isinstance(teacher, TopLogits) and temperature != teacher.temperature:
-        raise ValueError(
-            "`temperature` must be the one that the largest logits were taken "
-            f"at. Received: temperature={temperature}, "
-            f"teacher.temperature={teacher.temperature}"
-        )
-    expected = tuple(student.hidden.shape[:2])
-    tensors = [(3, "student.hidden", student.hidden)]
+    batch, length, _ = student.hidden.shape
     if teacher is not None:
-        tensors += [
-            (3, f"teacher.{name}", getattr(teacher, name))
-            for name in ("hidden", "logits", "index", "others")
-            if name in teacher._fields
-        ]
-    tensors += [(2, "labels", labels), (2, "weights", weights)]
-    for rank, name, tensor in tensors:
-        if tensor is None:
-            continue
-        shape = tuple(tensor.shape)
-        fits = all(
-            None in (one, other) or one == other
-            for one, other in zip(expected, shape, strict=False)
-        )
-        if len(shape) != rank or not fits:
-            raise ValueError(
-                f"`{name}` must have {rank} axes and be over the student's "
-                f"tokens, (batch, length)={expected}. "
-                f"Received: {name}.shape={shape}"
-            )
+        for name in ("hidden", "logits", "index", "others"):
+            if name in teacher._fields:
+                check_shape(
+                    f"teacher.{name}",
+                    getattr(teacher, name),
+                    batch=batch,
+                    length=length,
+                    features=None,
+                )
+    for name, tensor in (("labels", labels), ("weights", weights)):
+        if tensor is not None:
+            check_shape(name, tensor, batch=batch, length=length)
+    if labels is not None:
+        check_dtype("labels", labels, "int")

@@ -6,12 +6,14 @@ are computed at once, since the share of each token in the loss is known before:
 as many matrix products as in the plain form, and nothing is kept for later.
 """
 
-from typing import Any
 from typing import NamedTuple
 
 from keras import ops
 
 from keras_laid.ops.logits_divergence import definition
+from keras_laid.ops.top_logits import TopLogits
+from keras_laid.ops.unembedding import Unembedding
+from keras_laid.typing import Tensor
 
 ELEMENTS = 2**22  # About how many logits of one model a block has.
 ROWS = 16  # The fewest tokens a block has.
@@ -20,10 +22,10 @@ ROWS = 16  # The fewest tokens a block has.
 class Block(NamedTuple):
     """The op's arguments for some of the tokens of each example."""
 
-    student: Any
-    teacher: Any
-    labels: Any
-    shares: Any
+    student: Unembedding
+    teacher: Unembedding | TopLogits | None
+    labels: Tensor | None
+    shares: list[Tensor]
 
     def map(self, function):
         """The same with `function` of every tensor that has tokens."""

@@ -1,9 +1,22 @@
 """The losses in their plainest form: all logits of both models at once."""
 
+from collections.abc import Sequence
+
 from keras import ops
 
+from keras_laid.ops.top_logits import TopLogits
+from keras_laid.ops.unembedding import Unembedding
+from keras_laid.typing import Tensor
 
-def logits_divergence(student, teacher, labels, counted, shares, temperature):
+
+def logits_divergence(
+    student: Unembedding,
+    teacher: Unembedding | TopLogits | None,
+    labels: Tensor | None,
+    counted: Tensor,
+    shares: Sequence[Tensor],
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logits = student.logits()
     divergence = cross_entropy = kl = ops.zeros_like(logits[..., 0])
     if teacher is not None:
@@ -19,19 +32,21 @@ def logits_divergence(student, teacher, labels, counted, shares, temperature):
     return loss, divergence, cross_entropy, kl
 
 
-def softened(logits, teacher, temperature):
+def softened(
+    logits: Tensor, teacher: Unembedding | TopLogits, temperature: float
+) -> Tensor:
     """`KL(teacher || student)` of softened distributions."""
     log_q = ops.log_softmax(logits / temperature)
     log_p = teacher.log_probabilities(log_q, temperature)
     return kl_divergence(log_q, ops.stop_gradient(log_p))
 
 
-def kl_divergence(log_q, log_p):
+def kl_divergence(log_q: Tensor, log_p: Tensor) -> Tensor:
     """`KL(p || q)` of logarithms of probabilities."""
     return ops.sum(ops.exp(log_p) * (log_p - log_q), axis=-1)
 
 
-def of_labels(log_q, labels):
+def of_labels(log_q: Tensor, labels: Tensor) -> Tensor:
     """What a label less than 0 gives has no share in the loss."""
     labels = ops.maximum(labels, 0)[..., None]
     return ops.take_along_axis(log_q, labels, axis=-1)[..., 0]

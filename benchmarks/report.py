@@ -1,0 +1,67 @@
+"""Makes the tables and figures of the project's texts from its rows.
+
+    python -m benchmarks.report
+
+Fills the tables between marks such as `<!-- training_step -->`, and draws the
+figures in `benchmarks/results/`. Trains and measures nothing: the rows there
+are made by the other modules of this folder.
+"""
+
+import pathlib
+
+import keras_laid
+from benchmarks import attention_divergence
+from benchmarks import rows
+from benchmarks.markdown import fill
+from benchmarks.markdown import marks
+from benchmarks.tables import SIZES
+from benchmarks.tables import make_tables
+from benchmarks.tables import only
+from benchmarks.window_extension import plots as study
+from keras_laid import spectral
+
+ROOT = pathlib.Path(__file__).parents[1]
+TEXTS = (
+    "README.md",
+    "benchmarks/window_extension.md",
+    "keras_laid/distillation/README.md",
+    "keras_laid/ops/attention_divergence/README.md",
+    "keras_laid/ops/logits_divergence/README.md",
+)
+
+
+def filled(text, tables):
+    """The text with each of its tables as the rows have it."""
+    for name in marks(text):
+        text = fill(text, name, tables[name])
+    return text
+
+
+def draw_guide():
+    """The README's picture: the guide's accuracy on its first seed."""
+    row = only("compare_methods", method="guide", seed=0)
+    accuracy = {
+        model: {size: float(row[f"{model}_{size}"]) for size in SIZES}
+        for model in ("teacher", "before", "after")
+    }
+    windows = {
+        model: keras_laid.effective_window(by_size).window
+        for model, by_size in accuracy.items()
+    }
+    spectral.plot_accuracy(
+        rows.RESULTS / "accuracy.png", accuracy, windows, trained_on=20
+    )
+
+
+def main():
+    tables = make_tables()
+    for name in TEXTS:
+        path = ROOT / name
+        path.write_text(filled(path.read_text(), tables))
+    draw_guide()
+    attention_divergence.draw()
+    study.draw()
+
+
+if __name__ == "__main__":
+    main()

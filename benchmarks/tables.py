@@ -1,0 +1,285 @@
+"""Tables of measurements in the project's texts, from their rows."""
+
+import itertools
+
+from benchmarks import rows
+from benchmarks.markdown import markdown_table
+from benchmarks.window_extension import tables as study
+
+BACKENDS = {"jax": "JAX", "tensorflow": "TensorFlow", "torch": "PyTorch"}
+SIZES = study.SIZES
+
+
+def read(name, **wanted):
+    """Rows of a benchmark whose columns have the values wanted, as text."""
+    return [
+        row
+        for row in rows.read_rows(rows.RESULTS / f"{name}.csv")
+        if all(row[key] == str(value) for key, value in wanted.items())
+    ]
+
+
+def only(name, **wanted):
+    """The one row there is."""
+    found = read(name, **wanted)
+    if len(found) != 1:
+        raise ValueError(
+            f"`{name}.csv` must have one row of {wanted}. "
+            f"Received: {len(found)} rows."
+        )
+    return found[0]
+
+
+def ratio(column, row, other):
+    return float(row[column]) / float(other[column])
+
+
+def compare_methods():
+    """The guide, and labels alone, on each seed."""
+    names = {
+        "guide": "the guide",
+        "sft": "labels alone",
+        "sft_stretched": "labels alone, stretched positions",
+    }
+    lines = []
+    for seed, name in itertools.product("012", names):
+        for row in read("compare_methods", method=name, seed=seed):
+            if name == "guide":
+                lines += [
+                    line_of("teacher", row, "teacher", ["", ""]),
+                    line_of(
+                        "student before",
+                        row,
+                        "before",
+                        [f"{float(row['window_before']):.1f}", ""],
+                    ),
+                ]
+            windows = [row["window_after"], row["window_ratio"]]
+            windows = [f"{float(value):.1f}" for value in windows]
+            lines.append(line_of(names[name], row, "after", windows))
+    header = ["", "seed", *SIZES, "effective window", "ratio"]
+    return markdown_table(header, lines)
+
+
+def line_of(label, row, when, windows):
+    accuracy = [f"{float(row[f'{when}_{size}']):.3f}" for size in SIZES]
+    return [label, row["seed"], *accuracy, *windows]
+
+
+def few_labels():
+    """What the study of 2,500 steps says, at some sizes."""
+    names = {
+        "untouched": "untouched",
+        "yarn": "YaRN, untrained",
+        "sft_stretched": "labels alone, stretched positions",
+        "kd_stretched": "logits alone, stretched positions",
+        "kd_yarn": "logits alone, YaRN's positions",
+        "laid_light_stretched": "LAid, stretched positions",
+        "laid_light_yarn": "LAid, YaRN's positions",
+    }
+    of_config = study.read_runs()["long_200"]
+    sizes = (5, 50, 100, 150)
+    lines = []
+    for name, label in names.items():
+        runs = of_config[name]
+        cells = [
+            study.cell([run[size] for run in runs.values()]) for size in sizes
+        ]
+        window = study.ratio_of_windows(runs, of_config[study.UNTOUCHED])
+        lines.append([label, *cells, window])
+    return markdown_table(["method", *sizes, "window"], lines)
+
+
+def attention_divergence_cpu():
+    """Chunked against the definition, 4 heads of 64."""
+
+    def row(backend, name, length):
+        return only(
+            "attention_divergence",
+            backend=backend,
+            implementation=name,
+            length=length,
+            head_dim=64,
+        )
+
+    lines = []
+    for backend, label in BACKENDS.items():
+        chunked = {n: row(backend, "chunked", n) for n in (2048, 4096, 8192)}
+        plain = {n: row(backend, "definition", n) for n in (2048, 4096)}
+        ratios = (
+            ratio("ms", chunked[2048], plain[2048]),
+            ratio("peak_mib", chunked[4096], plain[4096]),
+            ratio("peak_mib", chunked[8192], chunked[2048]),
+        )
+        compiled = ", compiled" if backend == "tensorflow" else ""
+        time, memory, growth = ratios
+        lines.append(
+            [label + compiled, f"{time:.2f}", f"{memory:.2f}", f"{growth:.1f}"]
+        )
+    header = [
+        "",
+        "time at 2,048",
+        "memory at 4,096",
+        "growth of memory, 2,048 to 8,192",
+    ]
+    return markdown_table(header, lines)
+
+
+def attention_divergence_gpu():
+    """The Triton kernels against torch's flash attention."""
+    lines = []
+    for heads, head_dim in ((16, 128), (8, 256)):
+        shape = {"heads": heads, "head_dim": head_dim}
+        found = read("attention_divergence", implementation="triton", **shape)
+        label = f"{heads} heads of {head_dim}"
+        for row in sorted(found, key=lambda row: int(row["length"])):
+            attention = read(
+                "attention_divergence",
+                implementation="dot_product_attention",
+                length=row["length"],
+                **shape,
+            )
+            cells = [label, f"{int(row['length']):,}", milliseconds(row)]
+            if attention:
+                ratio_of_times = ratio("device_ms", row, attention[0])
+                cells += [milliseconds(attention[0]), f"{ratio_of_times:.2f}"]
+            else:
+                cells += ["", ""]
+            lines.append([*cells, f"{float(row['peak_mib']):.1f} MiB"])
+            label = ""
+    header = [
+        "",
+        "length",
+        "Triton",
+        "attention",
+        "ratio",
+        "memory beyond gradients",
+    ]
+    return markdown_table(header, lines)
+
+
+def milliseconds(row):
+    """Three digits or more."""
+    value = float(row["device_ms"])
+    return f"{value:.{3 if value < 1 else 2 if value < 10 else 1}f} ms"
+
+
+def logits_divergence():
+    """Chunked against the definition."""
+    lines = []
+    counted = {"1.0": "all tokens count", "0.0625": "one in 16"}
+    for backend, share in itertools.product(("torch", "jax"), counted):
+        chunked, plain = (
+            only(
+                "logits_divergence",
+                backend=backend,
+                counted=share,
+                implementation=name,
+            )
+            for name in ("chunked", "definition")
+        )
+        memory = [f"{float(row['peak_mib']):,.0f}" for row in (chunked, plain)]
+        lines.append(
+            [
+                f"{BACKENDS[backend]}, {counted[share]}",
+                f"{ratio('ms', chunked, plain):.2f}",
+                " against ".join(memory),
+            ]
+        )
+    header = ["", "time, chunked over definition", "peak memory, MiB"]
+    return markdown_table(header, lines)
+
+
+def training_step():
+    """A step of ours against others'."""
+    lines = []
+    for backend in ("jax", "torch"):
+        ours, keras_distiller, sft, teacher = (
+            only("training_step", backend=backend, tokens=1024, method=method)
+            for method in (
+                "keras_laid",
+                "keras_distiller",
+                "sft",
+                "teacher_forward",
+            )
+        )
+        parts = float(sft["ms"]) + float(teacher["ms"])
+        cells = (
+            ratio("ms", ours, keras_distiller),
+            float(ours["ms"]) / parts,
+            ratio("peak_mib", ours, keras_distiller),
+        )
+        lines.append([BACKENDS[backend], *(f"{cell:.2f}" for cell in cells)])
+    header = [
+        "",
+        "time, over Keras's distiller",
+        "over fine-tuning and teacher",
+        "memory, over Keras's distiller",
+    ]
+    return markdown_table(header, lines)
+
+
+def linear_memory():
+    """Time and memory of a step by its switches."""
+    labels = {
+        ("False", "False"): "as KerasHub computes it",
+        ("True", "False"): "`linear_memory`",
+        ("True", "True"): "`linear_memory`, `rematerialize`",
+    }
+    lines = []
+    for (linear, rematerialize), label in labels.items():
+        cells = [label]
+        for backend in ("jax", "torch"):
+            of_backend = {"backend": backend, "tokens": 4096}
+            row = only(
+                "training_step",
+                linear_memory=linear,
+                rematerialize=rematerialize,
+                **of_backend,
+            )
+            plain = only("training_step", linear_memory=False, **of_backend)
+            cells += [
+                "1" if row == plain else f"{ratio('ms', row, plain):.2f}",
+                f"{float(row['peak_mib']):,.0f}",
+            ]
+        lines.append(cells)
+    header = ["", "JAX: time", "memory, MiB", "PyTorch: time", "memory, MiB"]
+    return markdown_table(header, lines)
+
+
+def memory_plan():
+    """What each part of a plan takes."""
+    columns = {
+        "teacher: weights": "teacher",
+        "student: weights": "student",
+        "student: gradients": "gradients",
+        "student: optimizer": "optimizer",
+        "student: what blocks are given": "block inputs",
+        "one block at work": "one block",
+        "logits": "logits",
+        "total": "total",
+    }
+    lines = []
+    for row in read("memory_plan"):
+        mesh = row["mesh_shape"].strip("()").replace(", ", " x ")
+        gigabytes = [f"{float(row[name]) / 1e9:.1f}" for name in columns]
+        lines.append([f"{row['pair']}, {row['devices']}", mesh, *gigabytes])
+    return markdown_table(["", "mesh", *columns.values()], lines)
+
+
+TABLES = (
+    compare_methods,
+    few_labels,
+    attention_divergence_cpu,
+    attention_divergence_gpu,
+    logits_divergence,
+    training_step,
+    linear_memory,
+    memory_plan,
+)
+
+
+def make_tables():
+    """Every table, by the name of its marks."""
+    tables = {make.__name__: make() for make in TABLES}
+    return tables | study.make_tables()

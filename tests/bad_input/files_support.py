@@ -1,0 +1,20 @@
+"""What the tables of wrong calls share."""
+
+import pytest
+
+NAN, INF = float("nan"), float("inf")
+
+
+def wrong(name, call, words, error=ValueError):
+    """A row: a wrong call, words of its refusal and the exception's type."""
+    return pytest.param(call, words, error, id=name)
+
+
+def snapshot(folder):
+    """All that is below a folder: from path to bytes, `None` for a folder."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        if path.is_file()
+        else None
+        for path in folder.rglob("*")
+    }

@@ -1,0 +1,527 @@
+"""Ops and what describes their inputs."""
+
+import pytest
+
+from keras_laid.ops import Attention
+from keras_laid.ops import AttentionMask
+from keras_laid.ops import Distance
+from keras_laid.ops import TopLogits
+from keras_laid.ops import Unembedding
+from keras_laid.ops import attention_divergence
+from keras_laid.ops import attention_output
+from keras_laid.ops import logits_divergence
+from keras_laid.ops import query_key_distance
+from tests.bad_input.table import assert_refused
+from tests.bad_input.table import refused
+from tests.bad_input.table import zeros
+
+NAN, INFINITY = float("nan"), float("inf")
+
+
+def attention(query=(2, 5, 4, 8), key=(2, 6, 2, 8), scale=1.0, soft_cap=None):
+    return Attention(zeros(*query), zeros(*key), scale, soft_cap)
+
+
+def mask(**changes):
+    given = dict(
+        bidirectional=zeros(2, 6, dtype="bool"),
+        causal=zeros(2, 6, dtype="bool"),
+        row_index=zeros(5, dtype="int32"),
+    )
+    return AttentionMask(**given | changes)
+
+
+def distance(**changes):
+    given = dict(row_positions=zeros(1, 5), key_positions=zeros(1, 6))
+    return Distance(**given | changes)
+
+
+def divergence(**changes):
+    given = dict(
+        student=attention(),
+        teacher=attention(),
+        mask=mask(),
+        distance=distance(),
+    )
+    return attention_divergence(**given | changes)
+
+
+def output(**changes):
+    given = dict(attention=attention(), value=zeros(2, 6, 2, 3), mask=mask())
+    return attention_output(**given | changes)
+
+
+def queries_and_keys(**changes):
+    given = dict(
+        student=attention(),
+        teacher=attention(),
+        mixture=zeros(4, 4),
+        row_mask=zeros(2, 5, dtype="bool"),
+        key_mask=zeros(2, 6, dtype="bool"),
+    )
+    return query_key_distance(**given | changes)
+
+
+def unembedding(hidden=(2, 3, 4), kernel=(4, 7), soft_cap=None):
+    return Unembedding(zeros(*hidden), zeros(*kernel), soft_cap)
+
+
+def tokens(**changes):
+    given = dict(
+        student=unembedding(),
+        teacher=unembedding(),
+        labels=zeros(2, 3, dtype="int32"),
+    )
+    return logits_divergence(**given | changes)
+
+
+def top(**changes):
+    whole = TopLogits.of(zeros(2, 3, 7), 3)
+    return tokens(teacher=whole._replace(**changes))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        refused(
+            "a tensor for a student",
+            lambda: divergence(student=zeros(2, 5, 4, 8)),
+            TypeError,
+            "`student` must be a `keras_laid.ops.Attention`",
+        ),
+        refused(
+            "no teacher",
+            lambda: divergence(teacher=None),
+            TypeError,
+            "`teacher` must be",
+            "NoneType",
+        ),
+        refused(
+            "a query without heads",
+            lambda: divergence(student=attention(query=(2, 5, 8))),
+            ValueError,
+            "`student.query` must have shape (batch, rows, heads, head_dim)",
+            "(2, 5, 8)",
+        ),
+        refused(
+            "a list for a query",
+            lambda: divergence(student=attention()._replace(query=[1.0])),
+            TypeError,
+            "`student.query` must be a tensor",
+            "list",
+        ),
+        refused(
+            "keys of another batch",
+            lambda: divergence(student=attention(key=(3, 6, 2, 8))),
+            ValueError,
+            "`student.key` must have shape",
+            "(3, 6, 2, 8)",
+        ),
+        refused(
+            "head dims that differ",
+            lambda: divergence(student=attention(key=(2, 6, 2, 7))),
+            ValueError,
+            "head dims must be equal",
+            "student.key.shape=(2, 6, 2, 7)",
+        ),
+        refused(
+            "heads that do not divide",
+            lambda: divergence(teacher=attention(key=(2, 6, 3, 8))),
+            ValueError,
+            "multiple of key heads",
+            "teacher.key.shape=(2, 6, 3, 8)",
+        ),
+        refused(
+            "other rows",
+            lambda: divergence(teacher=attention(query=(2, 4, 4, 8))),
+            ValueError,
+            "the same rows",
+            "teacher rows=4",
+        ),
+        refused(
+            "other keys",
+            lambda: divergence(teacher=attention(key=(2, 5, 2, 8))),
+            ValueError,
+            "the same keys",
+            "teacher keys=5",
+        ),
+        refused(
+            "another batch",
+            lambda: divergence(teacher=attention((1, 5, 4, 8), (1, 6, 2, 8))),
+            ValueError,
+            "the same batch",
+            "teacher batch=1",
+        ),
+        refused(
+            "other heads without a mixture",
+            lambda: divergence(teacher=attention(query=(2, 5, 2, 8))),
+            ValueError,
+            "same number of heads",
+            "Pass the mixture",
+        ),
+        refused(
+            "a mixture of other heads",
+            lambda: divergence(mixture=zeros(4, 3)),
+            ValueError,
+            "`mixture` must have shape (student_heads, teacher_heads) = (4, 4)",
+            "(4, 3)",
+        ),
+        refused(
+            "a number for a mixture",
+            lambda: divergence(mixture=0.5),
+            TypeError,
+            "`mixture` must be a tensor",
+            "float",
+        ),
+        *[
+            refused(
+                f"a scale of {scale}",
+                lambda scale=scale: divergence(student=attention(scale=scale)),
+                ValueError,
+                "`student.scale` must be in (0, inf)",
+                f"student.scale={scale}",
+            )
+            for scale in (0.0, -1.0, NAN, INFINITY)
+        ],
+        refused(
+            "a string for a scale",
+            lambda: divergence(student=attention(scale="1")),
+            TypeError,
+            "`student.scale` must be a number",
+            "'1'",
+        ),
+        refused(
+            "a soft cap of 0",
+            lambda: divergence(teacher=attention(soft_cap=0.0)),
+            ValueError,
+            "`teacher.soft_cap` must be in (0, inf)",
+        ),
+        refused(
+            "an array for a mask",
+            lambda: divergence(mask=zeros(2, 6)),
+            TypeError,
+            "`mask` must be a `keras_laid.ops.AttentionMask`",
+        ),
+        refused(
+            "a mask of other keys",
+            lambda: divergence(mask=mask(causal=zeros(2, 5, dtype="bool"))),
+            ValueError,
+            "`mask.causal` must have shape (batch, keys) = (2, 6)",
+            "(2, 5)",
+        ),
+        refused(
+            "a mask of another batch",
+            lambda: output(mask=mask(bidirectional=zeros(3, 6, dtype="bool"))),
+            ValueError,
+            "`mask.bidirectional` must have shape",
+            "(3, 6)",
+        ),
+        refused(
+            "a mask of floats",
+            lambda: divergence(mask=mask(causal=zeros(2, 6))),
+            TypeError,
+            "`mask.causal` must be a tensor of dtype bool",
+            "float32",
+        ),
+        refused(
+            "a row index of other rows",
+            lambda: output(mask=mask(row_index=zeros(6, dtype="int32"))),
+            ValueError,
+            "`mask.row_index` must have shape (rows) = (5,)",
+        ),
+        refused(
+            "a row index of floats",
+            lambda: output(mask=mask(row_index=zeros(5))),
+            TypeError,
+            "`mask.row_index` must be a tensor of dtype int",
+        ),
+        refused(
+            "a window of 0",
+            lambda: divergence(mask=mask(window=0)),
+            ValueError,
+            "`mask.window` must be at least 1",
+        ),
+        refused(
+            "a window of half a token",
+            lambda: output(mask=mask(window=1.5)),
+            TypeError,
+            "`mask.window` must be an integer",
+        ),
+        refused(
+            "blocks of other keys",
+            lambda: output(mask=mask(block=zeros(2, 5, dtype="int32"))),
+            ValueError,
+            "`mask.block` must have shape",
+        ),
+        refused(
+            "no distance",
+            lambda: divergence(distance=None),
+            TypeError,
+            "`distance` must be a `keras_laid.ops.Distance`",
+        ),
+        refused(
+            "positions of other rows",
+            lambda: divergence(distance=distance(row_positions=zeros(2, 4))),
+            ValueError,
+            "`distance.row_positions` must have shape (batch, rows) = (2, 5)",
+        ),
+        refused(
+            "positions without a batch",
+            lambda: divergence(distance=distance(key_positions=zeros(6))),
+            ValueError,
+            "`distance.key_positions` must have shape",
+        ),
+        refused(
+            "a negative strength",
+            lambda: divergence(distance=distance(strength=-1.0)),
+            ValueError,
+            "`distance.strength` must be in [0, inf)",
+        ),
+        refused(
+            "a strength for each token",
+            lambda: divergence(distance=distance(strength=zeros(5))),
+            ValueError,
+            "`distance.strength` must have shape () = ()",
+        ),
+        refused(
+            "an exponent of 0",
+            lambda: divergence(distance=distance(exponent=0.0)),
+            ValueError,
+            "`distance.exponent` must be in (0, inf)",
+        ),
+        *[
+            refused(
+                f"{requested!r} for an implementation",
+                lambda requested=requested: divergence(
+                    implementation=requested
+                ),
+                ValueError,
+                "Expected one of ['chunked', 'definition', 'pallas', 'triton']",
+                repr(requested),
+            )
+            for requested in ("fast", ["chunked"], True)
+        ],
+        refused(
+            "a value for fewer keys",
+            lambda: output(value=zeros(2, 5, 2, 3)),
+            ValueError,
+            "`value` must have shape (batch, keys, key_heads, value_dim)",
+            "(2, 5, 2, 3)",
+        ),
+        refused(
+            "no value",
+            lambda: output(value=None),
+            TypeError,
+            "`value` must be a tensor",
+        ),
+        refused(
+            "head dims that cannot be matched",
+            lambda: queries_and_keys(
+                teacher=attention((2, 5, 4, 6), (2, 6, 2, 6))
+            ),
+            ValueError,
+            "equal head dims",
+            "Match attention maps instead",
+        ),
+        refused(
+            "no mixture of queries",
+            lambda: queries_and_keys(mixture=None),
+            TypeError,
+            "`mixture` must be a tensor",
+        ),
+        refused(
+            "a mask of other rows",
+            lambda: queries_and_keys(row_mask=zeros(2, 6, dtype="bool")),
+            ValueError,
+            "`row_mask` must have shape (batch, rows) = (2, 5)",
+        ),
+        refused(
+            "a key mask of one example",
+            lambda: queries_and_keys(key_mask=zeros(6, dtype="bool")),
+            ValueError,
+            "`key_mask` must have shape",
+        ),
+        refused(
+            "no keys",
+            lambda: AttentionMask.from_lengths(0, [5]),
+            ValueError,
+            "`key_length` must be at least 1",
+        ),
+        refused(
+            "a length for all examples",
+            lambda: AttentionMask.from_lengths(5, 5),
+            ValueError,
+            "`lengths` must have shape (batch)",
+        ),
+        refused(
+            "lengths of half a token",
+            lambda: AttentionMask.from_lengths(5, [2.5]),
+            TypeError,
+            "`lengths` must be a tensor of dtype int",
+        ),
+        refused(
+            "prefixes of another batch",
+            lambda: AttentionMask.from_lengths(5, [5, 4], [1, 2, 3]),
+            ValueError,
+            "`prefix_lengths` must have shape (batch) = (2,)",
+        ),
+        refused(
+            "a negative window",
+            lambda: AttentionMask.from_lengths(5, [5], window=-3),
+            ValueError,
+            "`window` must be at least 1",
+        ),
+        refused(
+            "logits for a student",
+            lambda: tokens(student=zeros(2, 3, 7)),
+            TypeError,
+            "`student` must be a `keras_laid.ops.Unembedding`",
+        ),
+        refused(
+            "a name for a teacher",
+            lambda: tokens(teacher="teacher"),
+            TypeError,
+            "or `None`",
+            "str",
+        ),
+        refused(
+            "nothing to compare with",
+            lambda: tokens(teacher=None, labels=None),
+            ValueError,
+            "something to compare",
+        ),
+        refused(
+            "a kernel of another width",
+            lambda: tokens(student=unembedding(kernel=(5, 7))),
+            ValueError,
+            "`student.kernel` must have shape (hidden_dim, vocabulary)",
+            "(5, 7)",
+        ),
+        refused(
+            "another vocabulary",
+            lambda: tokens(teacher=unembedding(kernel=(4, 8))),
+            ValueError,
+            "same vocabulary",
+            'Pass `vocabulary="shared"`',
+        ),
+        refused(
+            "a teacher of other tokens",
+            lambda: tokens(teacher=unembedding(hidden=(2, 4, 4))),
+            ValueError,
+            "`teacher.hidden` must have shape",
+            "(2, 4, 4)",
+        ),
+        refused(
+            "a soft cap of nan",
+            lambda: tokens(teacher=unembedding(soft_cap=NAN)),
+            ValueError,
+            "`teacher.soft_cap` must be in (0, inf)",
+        ),
+        refused(
+            "labels of floats",
+            lambda: tokens(labels=zeros(2, 3)),
+            TypeError,
+            "`labels` must be a tensor of dtype int",
+        ),
+        refused(
+            "labels of other tokens",
+            lambda: tokens(labels=zeros(2, 5, dtype="int32")),
+            ValueError,
+            "`labels` must have shape (batch, length) = (2, 3)",
+        ),
+        refused(
+            "weights of examples",
+            lambda: tokens(weights=zeros(2)),
+            ValueError,
+            "`weights` must have shape (batch, length)",
+            "(2,)",
+        ),
+        refused(
+            "a negative weight",
+            lambda: tokens(divergence_weight=-1.0),
+            ValueError,
+            "`divergence_weight` must be in [0, inf)",
+        ),
+        refused(
+            "a boolean for a weight",
+            lambda: tokens(cross_entropy_weight=True),
+            TypeError,
+            "`cross_entropy_weight` must be a number",
+        ),
+        *[
+            refused(
+                f"a temperature of {value}",
+                lambda value=value: tokens(temperature=value),
+                ValueError,
+                "`temperature` must be in (0, inf)",
+                f"temperature={value}",
+            )
+            for value in (0.0, NAN, INFINITY)
+        ],
+        refused(
+            "an unknown vocabulary",
+            lambda: tokens(vocabulary=["same"]),
+            ValueError,
+            "`vocabulary` must be one of ['same', 'shared']",
+        ),
+        refused(
+            "an index of floats",
+            lambda: top(index=zeros(2, 3, 3)),
+            TypeError,
+            "`teacher.index` must be a tensor of dtype int",
+        ),
+        refused(
+            "an index of fewer logits",
+            lambda: top(index=zeros(2, 3, 2, dtype="int32")),
+            ValueError,
+            "`teacher.index` must have shape (batch, length, count)",
+        ),
+        refused(
+            "others at one temperature",
+            lambda: top(others=zeros(2, 3, 1)),
+            ValueError,
+            "`teacher.others` must have shape",
+        ),
+        refused(
+            "logits of another temperature",
+            lambda: top(temperature=2.0),
+            ValueError,
+            "teacher.temperature=2.0",
+        ),
+        refused(
+            "largest logits of more tokens",
+            lambda: tokens(
+                teacher=TopLogits.of(zeros(2, 3, 8), 2), vocabulary="shared"
+            ),
+            ValueError,
+            "largest of 8, 7 shared",
+        ),
+        refused(
+            "more logits than there are",
+            lambda: TopLogits.of(zeros(2, 3, 7), 8),
+            ValueError,
+            "`count` must be at most",
+            "count=8",
+        ),
+        refused(
+            "no logit at all",
+            lambda: TopLogits.of(zeros(2, 3, 7), 0),
+            ValueError,
+            "`count` must be at least 1",
+        ),
+        refused(
+            "logits without a batch",
+            lambda: TopLogits.of(zeros(3, 7), 2),
+            ValueError,
+            "`logits` must have shape (batch, length, vocabulary)",
+        ),
+        refused(
+            "a string for a temperature",
+            lambda: TopLogits.of(zeros(2, 3, 7), 2, "1"),
+            TypeError,
+            "`temperature` must be a number",
+        ),
+    ],
+)
+def test_refused(call, error, words):
+    assert_refused(error, words, call)

@@ -1,0 +1,232 @@
+"""Every number in the project's texts is one that rows or settings give."""
+
+import re
+
+import pytest
+
+from benchmarks import rows
+from benchmarks.markdown import fill
+from benchmarks.markdown import marks
+from benchmarks.report import ROOT
+from benchmarks.report import TEXTS
+from benchmarks.report import filled
+from benchmarks.tables import make_tables
+from benchmarks.tables import only
+from benchmarks.tables import read
+from benchmarks.window_extension import tables as study
+
+NUMBER = re.compile(r"\d+\.\d+")
+TABLE = re.compile(r"<!-- (\w+) -->(.*?)<!-- /\1 -->", re.DOTALL)
+NO_PROSE = re.compile(r"```.*?```|`[^`]*`|\]\([^)]*\)", re.DOTALL)
+# Numbers that no run gives: settings, the paper's, versions and licences.
+SETTINGS = {
+    "README.md": "3.11 0.5 0.01 0.02 2.0 4.0 3.2",
+    "benchmarks/window_extension.md": "0.5 3.2 0.3 0.1 0.05 0.03 0.01",
+    "keras_laid/distillation/README.md": "0.03",
+    "keras_laid/spectral/README.md": "0.67 0.05 0.25 0.5",
+    "keras_laid/ops/attention_output/README.md": "4.5",
+}
+
+
+def windows(method, column="window_after"):
+    found = sorted(read("compare_methods", method=method), key=seed_of)
+    return [float(row[column]) for row in found]
+
+
+def seed_of(row):
+    return int(row["seed"])
+
+
+def ends(values):
+    return min(values), max(values)
+
+
+def fall_on_short_haystacks():
+    return max(
+        float(row[f"before_{size}"]) - float(row[f"after_{size}"])
+        for row in read("compare_methods", method="guide")
+        for size in study.SHORT
+    )
+
+
+def guide_and_stretched_labels():
+    guide = windows("guide")
+    stretched = windows("sft_stretched")
+    return stretched[0], guide[0], stretched[1], guide[1]
+
+
+def ratios_of_feeders():
+    found = read("input_pipeline", feeder="py_dataset")
+    return ends([float(row["ratio_to_prepared"]) for row in found])
+
+
+def gpu(implementation, length, head_dim=128):
+    return only(
+        "attention_divergence",
+        implementation=implementation,
+        length=length,
+        head_dim=head_dim,
+        dtype="bfloat16",
+    )
+
+
+def called_from_python():
+    shapes = ((8192, 128), (32768, 128), (2048, 128), (2048, 256))
+    return [
+        float(gpu(name, *shape)["ms"])
+        for shape in shapes
+        for name in ("triton", "dot_product_attention")
+    ]
+
+
+def ratios_to_attention():
+    shapes = ((2048, 128), (8192, 128), (32768, 128), (2048, 256))
+    return ends(
+        [
+            float(gpu("triton", *shape)["device_ms"])
+            / float(gpu("dot_product_attention", *shape)["device_ms"])
+            for shape in shapes
+        ]
+    )
+
+
+def definition_on_a_gpu():
+    definition = gpu("definition", 8192)
+    milliseconds = float(definition["ms"])
+    return (
+        milliseconds,
+        float(definition["peak_mib"]) / 1024,
+        milliseconds / float(gpu("triton", 8192)["ms"]),
+    )
+
+
+def laid_against_logits():
+    runs = study.read_runs()["short_200"]
+    laid, kd = (
+        [
+            study.interval([run[size] for run in runs[method].values()])[0]
+            for size in study.SIZES
+        ]
+        for method in ("laid_stretched", "kd_stretched")
+    )
+    return max(abs(a - b) for a, b in zip(laid, kd, strict=True))
+
+
+# What a text says beside its tables, and the numbers that go in.
+SENTENCES = [
+    (
+        "README.md",
+        "accuracy at 1 to 5 images falls by at most {:.3f}.",
+        fall_on_short_haystacks,
+    ),
+    (
+        "README.md",
+        "The guide's window is {:.1f} to {:.1f} times longer than before",
+        lambda: ends(windows("guide", "window_ratio")),
+    ),
+    (
+        "README.md",
+        "reaches {:.1f} to {:.1f} times",
+        lambda: ends(windows("sft", "window_ratio")),
+    ),
+    (
+        "README.md",
+        "{:.0f} against {:.0f} images and {:.0f} against {:.0f}.",
+        guide_and_stretched_labels,
+    ),
+    (
+        "README.md",
+        "takes {:.2f} to {:.2f} times what it takes on batches made beforehand",
+        ratios_of_feeders,
+    ),
+    (
+        "README.md",
+        "The Triton kernels took {:.2f} to {:.2f} of the time of torch's flash",
+        ratios_to_attention,
+    ),
+    (
+        "keras_laid/ops/attention_divergence/README.md",
+        "takes {:.2f} ms at 8,192 (attention: {:.2f}) and {:.1f} ms at 32,768 "
+        "({:.1f}); at 2,048 starting the kernels takes longer than they do "
+        "({:.1f} ms against {:.1f}, and {:.1f} against {:.1f}).",
+        called_from_python,
+    ),
+    (
+        "keras_laid/ops/attention_divergence/README.md",
+        "The definition takes {:.1f} ms and {:.0f} GiB at 8,192, {:.0f} times "
+        "as long.",
+        definition_on_a_gpu,
+    ),
+    (
+        "benchmarks/window_extension.md",
+        "LAid and KD with stretching differ by at most {:.3f} at every size.",
+        laid_against_logits,
+    ),
+]
+
+
+def in_one_line(text):
+    return " ".join(text.split())
+
+
+def texts_with_numbers():
+    """All but cards of presets, whose scores a test of presets takes anew."""
+    folders = (ROOT / "keras_laid").rglob("README.md")
+    found = {str(path.relative_to(ROOT)) for path in folders}
+    cards = {name for name in found if "presets" in name}
+    return sorted({*TEXTS, *found} - cards)
+
+
+@pytest.fixture(scope="module")
+def tables():
+    return make_tables()
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_tables_are_those_of_the_rows(name, tables):
+    text = (ROOT / name).read_text()
+    assert marks(text)
+    assert filled(text, tables) == text
+
+
+@pytest.mark.parametrize(
+    "name, sentence, numbers", SENTENCES, ids=[each[1] for each in SENTENCES]
+)
+def test_sentences_are_those_of_the_rows(name, sentence, numbers):
+    found = numbers()
+    found = found if isinstance(found, tuple | list) else [found]
+    text = in_one_line((ROOT / name).read_text())
+    assert sentence.format(*found) in text
+
+
+@pytest.mark.parametrize("name", texts_with_numbers())
+def test_no_number_is_without_a_source(name):
+    text = (ROOT / name).read_text()
+    known = {*SETTINGS.get(name, "").split()}
+    known |= {
+        n for _, table in TABLE.findall(text) for n in NUMBER.findall(table)
+    }
+    prose = in_one_line(NO_PROSE.sub("", TABLE.sub("", text)))
+    for path, sentence, _ in SENTENCES:
+        if path == name:
+            parts = map(re.escape, re.split(r"\{.*?\}", sentence))
+            prose = re.sub(r"[\d.,]*\d".join(parts), "", prose)
+    assert {*NUMBER.findall(prose)} <= known
+
+
+def test_marks_are_filled_again_and_again():
+    text = "before\n<!-- a -->\nold\n<!-- /a -->\nafter"
+    once = fill(text, "a", "new")
+    assert once == "before\n<!-- a -->\nnew\n<!-- /a -->\nafter"
+    assert fill(once, "a", "new") == once
+    with pytest.raises(ValueError, match="must have the marks"):
+        fill(text, "b", "new")
+
+
+def test_only_one_row_is_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    rows.append_row(tmp_path / "a.csv", {"tokens": 4, "ms": 2.5})
+    assert only("a", tokens=4)["ms"] == "2.5"
+    rows.append_row(tmp_path / "a.csv", {"tokens": 4, "ms": 3.5})
+    with pytest.raises(ValueError, match="Received: 2 rows"):
+        only("a", tokens=4)
