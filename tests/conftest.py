@@ -40,6 +40,9 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    # An address differs in each process, and then workers differ in names.
+    if addresses := [each.nodeid for each in items if " at 0x" in each.nodeid]:
+        raise pytest.UsageError(f"Names must not hold addresses: {addresses}")
     if config.option.markexpr:
         return
     skip = pytest.mark.skip(reason="trains for minutes: `make test-all`")

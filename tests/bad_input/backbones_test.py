@@ -350,6 +350,13 @@ ROWS = [
         "`preprocessor` must be a `keras_hub.models.PaliGemmaCausalLMPrepro",
         "str",
     ),
+    refused(
+        "gains in layers of an iterator",
+        lambda m: ATTACH(m.plain, iter([1])),
+        TypeError,
+        "must be a sequence of integers",
+        "layers=",
+    ),
     *[
         refused(
             f"gains in layers {layers!r}",
@@ -368,7 +375,6 @@ ROWS = [
             ("all", TypeError, "must be a sequence of integers"),
             ([1.0], TypeError, "must be a sequence of integers"),
             ([True], TypeError, "must be a sequence of integers"),
-            (iter([1]), TypeError, "must be a sequence of integers"),
         )
     ],
     refused(
