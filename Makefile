@@ -4,6 +4,13 @@ GUIDE_ENV := .venv-guide
 TEST_ENV := .venv
 DOCS_ENV := .venv-docs
 PACKAGE_ENV := .venv-package
+LOWEST_ENV := .venv-lowest
+WHEEL_ENV := .venv-wheel
+EXTRA_ENV := .venv-extra
+EXTRAS := jax,tensorflow,torch,haystacks,test
+BACKENDS ?= jax tensorflow torch
+ALONE ?= jax tensorflow torch jax,benchmarks jax,docs jax,guides jax,haystacks \
+	jax,offline jax,package jax,test
 QUIET := TF_CPP_MIN_LOG_LEVEL=3
 ARGS ?=
 
@@ -12,7 +19,8 @@ REPRODUCED ?= runs/reproduced
 
 # What failed half-way is no target.
 .DELETE_ON_ERROR:
-.PHONY: guide test test-all format check docs package reproduce reproduce-all
+.PHONY: guide test test-all test-lowest test-wheel format check docs package extras \
+	reproduce reproduce-all
 
 guide: $(GUIDE_ENV)/ready
 	$(QUIET) KERAS_BACKEND=jax $(GUIDE_ENV)/bin/python guides/distill_paligemma.py $(ARGS)
@@ -24,10 +32,17 @@ test: $(TEST_ENV)/ready
 	$(QUIET) KERAS_BACKEND=torch $(TEST_ENV)/bin/python -m pytest -n 2
 
 test-all: $(TEST_ENV)/ready
-	for backend in jax tensorflow torch; do \
+	for backend in $(BACKENDS); do \
 		$(QUIET) HYPOTHESIS_PROFILE=thorough \
 		KERAS_BACKEND=$$backend $(TEST_ENV)/bin/python -m pytest -n 2 \
 			-m "extra_large or not extra_large" || exit 1; \
+	done
+
+# With the lowest versions that pyproject.toml allows.
+test-lowest: $(LOWEST_ENV)/ready
+	for backend in $(BACKENDS); do \
+		$(QUIET) KERAS_BACKEND=$$backend $(LOWEST_ENV)/bin/python \
+			-m pytest -n 2 || exit 1; \
 	done
 
 # Tables and figures of all texts, from the rows there are.
@@ -37,7 +52,7 @@ reproduce: $(TEST_ENV)/ready
 # The rows that a CPU can make, in days; tables are then drawn from them by
 # `RESULTS=$(REPRODUCED) python -m benchmarks.report`. Benchmarks that are done are
 # not run again; the training runs go on where they stopped.
-BENCHMARKS := memory_plan logits_divergence attention_divergence \
+BENCHMARKS := memory_plan preset_scores logits_divergence attention_divergence \
 	input_pipeline training_step
 BACKENDS_input_pipeline := jax tensorflow torch
 BACKENDS_attention_divergence := jax tensorflow torch
@@ -92,6 +107,29 @@ package: $(PACKAGE_ENV)/ready
 	$(PACKAGE_ENV)/bin/pip install --quiet --force-reinstall --no-deps dist/*.whl
 	$(QUIET) KERAS_BACKEND=jax $(PACKAGE_ENV)/bin/python -I tests/smoke.py
 
+# The suite where only the wheel can be imported, but for tests of the texts.
+test-wheel: package
+	$(PYTHON) -m venv --clear $(WHEEL_ENV)
+	$(WHEEL_ENV)/bin/pip install --quiet -c constraints.txt "$$(ls dist/*.whl)[$(EXTRAS)]"
+	mkdir $(WHEEL_ENV)/checkout
+	cp -r benchmarks guides tests pyproject.toml README.md $(WHEEL_ENV)/checkout
+	cd $(WHEEL_ENV)/checkout && for backend in $(BACKENDS); do \
+		$(QUIET) KERAS_BACKEND=$$backend ../bin/python -m pytest -n 2 \
+			--ignore=tests/benchmarks || exit 1; \
+	done
+
+# Each extra alone in an environment of its own, beside a backend, without which
+# Keras cannot be imported.
+extras: package
+	for extra in $(ALONE); do \
+		$(PYTHON) -m venv --clear $(EXTRA_ENV) && \
+		$(EXTRA_ENV)/bin/pip install --quiet -c constraints.txt \
+			"$$(ls dist/*.whl)[$$extra]" && \
+		$(EXTRA_ENV)/bin/pip check && \
+		$(QUIET) KERAS_BACKEND=$${extra%%,*} \
+			$(EXTRA_ENV)/bin/python -I tests/smoke.py || exit 1; \
+	done
+
 $(GUIDE_ENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(GUIDE_ENV)
 	$(GUIDE_ENV)/bin/pip install --quiet -c constraints.txt -e ".[jax]"
@@ -99,7 +137,17 @@ $(GUIDE_ENV)/ready: pyproject.toml constraints.txt
 
 $(TEST_ENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(TEST_ENV)
-	$(TEST_ENV)/bin/pip install --quiet -c constraints.txt -e ".[jax,tensorflow,torch,haystacks,test]"
+	$(TEST_ENV)/bin/pip install --quiet -c constraints.txt -e ".[$(EXTRAS)]"
+	touch $@
+
+$(LOWEST_ENV)/ready: pyproject.toml
+	$(PYTHON) -m venv $(LOWEST_ENV)
+	$(LOWEST_ENV)/bin/pip install --quiet uv
+	$(LOWEST_ENV)/bin/uv pip compile --quiet --resolution lowest-direct \
+		--python-version 3.11 --all-extras pyproject.toml \
+		--output-file $(LOWEST_ENV)/constraints.txt
+	$(LOWEST_ENV)/bin/pip install --quiet -c $(LOWEST_ENV)/constraints.txt \
+		-e ".[$(EXTRAS)]"
 	touch $@
 
 $(DOCS_ENV)/ready: pyproject.toml constraints.txt

@@ -4,7 +4,8 @@
 
 Writes `keras_laid/presets/digits_teacher` and `digits_student`. Each stage
 leaves its weights under `runs/make_presets/`; started again, the script goes on
-from the last one finished, and within a stage from the last epoch.
+from the last one finished, and within a stage from the last epoch. Scores are
+put on their cards by `benchmarks.preset_scores` and `benchmarks.report`.
 """
 
 import argparse
@@ -218,9 +219,7 @@ def make(name, recipe, preprocessor, runs, presets, seed):
         accuracy = measure(pali_gemma, "validation", sizes, 256, seed=0)
         print(f"{name}, stage {number}, validation: {accuracy}")
     pali_gemma.save_to_preset(str(presets / name))
-    sizes = (1, 2, 5, 10, 20, 50, 100, 150)
-    accuracy = measure(pali_gemma, "test", sizes, 1024, seed=1)
-    card = write_card(name, pali_gemma.backbone, recipe, accuracy, seed)
+    card = write_card(name, pali_gemma.backbone, recipe, seed)
     (presets / name / "README.md").write_text(card)
 
 
@@ -232,8 +231,8 @@ def measure(model, split, sizes, num_questions, seed):
     return evaluate_haystacks(model, haystacks).accuracy
 
 
-def write_card(name, backbone, recipe, accuracy, seed):
-    """The model card, with the recipe and the scores as they are."""
+def write_card(name, backbone, recipe, seed):
+    """The model card, with the recipe and a place for the scores."""
     stages = "\n".join(
         f"| {stage.task.__name__} | {', '.join(map(str, stage.sizes))} "
         f"| {stage.steps:,} x {stage.batch_size} | {stage.learning_rate:g} "
@@ -241,8 +240,6 @@ def write_card(name, backbone, recipe, accuracy, seed):
         f"| {'averaged' if stage.average else 'last'} |"
         for stage in recipe.stages
     )
-    sizes = " | ".join(map(str, accuracy))
-    scores = " | ".join(f"{value:.3f}" for value in accuracy.values())
     return f"""# {name}
 
 A tiny PaliGemma that answers "For the image with a seven, is there a three?"
@@ -272,9 +269,8 @@ Kaynak, CC BY 4.0).
 ## What it scores
 Accuracy on 1,024 questions a size, drawings never trained on, chance 0.5:
 
-| images | {sizes} |
-| --- |{" --- |" * len(accuracy)}
-| accuracy | {scores} |
+<!-- {name} -->
+<!-- /{name} -->
 """
 
 

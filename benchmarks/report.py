@@ -27,6 +27,8 @@ TEXTS = (
     "keras_laid/distillation/README.md",
     "keras_laid/ops/attention_divergence/README.md",
     "keras_laid/ops/logits_divergence/README.md",
+    "keras_laid/presets/digits_student/README.md",
+    "keras_laid/presets/digits_teacher/README.md",
 )
 
 

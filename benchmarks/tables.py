@@ -7,6 +7,7 @@ from benchmarks.markdown import markdown_table
 from benchmarks.window_extension import tables as study
 
 BACKENDS = {"jax": "JAX", "tensorflow": "TensorFlow", "torch": "PyTorch"}
+PRESETS = ("digits_student", "digits_teacher")
 SIZES = study.SIZES
 
 
@@ -158,6 +159,13 @@ def attention_divergence_gpu():
     return markdown_table(header, lines)
 
 
+def preset_scores(name):
+    """Accuracy of an embedded preset by haystack size."""
+    row = only("preset_scores", preset=name)
+    accuracy = [f"{float(row[f'accuracy_{size}']):.3f}" for size in SIZES]
+    return markdown_table(["images", *SIZES], [["accuracy", *accuracy]])
+
+
 def milliseconds(row):
     """Three digits or more."""
     value = float(row["device_ms"])
@@ -282,4 +290,5 @@ TABLES = (
 def make_tables():
     """Every table, by the name of its marks."""
     tables = {make.__name__: make() for make in TABLES}
+    tables |= {name: preset_scores(name) for name in PRESETS}
     return tables | study.make_tables()

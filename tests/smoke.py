@@ -1,5 +1,6 @@
 """Run with an installed keras_laid: what it needs and embeds is there."""
 
+import importlib.util
 import pathlib
 
 import keras_hub
@@ -10,6 +11,11 @@ from keras_laid import spectral
 place = pathlib.Path(keras_laid.__file__)
 assert "site-packages" in place.parts, place
 assert spectral.plot_accuracy
+if importlib.util.find_spec("tensorflow_datasets"):  # Of an extra.
+    import tensorflow_datasets
+
+    name = "visual_haystacks/digits"
+    assert tensorflow_datasets.builder(name).info.features
 digits = keras_laid.Digits("test")
 haystacks = list(keras_laid.draw_haystacks(digits, 64, (1, 2)))
 for preset in (keras_laid.presets.TEACHER, keras_laid.presets.STUDENT):

@@ -71,7 +71,7 @@ def students(settings, names, seeds):
     """Yields method, seed and model, the teacher's and untouched included."""
     for seed in seeds:
         yield "teacher", seed, study.load(keras_laid.presets.TEACHER)
-        yield "untouched", seed, study.load(keras_laid.presets.STUDENT)
+        yield "untouched", seed, study.prior_student(settings)
         for name in names:
             (weights,) = (RUNS / settings.name).glob(
                 f"{name}_{seed}_test_*/student.weights.h5"

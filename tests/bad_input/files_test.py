@@ -5,8 +5,10 @@ import os
 import pathlib
 import shutil
 import struct
+import zipfile
 import zlib
 
+import h5py
 import keras
 import keras_hub
 import numpy as np
@@ -590,14 +592,98 @@ def test_poisoned_presets_run_nothing(tmp_path, name, load):
     assert snapshot(tmp_path) == before
 
 
-@pytest.mark.parametrize("edit", [pickled, cut])
-def test_poisoned_weights_run_nothing(tmp_path, edit):
+EMBEDDING = "layers/reversible_embedding/vars/0"
+
+
+def of_weights(change):
+    """An edit that makes one dataset of a preset's weights anew."""
+
+    def edit(preset, path):
+        with h5py.File(preset / "model.weights.h5", "a") as file:
+            shape = file[EMBEDDING].shape
+            del file[EMBEDDING]
+            change(file, shape, path)
+
+    return edit
+
+
+NOT_LOADED = "A total of 1 objects could not be loaded"
+POISONED_WEIGHTS = {
+    "pickled": (pickled, "Unable to synchronously open file"),
+    "cut": (cut, "Unable to synchronously open file"),
+    "64 GiB of nothing": (
+        of_weights(
+            lambda file, shape, path: file.create_dataset(
+                EMBEDDING, (2**20, 2**14), "float32", chunks=(1, 2**14)
+            )
+        ),
+        NOT_LOADED,
+    ),
+    "another file's bytes": (
+        of_weights(
+            lambda file, shape, path: file.create_dataset(
+                EMBEDDING, shape, "float32", external=[(str(path), 0, 2**20)]
+            )
+        ),
+        NOT_LOADED,
+    ),
+    "a link to another file": (
+        of_weights(
+            lambda file, shape, path: file.update(
+                {EMBEDDING: h5py.ExternalLink(str(path), "secret")}
+            )
+        ),
+        NOT_LOADED,
+    ),
+    "another shape": (
+        of_weights(
+            lambda file, shape, path: file.update({EMBEDDING: np.zeros(3)})
+        ),
+        NOT_LOADED,
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "edit, words", POISONED_WEIGHTS.values(), ids=POISONED_WEIGHTS
+)
+def test_poisoned_weights_run_nothing(tmp_path, edit, words):
     preset = shutil.copytree(presets.STUDENT, tmp_path / "preset")
     edit(preset, tmp_path / "evil")
     before = snapshot(tmp_path)
-    with pytest.raises(OSError, match="Unable to synchronously open file"):
+    with pytest.raises((OSError, ValueError), match=words):
         from_preset(str(preset))
     assert snapshot(tmp_path) == before
+
+
+def test_archives_write_nowhere_else(tmp_path, monkeypatch):
+    """A `.keras` file is a zip: what else it holds is not unpacked."""
+    monkeypatch.chdir(tmp_path)
+    inputs = keras.Input((2, 3, 3))
+    model = keras.Model(inputs, keras_laid.HeadMixer(3, 3)(inputs))
+    model.save("mixer.keras")
+    with zipfile.ZipFile("mixer.keras", "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("../evil", "evil")
+        archive.writestr("assets/../../evil", "evil")
+    before = snapshot(tmp_path.parent)
+    keras.saving.load_model("mixer.keras")
+    assert snapshot(tmp_path.parent) == before
+
+
+def test_archives_that_are_bombs_are_refused(tmp_path):
+    path = tmp_path / "mixer.keras"
+    inputs = keras.Input((2, 3, 3))
+    keras.Model(inputs, keras_laid.HeadMixer(3, 3)(inputs)).save(path)
+    whole = zipfile.ZipFile(path)
+    bomb = tmp_path / "bomb.keras"
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("metadata.json", "config.json"):
+            archive.writestr(name, whole.read(name))
+        with archive.open("model.weights.h5", "w", force_zip64=True) as file:
+            for _ in range(256):
+                file.write(bytes(2**20))
+    with pytest.raises((OSError, ValueError)):
+        keras.saving.load_model(bomb)
 
 
 def test_embedded_presets_hold_no_code():
