@@ -1,26 +1,30 @@
 """Breaks the code in one place at a time, and counts what the tests notice.
 
     pip install -c constraints.txt -e ".[benchmarks]"
+    export KERAS_BACKEND=torch
     python -m benchmarks.mutation_testing --package ops --count 150
 
 A seeded sample of cosmic-ray's mutants of a package is tried in a clone of the
-last commit, each against the tests of its module, on one backend after the
-other until a test fails. Rows go to `benchmarks/results/mutation_testing.csv`;
-mutants that have one are passed over.
+last commit, each against the tests of its module. Rows go to
+`benchmarks/results/mutation_testing.csv`; mutants that have one are passed over,
+and those that another backend's tests have killed.
 """
 
 import argparse
 import ast
+import contextlib
+import multiprocessing
 import os
 import pathlib
 import random
-import shlex
+import signal
 import sys
 
+import keras
 import tqdm
 from cosmic_ray.ast import ast_nodes
 from cosmic_ray.ast import get_ast_from_path
-from cosmic_ray.mutating import mutate_and_test
+from cosmic_ray.mutating import use_mutation
 from cosmic_ray.plugins import get_operator
 from cosmic_ray.work_item import MutationSpec
 
@@ -30,7 +34,15 @@ PATH = rows.RESULTS / "mutation_testing.csv"
 CLONE = pathlib.Path("runs/mutation_testing").absolute()
 SEED = 0
 TIMEOUT = 900  # Seconds; a mutant that takes longer counts as killed.
-KEY = ("module", "operator", "occurrence", "commit")
+MUTANT = ("module", "operator", "occurrence")
+# What every test needs, imported once: each mutant is tried in a fork.
+PRELOADED = [
+    "hypothesis",
+    "keras_hub",
+    "matplotlib.pyplot",
+    "pytest",
+    "sklearn",
+]
 # One way to break each thing: the further replacements of the same operator
 # nearly always raise, and would only make the share of the killed larger.
 OPERATORS = [
@@ -65,39 +77,42 @@ OPERATORS = [
     "ReplaceUnaryOperator_Delete_USub",
     "ZeroIterationForLoop",
 ]
-# Backends and tests by the start of a module's path, the first that fits.
+# Tests by the start of a module's path, the first that fits.
 DIVERGENCE = "tests/ops/attention_divergence_test.py"
 OUTPUT = "tests/ops/attention_output_test.py"
 LOGITS = "tests/ops/logits_divergence_test.py"
-BAD_INPUT = "tests/bad_input/ops_test.py tests/numerics_test.py"
-ALL = "torch jax tensorflow"
+OF_OPS = ["tests/bad_input/ops_test.py", "tests/numerics_test.py"]
 TESTS = {
-    "ops/attention_divergence/triton": ("torch", DIVERGENCE),
-    "ops/attention_divergence/pallas": ("jax", DIVERGENCE),
-    "ops/attention_divergence": (ALL, f"{DIVERGENCE} {BAD_INPUT}"),
-    "ops/attention_output": (ALL, f"{OUTPUT} {BAD_INPUT}"),
-    "ops/attention": (ALL, f"{OUTPUT} {DIVERGENCE} {BAD_INPUT}"),
-    "ops/row_blocks": (ALL, f"{OUTPUT} {DIVERGENCE}"),
-    "ops/logits_divergence": (ALL, f"{LOGITS} {BAD_INPUT}"),
-    "ops/top_logits": (
-        ALL,
-        f"{LOGITS} {BAD_INPUT} tests/distillation/stored_teacher_test.py",
-    ),
-    "ops/unembedding": (
-        ALL,
-        f"{LOGITS} {BAD_INPUT} tests/backbones/unembedding_test.py",
-    ),
-    "ops": (ALL, f"tests/ops {BAD_INPUT}"),
-    "layers": (
-        ALL,
-        "tests/layers tests/bad_input/layers_test.py tests/saving "
-        "tests/numerics_test.py tests/backbones/gain_modulation_test.py",
-    ),
-    "haystacks": (
-        "tensorflow",
-        "tests/haystacks tests/bad_input/haystacks_test.py "
+    "ops/attention_divergence/triton": [DIVERGENCE],
+    "ops/attention_divergence/pallas": [DIVERGENCE],
+    "ops/attention_divergence": [DIVERGENCE, *OF_OPS],
+    "ops/attention_output": [OUTPUT, *OF_OPS],
+    "ops/attention": [OUTPUT, DIVERGENCE, *OF_OPS],
+    "ops/row_blocks": [OUTPUT, DIVERGENCE],
+    "ops/logits_divergence": [LOGITS, *OF_OPS],
+    "ops/top_logits": [
+        LOGITS,
+        *OF_OPS,
+        "tests/distillation/stored_teacher_test.py",
+    ],
+    "ops/unembedding": [
+        LOGITS,
+        *OF_OPS,
+        "tests/backbones/unembedding_test.py",
+    ],
+    "ops": ["tests/ops", *OF_OPS],
+    "layers": [
+        "tests/layers",
+        "tests/bad_input/layers_test.py",
+        "tests/backbones/gain_modulation_test.py",
+        "tests/numerics_test.py",
+        "tests/saving",
+    ],
+    "haystacks": [
+        "tests/haystacks",
+        "tests/bad_input/haystacks_test.py",
         "tests/bad_input/files_test.py",
-    ),
+    ],
 }
 
 
@@ -130,16 +145,28 @@ def positions_of_annotations(source):
     ]
 
 
-def test_command(module):
-    backends, tests = next(
-        value for start, value in TESTS.items() if module.startswith(start)
-    )
-    python = shlex.quote(sys.executable)
-    runs = [
-        f"KERAS_BACKEND={backend} {python} -m pytest -qx {tests}"
-        for backend in backends.split()
-    ]
-    return shlex.join(["sh", "-c", " && ".join(runs)])
+def run_tests(paths):
+    """In a process of its own, which tells by its exit what came out."""
+    os.setsid()
+    sys.path.insert(0, str(CLONE))
+    sys.dont_write_bytecode = True
+    import pytest
+
+    with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
+        code = pytest.main(["-qx", "-p", "no:cacheprovider", *paths])
+    os._exit(code)
+
+
+def survives(module):
+    paths = next(p for start, p in TESTS.items() if module.startswith(start))
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=run_tests, args=(paths,))
+    process.start()
+    process.join(TIMEOUT)
+    if process.is_alive():
+        os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+    return process.exitcode == 0
 
 
 def main():
@@ -152,50 +179,55 @@ def main():
     )
     parser.add_argument("--count", type=int, required=True)
     args = parser.parse_args()
+    backend = keras.backend.backend()
     commit = rows.commit()
-    root = pathlib.Path.cwd()
+    path = PATH.absolute()
     if not CLONE.exists():
         rows.git("clone", "--quiet", "--shared", ".", str(CLONE))
     os.chdir(CLONE)
     rows.git("fetch", "--quiet")
     rows.git("checkout", "--quiet", "--force", commit.removesuffix("-dirty"))
-    os.environ["PYTHONPATH"] = str(CLONE)
+    # Read when Triton is imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    multiprocessing.set_forkserver_preload(PRELOADED)
 
     package = pathlib.Path("keras_laid")
     found = [
         mutant
-        for path in sorted((package / args.package).rglob("*.py"))
-        for mutant in mutants(path)
+        for module in sorted((package / args.package).rglob("*.py"))
+        for mutant in mutants(module)
     ]
     sample = random.Random(SEED).sample(found, min(args.count, len(found)))
     for mutant in tqdm.tqdm(sample):
-        module = str(mutant.module_path.relative_to(package).with_suffix(""))
+        module = mutant.module_path.relative_to(package).with_suffix("")
         row = dict(
             package=args.package,
             mutants=len(found),
-            module=module,
+            module=str(module),
             line=mutant.start_pos[0],
             operator=mutant.operator_name.removeprefix("core/"),
             occurrence=mutant.occurrence,
-            commit=commit,
+            backend=backend,
         )
-        path = root / PATH
-        if rows.is_done(path, row, KEY):
+        killed = dict(row, outcome="killed")
+        if rows.is_done(path, row, (*MUTANT, "backend")) or rows.is_done(
+            path, killed, (*MUTANT, "outcome")
+        ):
             continue
-        result = mutate_and_test([mutant], test_command(module), TIMEOUT)
-        row["outcome"] = result.test_outcome.value
-        row["change"] = changed_lines(result.diff)
+        operator = get_operator(mutant.operator_name)()
+        with use_mutation(mutant.module_path, operator, mutant.occurrence) as (
+            before,
+            after,
+        ):
+            outcome = "survived" if survives(str(module)) else "killed"
+        row |= dict(
+            outcome=outcome,
+            before=before.splitlines()[row["line"] - 1].strip(),
+            after=after.splitlines()[row["line"] - 1].strip(),
+            commit=commit,
+            machine=rows.machine(),
+        )
         rows.append_row(path, row)
-
-
-def changed_lines(diff):
-    """The lines before and after, of a unified diff."""
-    lines = [
-        line
-        for line in (diff or "").splitlines()
-        if line[:1] in ("-", "+") and line[:3] not in ("---", "+++")
-    ]
-    return " ".join(" ".join(line.split()) for line in lines)
 
 
 if __name__ == "__main__":
