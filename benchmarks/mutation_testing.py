@@ -6,8 +6,8 @@
 
 A seeded sample of cosmic-ray's mutants of a package is tried in a clone of the
 last commit, each against the tests of its module. Rows go to
-`benchmarks/results/mutation_testing.csv`; mutants that have one are passed over,
-and those that another backend's tests have killed.
+`benchmarks/results/mutation_testing.csv`; mutants that have one are passed
+over, and those that another backend's tests have killed.
 """
 
 import argparse
@@ -157,8 +157,11 @@ def run_tests(paths):
     os._exit(code)
 
 
-def survives(module):
-    paths = next(p for start, p in TESTS.items() if module.startswith(start))
+def tests_of(module):
+    return next(p for start, p in TESTS.items() if module.startswith(start))
+
+
+def pass_all(paths):
     context = multiprocessing.get_context("forkserver")
     process = context.Process(target=run_tests, args=(paths,))
     process.start()
@@ -198,8 +201,10 @@ def main():
         for mutant in mutants(module)
     ]
     sample = random.Random(SEED).sample(found, min(args.count, len(found)))
+    whole = []
     for mutant in tqdm.tqdm(sample):
         module = mutant.module_path.relative_to(package).with_suffix("")
+        paths = tests_of(str(module))
         row = dict(
             package=args.package,
             mutants=len(found),
@@ -214,12 +219,18 @@ def main():
             path, killed, (*MUTANT, "outcome")
         ):
             continue
+        if paths not in whole:
+            if not pass_all(paths):
+                raise ValueError(
+                    f"Unbroken code must pass its tests. Received: {paths}"
+                )
+            whole.append(paths)
         operator = get_operator(mutant.operator_name)()
         with use_mutation(mutant.module_path, operator, mutant.occurrence) as (
             before,
             after,
         ):
-            outcome = "survived" if survives(str(module)) else "killed"
+            outcome = "survived" if pass_all(paths) else "killed"
         row |= dict(
             outcome=outcome,
             before=before.splitlines()[row["line"] - 1].strip(),
