@@ -132,32 +132,3 @@ def oracle(layer, x, mask, distance, frequency, scale=1.0, gain=1.0):
     weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-30)
     output = np.einsum("bnts,bsnh->btnh", weights, value)
     return np.einsum("btnh,nhd->btd", output, kernel_of(layer.output_dense))
-
-
-def assert_compiled_functions_follow(model, inputs, scope):
-    """`predict` and `generate` are those of the scope inside it alone."""
-    model.compile(sampler="greedy")
-    prompts = {
-        name: inputs[name] for name in ("images", "token_ids", "padding_mask")
-    }
-    prompts["padding_mask"] = np.tile(np.arange(9) < 6, (2, 1))
-
-    def run():
-        predicted = model.predict_on_batch(inputs)
-        token_ids = model.generate(prompts, stop_token_ids=None)["token_ids"]
-        return to_numpy(predicted), to_numpy(token_ids)
-
-    def run_uncompiled():
-        tensors = {n: ops.convert_to_tensor(v) for n, v in prompts.items()}
-        token_ids = model.generate_step(tensors)["token_ids"]
-        return logits_of(model, inputs), to_numpy(token_ids)
-
-    plain = run()
-    with scope():
-        inside, expected = run(), run_uncompiled()
-    after = run()
-    for a, b in ((inside, expected), (after, plain)):
-        np.testing.assert_allclose(a[0], b[0], atol=5e-5)
-        np.testing.assert_array_equal(a[1], b[1])
-    assert np.abs(inside[0] - plain[0]).max() > 1e-2
-    assert np.any(inside[1] != plain[1])

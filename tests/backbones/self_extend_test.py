@@ -112,36 +112,6 @@ def test_a_window_as_long_as_the_prompt_changes_nothing():
     assert np.abs(found - before).max() > 1e-4
 
 
-@CONFIGS
-def test_a_token_at_a_time_equals_all_at_once(config):
-    model, inputs = support.make_model(config), support.make_inputs()
-    with self_extend(model, **SETTINGS):
-        once = support.logits_of(model, inputs)
-        np.testing.assert_allclose(
-            support.decoded(model, inputs), once, atol=5e-5
-        )
-    assert np.abs(once - support.logits_of(model, inputs)).max() > 1e-2
-
-
-@pytest.mark.parametrize("inner", ["self_extend", "positions"])
-def test_positions_may_be_given_inside_or_outside(inner):
-    model, inputs = support.make_model(), support.make_inputs()
-    positions = support.random_positions()
-    with self_extend(model, **SETTINGS):
-        expected = support.logits_of(model, dict(inputs, positions=positions))
-        ordinary = support.logits_of(model, inputs)
-    scopes = [
-        self_extend(model, **SETTINGS),
-        rotary_positions(model, positions),
-    ]
-    with contextlib.ExitStack() as stack:
-        for scope in scopes if inner == "positions" else scopes[::-1]:
-            stack.enter_context(scope)
-        found = support.logits_of(model, inputs)
-    np.testing.assert_allclose(found, expected, atol=1e-6)
-    assert np.abs(found - ordinary).max() > 1e-2
-
-
 def test_sliding_windows_are_left_alone():
     model = make_multi_image(PALI_GEMMA_2)
     layers = attention_of(model)
@@ -151,26 +121,6 @@ def test_sliding_windows_are_left_alone():
         not layer.use_sliding_window_attention for layer in layers
     ]
     assert len(set(changed)) == 2
-
-
-def test_model_is_left_as_it_was_also_after_an_error():
-    model, inputs = support.make_model(), support.make_inputs()
-    layers = attention_of(model)
-    layers += [layer.rope_layer for layer in layers]
-    names = [set(vars(layer)) for layer in layers]
-    before = support.logits_of(model, inputs)
-    with pytest.raises(RuntimeError, match="on purpose"):
-        with self_extend(model, **SETTINGS):
-            raise RuntimeError("on purpose")
-    assert names == [set(vars(layer)) for layer in layers]
-    np.testing.assert_array_equal(support.logits_of(model, inputs), before)
-
-
-def test_compiled_functions_follow():
-    model, inputs = support.make_model(), support.make_inputs()
-    support.assert_compiled_functions_follow(
-        model, inputs, lambda: self_extend(model, **SETTINGS)
-    )
 
 
 def test_half_precision_is_close():

@@ -1,7 +1,5 @@
 """YaRN on PaliGemma 1 and 2, against the paper's equations."""
 
-import contextlib
-
 import keras
 import numpy as np
 import pytest
@@ -133,31 +131,6 @@ def test_factor_of_one_changes_no_bit(config):
         np.testing.assert_array_equal(found, before)
 
 
-@CONFIGS
-def test_a_token_at_a_time_equals_all_at_once(config):
-    model, inputs = support.make_model(config), support.make_inputs()
-    with yarn(model, **SETTINGS):
-        once = support.logits_of(model, inputs)
-        np.testing.assert_allclose(
-            support.decoded(model, inputs), once, atol=5e-5
-        )
-    assert np.abs(once - support.logits_of(model, inputs)).max() > 1e-2
-
-
-@pytest.mark.parametrize("inner", ["yarn", "positions"])
-def test_positions_may_be_given_inside_or_outside(inner):
-    model, inputs = support.make_model(), support.make_inputs()
-    positions = support.random_positions()
-    with yarn(model, **SETTINGS):
-        expected = support.logits_of(model, dict(inputs, positions=positions))
-    scopes = [yarn(model, **SETTINGS), rotary_positions(model, positions)]
-    with contextlib.ExitStack() as stack:
-        for scope in scopes if inner == "positions" else scopes[::-1]:
-            stack.enter_context(scope)
-        found = support.logits_of(model, inputs)
-    np.testing.assert_allclose(found, expected, atol=1e-6)
-
-
 def test_sliding_windows_are_left_alone():
     model = make_multi_image(PALI_GEMMA_2)
     with yarn(model, **SETTINGS):
@@ -169,25 +142,6 @@ def test_sliding_windows_are_left_alone():
         not layer.use_sliding_window_attention for layer in attention_of(model)
     ]
     assert len(set(changed)) == 2
-
-
-def test_model_is_left_as_it_was_also_after_an_error():
-    model, inputs = support.make_model(), support.make_inputs()
-    layers = [layer.rope_layer for layer in attention_of(model)]
-    names = [set(vars(layer)) for layer in layers]
-    before = support.logits_of(model, inputs)
-    with pytest.raises(RuntimeError, match="on purpose"):
-        with yarn(model, **SETTINGS):
-            raise RuntimeError("on purpose")
-    assert names == [set(vars(layer)) for layer in layers]
-    np.testing.assert_array_equal(support.logits_of(model, inputs), before)
-
-
-def test_compiled_functions_follow():
-    model, inputs = support.make_model(), support.make_inputs()
-    support.assert_compiled_functions_follow(
-        model, inputs, lambda: yarn(model, **SETTINGS)
-    )
 
 
 def test_captured_queries_are_interpolated():
