@@ -130,6 +130,16 @@ def to_numpy(x):
     return x
 
 
+def called_inside(function, dtype):
+    """What a function gives in the call of a layer of that dtype policy."""
+
+    class Outer(keras.layers.Layer):
+        def call(self, x):
+            return function()
+
+    return Outer(dtype=dtype)(np.zeros((1, 1), "float32"))
+
+
 def value_and_grads(function, *arrays):
     """`function(*arrays)`, a scalar, and its gradient for each array."""
     if keras.backend.backend() == "jax":

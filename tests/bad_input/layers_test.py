@@ -205,6 +205,14 @@ ROWS = [
         'Pass `applied_to="queries"`',
     ),
     refused(
+        "a batch in place of heads",
+        lambda: GainModulatedRotaryEmbedding(num_heads=2)(zeros(2, 5, 8)),
+        ValueError,
+        "must have an axis of `num_heads` heads",
+        "(2, 5, 8)",
+        "num_heads=2",
+    ),
+    refused(
         "an odd number of features",
         lambda: rotated((2, 5, 3, 7)),
         ValueError,

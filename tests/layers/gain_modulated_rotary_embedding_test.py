@@ -7,6 +7,7 @@ from keras import ops
 from keras_hub.layers import RotaryEmbedding
 
 from keras_laid.layers import GainModulatedRotaryEmbedding
+from tests.support import called_inside
 
 DTYPES = ["float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16"]
 SCALINGS = [
@@ -239,6 +240,17 @@ def test_a_gain_is_not_rounded_to_bfloat16():
     layer.log_gain.assign(np.full(16, np.log(1.0195)))
     ratio = to_numpy(layer.modulate(x)).mean() / to_numpy(x).mean()
     assert abs(ratio - 1.0195) < 0.001
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "mixed_bfloat16"])
+def test_gains_are_float32_whatever_the_policy(dtype):
+    layer = with_random_gains(
+        GainModulatedRotaryEmbedding(dtype=dtype), (None, None, 8)
+    )
+    assert layer.log_gain.dtype == "float32"
+    gains = called_inside(layer.gains, dtype)
+    assert keras.backend.standardize_dtype(gains.dtype) == "float32"
+    np.testing.assert_array_equal(to_numpy(gains), to_numpy(layer.gains()))
 
 
 def test_decay_pulls_gains_to_one():
