@@ -183,13 +183,13 @@ def main():
     parser.add_argument("--count", type=int, required=True)
     args = parser.parse_args()
     backend = keras.backend.backend()
-    commit = rows.commit()
+    commit = rows.commit().removesuffix("-dirty")  # What the clone is of.
     path = PATH.absolute()
     if not CLONE.exists():
         rows.git("clone", "--quiet", "--shared", ".", str(CLONE))
     os.chdir(CLONE)
     rows.git("fetch", "--quiet")
-    rows.git("checkout", "--quiet", "--force", commit.removesuffix("-dirty"))
+    rows.git("checkout", "--quiet", "--force", commit)
     # Read when Triton is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
     multiprocessing.set_forkserver_preload(PRELOADED)
