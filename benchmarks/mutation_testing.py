@@ -81,7 +81,8 @@ OPERATORS = [
 DIVERGENCE = "tests/ops/attention_divergence_test.py"
 OUTPUT = "tests/ops/attention_output_test.py"
 LOGITS = "tests/ops/logits_divergence_test.py"
-OF_OPS = ["tests/bad_input/ops_test.py", "tests/numerics_test.py"]
+SIGNATURES = "tests/signatures_test.py"
+OF_OPS = [SIGNATURES, "tests/bad_input/ops_test.py", "tests/numerics_test.py"]
 TESTS = {
     "ops/attention_divergence/triton": [DIVERGENCE],
     "ops/attention_divergence/pallas": [DIVERGENCE],
@@ -102,6 +103,7 @@ TESTS = {
     ],
     "ops": ["tests/ops", *OF_OPS],
     "layers": [
+        SIGNATURES,
         "tests/layers",
         "tests/bad_input/layers_test.py",
         "tests/backbones/gain_modulation_test.py",
@@ -109,6 +111,7 @@ TESTS = {
         "tests/saving",
     ],
     "haystacks": [
+        SIGNATURES,
         "tests/haystacks",
         "tests/bad_input/haystacks_test.py",
         "tests/bad_input/files_test.py",

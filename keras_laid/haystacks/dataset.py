@@ -46,6 +46,7 @@ class Haystacks(keras.utils.PyDataset):
         stretching: Optional `keras_laid.PositionStretching`. Adds
             `"positions"` to the inputs, drawn anew in each epoch.
         seed: Integer.
+        **kwargs: Passed to `keras.utils.PyDataset`: `workers`, etc.
 
     Attributes:
         batch_images: Integer array of shape `(batches,)`, images in the
