@@ -229,7 +229,13 @@ def write_shard(
             }
         )
         progress.update()
-    writer.close()
+    try:
+        writer.close()
+    except RuntimeError as error:
+        raise OSError(
+            "A shard must be written as a whole. Received this error: "
+            f"{error}. Make room and call this again: complete shards stay."
+        ) from error
     values = {"sha256": stored_teacher.checksum(new), "batches": batches}
     new.replace(shard)
     write_whole(stored_teacher.sidecar(shard), json.dumps(values))

@@ -1,6 +1,8 @@
 """Training from a teacher's stored targets is training beside the teacher."""
 
 import json
+import resource
+import shutil
 
 import keras
 import numpy as np
@@ -177,6 +179,27 @@ def test_goes_on_where_it_was_stopped(
         stored.shards, StoredTeacher(written).shards, strict=True
     ):
         assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_full_disk_costs_no_shard(teacher, preprocessor, written, tmp_path):
+    folder = shutil.copytree(written, tmp_path / "store")
+    *complete, last = [shard for shard, _ in StoredTeacher(folder).shards]
+    size = last.stat().st_size
+    last.unlink()
+    before = {path: path.read_bytes() for path in complete}
+    data = make_haystacks(preprocessor, **QUESTIONS)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limits[1]))
+    try:
+        with pytest.raises(OSError, match="written as a whole. .*too large"):
+            store(teacher, data, folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path: path.read_bytes() for path in complete} == before
+    with pytest.raises(ValueError, match="must be complete"):
+        StoredTeacher(folder)
+    store(teacher, data, folder)
+    assert last.stat().st_size == size
 
 
 def test_corrupted_shard_is_named_and_refused(teacher, preprocessor, tmp_path):
