@@ -22,11 +22,12 @@ SEED = 1
 
 def main():
     PATH.unlink(missing_ok=True)
-    haystacks = keras_laid.draw_haystacks(
-        keras_laid.Digits("test"), QUESTIONS * len(SIZES), SIZES, seed=SEED
-    )
+    source = keras_laid.Digits("test")
     for preset in (keras_laid.presets.STUDENT, keras_laid.presets.TEACHER):
         model = keras_hub.models.PaliGemmaCausalLM.from_preset(preset)
+        haystacks = keras_laid.draw_haystacks(
+            source, QUESTIONS * len(SIZES), SIZES, seed=SEED
+        )
         accuracy = keras_laid.evaluate_haystacks(model, haystacks).accuracy
         rows.append_row(
             PATH,

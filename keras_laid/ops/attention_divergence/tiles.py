@@ -171,7 +171,8 @@ def key_bounds(places: Places, tiles: Tiles, window: int | None) -> Tensor:
     full_start = ops.where(most == 1, 0, first_row(highest))
     # Keys that are padding, or beyond the last, are attended by none.
     full_start = ops.where(least == 0, rows, full_start)
-    end = full_end = ops.full_like(start, rows)
+    full_end = ops.full_like(start, rows)
+    end = ops.where(most == 0, 0, full_end)
     if window is not None:
         start = ops.maximum(start, first_row(lowest - window + 1))
         full_start = ops.maximum(full_start, first_row(highest - window + 1))
