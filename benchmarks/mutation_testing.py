@@ -86,10 +86,14 @@ OF_OPS = [SIGNATURES, "tests/bad_input/ops_test.py", "tests/numerics_test.py"]
 TESTS = {
     "ops/attention_divergence/triton": [DIVERGENCE],
     "ops/attention_divergence/pallas": [DIVERGENCE],
+    "ops/attention_divergence/tiles": [
+        "tests/ops/tiles_test.py",
+        DIVERGENCE,
+    ],
     "ops/attention_divergence": [DIVERGENCE, *OF_OPS],
     "ops/attention_output": [OUTPUT, *OF_OPS],
     "ops/attention": [OUTPUT, DIVERGENCE, *OF_OPS],
-    "ops/row_blocks": [OUTPUT, DIVERGENCE],
+    "ops/row_blocks": ["tests/ops/row_blocks_test.py", OUTPUT, DIVERGENCE],
     "ops/logits_divergence": [LOGITS, *OF_OPS],
     "ops/top_logits": [
         LOGITS,

@@ -109,6 +109,7 @@ class Case:
         exponent=1.5,
         soft_caps=(2.0, None),
         blocks=False,
+        prefix=None,
     ):
         shape = SHAPES.get(shape, shape)
         rows, keys = shape.rows, shape.keys
@@ -125,6 +126,9 @@ class Case:
         mixture = mixture / mixture.sum(axis=1, keepdims=True)
         self.mixture = mixture.astype("float32") if mixed else None
         kind = rng.integers(0, 3, size=(2, keys))  # 0 is padding
+        if prefix is not None:  # As in a prompt with its response.
+            kind[:] = np.where(np.arange(keys) < prefix, 1, 2)
+            kind[1, keys - 3 :] = 0
         self.bidirectional, self.causal = kind == 1, kind == 2
         self.row_index = np.arange(keys - rows, keys)
         self.positions = np.sort(rng.integers(0, 99, (2, keys)))
@@ -300,6 +304,17 @@ def test_value_and_gradients_are_the_oracles(implementation, shape, dtype):
 def test_a_row_of_one_key_is_the_oracles(implementation):
     # Both maps are 1 there, and their logarithms cancel.
     assert_is_the_oracles(implementation, Case("odd", window=1))
+
+
+@IMPLEMENTATION
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("window", [None, 40])
+def test_tiles_that_are_whole_are_the_oracles(implementation, window, mixed):
+    # Where every row of a tile attends every key, kernels look at no mask.
+    heads = (2, 1, 8)
+    shape = Shape(rows=61, keys=70, student=heads, teacher=heads)
+    case = Case(shape, mixed=mixed, window=window, prefix=20)
+    assert_is_the_oracles(implementation, case)
 
 
 @strategies.composite
