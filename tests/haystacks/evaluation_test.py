@@ -309,8 +309,10 @@ def test_goes_on_after_an_interruption(tmp_path):
 
 def test_files(tmp_path):
     haystacks = digits(40, sizes=(1, 4))
+    # One of each size is answered in another word.
+    wrong = {len(h.images): id(h) for h in haystacks}.values()
     results = evaluate(
-        knower(haystacks, lambda h: h.answer),
+        knower(haystacks, lambda h: "?" if id(h) in wrong else h.answer),
         haystacks,
         through="generate",
         output=tmp_path,
@@ -318,8 +320,13 @@ def test_files(tmp_path):
     with (tmp_path / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["size"] for row in rows] == ["1", "4"]
-    assert [float(row["accuracy"]) for row in rows] == [1.0, 1.0]
+    assert [float(row["accuracy"]) for row in rows] == [0.95, 0.95]
     assert [int(row["questions"]) for row in rows] == [20, 20]
+    intervals = {
+        int(r["size"]): (float(r["low"]), float(r["high"])) for r in rows
+    }
+    assert intervals == results.intervals()
+    assert all(low < high for low, high in intervals.values())
     content = json.loads((tmp_path / "results.json").read_text())
     assert content["settings"]["rule"] == "strict"
     assert len(content["positions"]["4"]) == 4
@@ -517,7 +524,36 @@ def test_callback_reports_the_window_and_reads_a_function(student, capsys):
         keras_laid.effective_window(evaluation.results.accuracy).window
     )
     assert logs["haystack_accuracy_1"] > 0.8
-    assert capsys.readouterr().out == ""
+    printed = capsys.readouterr()
+    assert printed.out == "" and "haystacks:" not in printed.err
+
+
+def test_callback_finds_no_window_below_chance(student):
+    haystacks = digits(64, sizes=(10,))
+    records = evaluate(student, haystacks).records
+    failed = [
+        haystack
+        for haystack, record in zip(haystacks, records, strict=True)
+        if not record["right"]
+    ]
+    evaluation = HaystackEvaluation(failed, model=student, verbose=False)
+    evaluation.set_model(keras.Sequential())
+    evaluation.on_train_begin()
+    logs = {}
+    evaluation.on_epoch_end(0, logs)
+    assert logs == {"haystack_accuracy_10": 0.0, "effective_window": 0.0}
+
+
+def test_a_batch_has_a_question_however_long():
+    haystacks = digits(6)
+    asked = []
+
+    def model(images, prompts):
+        asked.append(len(images))
+        return ["yes"] * len(images)
+
+    evaluate(model, haystacks, through="generate", tokens_per_batch=1)
+    assert asked == [1] * 6
 
 
 def test_callback_refuses():
