@@ -130,14 +130,15 @@ extras: package
 			$(EXTRA_ENV)/bin/python -I tests/smoke.py || exit 1; \
 	done
 
-$(GUIDE_ENV)/ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(GUIDE_ENV)
-	$(GUIDE_ENV)/bin/pip install --quiet -c constraints.txt -e ".[jax]"
-	touch $@
+# What is installed into which environment.
+$(GUIDE_ENV)/ready: WHAT := -e ".[jax]"
+$(TEST_ENV)/ready: WHAT := -e ".[$(EXTRAS)]"
+$(DOCS_ENV)/ready: WHAT := -e ".[docs]"
+$(PACKAGE_ENV)/ready: WHAT := ".[jax,package]"
 
-$(TEST_ENV)/ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(TEST_ENV)
-	$(TEST_ENV)/bin/pip install --quiet -c constraints.txt -e ".[$(EXTRAS)]"
+%/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet -c constraints.txt $(WHAT)
 	touch $@
 
 $(LOWEST_ENV)/ready: pyproject.toml
@@ -148,14 +149,4 @@ $(LOWEST_ENV)/ready: pyproject.toml
 		--output-file $(LOWEST_ENV)/constraints.txt
 	$(LOWEST_ENV)/bin/pip install --quiet -c $(LOWEST_ENV)/constraints.txt \
 		-e ".[$(EXTRAS)]"
-	touch $@
-
-$(DOCS_ENV)/ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(DOCS_ENV)
-	$(DOCS_ENV)/bin/pip install --quiet -c constraints.txt -e ".[docs]"
-	touch $@
-
-$(PACKAGE_ENV)/ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(PACKAGE_ENV)
-	$(PACKAGE_ENV)/bin/pip install --quiet -c constraints.txt ".[jax,package]"
 	touch $@

@@ -13,9 +13,9 @@ import keras_hub
 
 import keras_laid
 from benchmarks import rows
+from benchmarks.window_extension.tables import SIZES
 
 PATH = rows.RESULTS / "preset_scores.csv"
-SIZES = (1, 2, 5, 10, 20, 50, 100, 150)
 QUESTIONS = 1024  # At each size.
 SEED = 1
 

@@ -24,10 +24,10 @@ from benchmarks.window_extension import methods as study
 from benchmarks.window_extension.settings import RUNS
 from benchmarks.window_extension.settings import names_of_configs
 from benchmarks.window_extension.settings import read_settings
+from benchmarks.window_extension.tables import SIZES
 from keras_laid.haystacks import draw_haystacks
 
 PATH = rows.RESULTS / "window_extension.csv"
-SIZES = (1, 2, 5, 10, 20, 50, 100, 150)
 QUESTIONS = 256  # At each size.
 TUNING_SEED = 100
 KEY = ("config", "method", "seed", "split", "learning_rate")
