@@ -199,6 +199,7 @@ def main():
     rows.git("checkout", "--quiet", "--force", commit)
     # Read when Triton is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ["PYTHONPATH"] = str(CLONE)  # Of what tests start, too.
     multiprocessing.set_forkserver_preload(PRELOADED)
 
     package = pathlib.Path("keras_laid")

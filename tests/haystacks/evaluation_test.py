@@ -1,4 +1,5 @@
 import csv
+import inspect
 import io
 import json
 
@@ -17,6 +18,8 @@ from keras_laid.backbones.image_prompts import ImagePrompts
 from keras_laid.haystacks import Haystack
 from keras_laid.haystacks import HaystackResults
 from keras_laid.haystacks.digits import NAMES
+from keras_laid.haystacks.evaluation import Asking
+from keras_laid.haystacks.evaluation import check_asking
 from tests.support import make_haystacks
 from tests.support import make_multi_image
 from tests.support import make_pali_gemma
@@ -663,3 +666,10 @@ def test_gemma3_both_ways():
     for word in ("yes", "no"):
         texts = {prompts.text(t).strip() for t in prompts.first_tokens(word)}
         assert texts == {word, word.capitalize()}
+
+
+@pytest.mark.parametrize("taker", [Asking, check_asking])
+def test_defaults_are_those_of_evaluate_haystacks(taker):
+    defaults = inspect.signature(evaluate_haystacks).parameters
+    for name, parameter in inspect.signature(taker).parameters.items():
+        assert parameter.default == defaults[name].default, name
