@@ -112,12 +112,8 @@ def mean_accuracy(config, method):
     )
 
 
-def laid_against_logits():
-    laid, kd = (
-        mean_accuracy("short_200", method)
-        for method in ("laid_stretched", "kd_stretched")
-    )
-    return max(abs(laid - kd))
+def laid_against_logits(config, laid, kd):
+    return max(abs(mean_accuracy(config, laid) - mean_accuracy(config, kd)))
 
 
 def what_attention_matching_costs():
@@ -175,7 +171,14 @@ SENTENCES = [
     (
         "benchmarks/window_extension.md",
         "LAid and KD with stretching differ by at most {:.3f} at every size.",
-        laid_against_logits,
+        lambda: laid_against_logits(
+            "short_200", "laid_stretched", "kd_stretched"
+        ),
+    ),
+    (
+        "benchmarks/window_extension.md",
+        "within {:.3f} of each other at every size.",
+        lambda: laid_against_logits("unlabelled_200", "laid", "kd"),
     ),
     (
         "benchmarks/window_extension.md",
