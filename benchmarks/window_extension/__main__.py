@@ -96,6 +96,8 @@ def best_learning_rate(settings, method):
     """The rate with the best mean accuracy on the validation split."""
     if method in study.UNTRAINED:
         return 0.0
+    if len(settings.learning_rates) == 1:
+        return settings.learning_rates[0]
     tried = {
         float(row["learning_rate"]): sum(
             float(row[f"accuracy_{size}"]) for size in SIZES

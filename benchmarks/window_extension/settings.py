@@ -26,7 +26,8 @@ class Settings:
         batch_size: Integer, questions a step, of every method.
         labelled_in_batch: Integer, how many of them have labels where there
             are both kinds. Defaults to half.
-        learning_rates: List of floats, tried for every method.
+        learning_rates: List of floats, tried for every method. A single one
+            is taken as it is.
         prior_steps: Integer, supervised steps on `prior_sizes` images that the
             student has behind it before any method starts. Defaults to 0: the
             embedded student.
