@@ -124,6 +124,15 @@ def what_attention_matching_costs():
 
 
 # What a text says beside its tables, and the numbers that go in.
+def windows_after_twice_the_steps():
+    runs = study.read_runs()["longer_200"]
+    ratios = (
+        study.ratio_of_windows(runs[name], runs[study.UNTOUCHED])
+        for name in ("laid_light_yarn", "kd_yarn")
+    )
+    return [float(n) for ratio in ratios for n in NUMBER.findall(ratio)]
+
+
 SENTENCES = [
     (
         "README.md",
@@ -144,6 +153,12 @@ SENTENCES = [
         "README.md",
         "{:.0f} against {:.0f} images and {:.0f} against {:.0f}.",
         guide_and_stretched_labels,
+    ),
+    (
+        "README.md",
+        "LAid's window gets {:.1f} times longer ({:.1f} to {:.1f}), and that "
+        "of logits alone {:.1f} times ({:.1f} to {:.1f}).",
+        windows_after_twice_the_steps,
     ),
     (
         "README.md",
