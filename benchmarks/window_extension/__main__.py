@@ -96,7 +96,7 @@ def best_learning_rate(settings, method):
     """The rate with the best mean accuracy on the validation split."""
     if method in study.UNTRAINED:
         return 0.0
-    if len(settings.learning_rates) == 1:
+    if not settings.is_tuned:
         return settings.learning_rates[0]
     tried = {
         float(row["learning_rate"]): sum(
@@ -133,7 +133,7 @@ def main():
             (name, TUNING_SEED, "validation", rate)
             for rate in settings.learning_rates
             for name in names
-            if name in study.METHODS
+            if name in study.METHODS and settings.is_tuned
         ]
     else:
         runs = [

@@ -48,6 +48,10 @@ class Settings:
     prior_steps: int = 0
     prior_sizes: tuple = ()
 
+    @property
+    def is_tuned(self):
+        return len(self.learning_rates) > 1
+
 
 def read_settings(name):
     path = CONFIGS / f"{name}.toml"

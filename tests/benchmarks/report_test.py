@@ -123,7 +123,6 @@ def what_attention_matching_costs():
     )
 
 
-# What a text says beside its tables, and the numbers that go in.
 def windows_after_twice_the_steps():
     runs = study.read_runs()["longer_200"]
     ratios = (
@@ -133,6 +132,7 @@ def windows_after_twice_the_steps():
     return [float(n) for ratio in ratios for n in NUMBER.findall(ratio)]
 
 
+# What a text says beside its tables, and the numbers that go in.
 SENTENCES = [
     (
         "README.md",
