@@ -30,7 +30,7 @@ from keras_laid.haystacks import draw_haystacks
 PATH = rows.RESULTS / "window_extension.csv"
 QUESTIONS = 256  # At each size.
 TUNING_SEED = 100
-KEY = ("config", "method", "seed", "split", "learning_rate")
+KEY = ("config", "method", "seed", "split", "learning_rate", "steps")
 
 
 def measure(student, split, seed, output, scope):
@@ -56,40 +56,47 @@ def measure(student, split, seed, output, scope):
     return accuracy
 
 
-def run(settings, name, seed, split, learning_rate):
-    """Trains and measures once; returns the row."""
-    row = dict(
+def run(settings, name, seed, split, learning_rate, missing):
+    """Trains once, and appends a row for each number of steps missing."""
+    key = dict(
         config=settings.name,
         method=name,
         seed=seed,
         split=split,
         learning_rate=learning_rate,
-        steps=settings.steps,
-        commit=rows.commit(),
     )
     student = study.prior_student(settings)
     keras.utils.set_random_seed(seed)
     output = RUNS / settings.name / f"{name}_{seed}_{split}_{learning_rate}"
+    commit = rows.commit()
     began = time.time()
+
+    def append_row(steps, scope=study.untouched):
+        seconds = round(time.time() - began)
+        found = measure(student, split, seed, output / str(steps), scope)
+        row = key | dict(steps=steps, commit=commit, seconds_training=seconds)
+        row |= {f"accuracy_{size}": value for size, value in found.items()}
+        row |= dict(
+            questions=QUESTIONS,
+            keras_laid=keras_laid.__version__,
+            keras=keras.__version__,
+            keras_hub=keras_hub.__version__,
+            backend=keras.backend.backend(),
+            machine=rows.machine(),
+        )
+        rows.append_row(PATH, row)
+
     if name in study.UNTRAINED:
-        scope = study.UNTRAINED[name]
-    else:
-        method = study.METHODS[name]
-        scope = study.scope_of(method)
-        study.train(method, settings, seed, learning_rate, student)
-        output.mkdir(parents=True, exist_ok=True)
-        student.backbone.save_weights(output / "student.weights.h5")
-    row["seconds_training"] = round(time.time() - began)
-    accuracy = measure(student, split, seed, output, scope)
-    row |= {f"accuracy_{size}": value for size, value in accuracy.items()}
-    return row | dict(
-        questions=QUESTIONS,
-        keras_laid=keras_laid.__version__,
-        keras=keras.__version__,
-        keras_hub=keras_hub.__version__,
-        backend=keras.backend.backend(),
-        machine=rows.machine(),
-    )
+        append_row(settings.steps, study.UNTRAINED[name])
+        return
+    method = study.METHODS[name]
+    # What is measured on the way is in the scope that it is trained in.
+    on_the_way = study.AfterSteps({*missing} - {settings.steps}, append_row)
+    study.train(method, settings, seed, learning_rate, student, [on_the_way])
+    output.mkdir(parents=True, exist_ok=True)
+    student.backbone.save_weights(output / "student.weights.h5")
+    if settings.steps in missing:
+        append_row(settings.steps, study.scope_of(method))
 
 
 def best_learning_rate(settings, method):
@@ -143,11 +150,19 @@ def main():
         ]
     for number, (name, seed, split, rate) in enumerate(runs, 1):
         key = (settings.name, name, seed, split, rate)
-        if rows.is_done(PATH, dict(zip(KEY, key, strict=True)), KEY):
-            continue
-        print(f"Run {number} of {len(runs)}: {key}", flush=True)
-        row = run(settings, name, seed, split, rate)
-        rows.append_row(PATH, row)
+        measured_at = {settings.steps}
+        if name in study.METHODS and split == "test":
+            measured_at |= {*settings.measured_at}
+        missing = [
+            steps
+            for steps in measured_at
+            if not rows.is_done(
+                PATH, dict(zip(KEY, (*key, steps), strict=True)), KEY
+            )
+        ]
+        if missing:
+            print(f"Run {number} of {len(runs)}: {key}", flush=True)
+            run(settings, name, seed, split, rate, missing)
 
 
 if __name__ == "__main__":

@@ -187,7 +187,24 @@ def prior_student(settings):
     return student
 
 
-def train(method, settings, seed, learning_rate, student):
+class AfterSteps(keras.callbacks.Callback):
+    """Calls a function of the number of steps done, after some of them."""
+
+    def __init__(self, steps, function):
+        super().__init__()
+        self.steps = steps
+        self.function = function
+        self.done = 0
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.done += 1
+        if self.done in self.steps:
+            # Read for what it does: variables get the values of this step.
+            _ = self.model
+            self.function(self.done)
+
+
+def train(method, settings, seed, learning_rate, student, callbacks=()):
     """Trains a student in place."""
     teacher = load(keras_laid.presets.TEACHER)
     image_length = student.backbone.image_sequence_length
@@ -222,7 +239,7 @@ def train(method, settings, seed, learning_rate, student):
         )
     )
     with scope_of(method)(student, length=None):
-        fit(distiller, data, steps)
+        fit(distiller, data, steps, callbacks)
     if method.gains:
         keras_laid.fold_gain_modulation(student)
 
@@ -232,7 +249,7 @@ def scope_of(method):
     return yarn_for_all if method.yarn else untouched
 
 
-def fit(model, data, steps):
+def fit(model, data, steps, callbacks):
     """Trains for a number of steps, over as many epochs as that takes."""
     per_epoch = min(len(data), steps)
     epochs, rest = divmod(steps, per_epoch)
@@ -245,6 +262,7 @@ def fit(model, data, steps):
         data,
         epochs=epochs,
         steps_per_epoch=per_epoch,
+        callbacks=callbacks,
         verbose=2,
     )
 

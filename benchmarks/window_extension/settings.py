@@ -32,6 +32,8 @@ class Settings:
             student has behind it before any method starts. Defaults to 0: the
             embedded student.
         prior_sizes: List of integers.
+        measured_at: List of integers, steps of training after which students
+            are measured too. After the last step all are.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Settings:
     learning_rates: tuple = (7e-4, 1.5e-3)
     prior_steps: int = 0
     prior_sizes: tuple = ()
+    measured_at: tuple = ()
 
     @property
     def is_tuned(self):
