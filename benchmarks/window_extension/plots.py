@@ -6,7 +6,9 @@ import numpy as np
 from benchmarks import rows
 from benchmarks.window_extension.settings import read_settings
 from benchmarks.window_extension.tables import SIZES
+from benchmarks.window_extension.tables import STEPS_SIZES
 from benchmarks.window_extension.tables import UNTOUCHED
+from benchmarks.window_extension.tables import accuracy_over_steps
 from benchmarks.window_extension.tables import interval
 from benchmarks.window_extension.tables import read_runs
 from benchmarks.window_extension.tables import read_spectra
@@ -31,6 +33,19 @@ def plot_low_frequency(by_method, path):
     plt.close(figure)
 
 
+def draw_line(axes, numbers, found, **style):
+    """Means of what was found at each number, and a band of intervals."""
+    means, halves = np.transpose([interval(values) for values in found])
+    (line,) = axes.plot(numbers, means, **style)
+    axes.fill_between(
+        numbers,
+        means - halves,
+        means + halves,
+        color=line.get_color(),
+        alpha=0.12,
+    )
+
+
 def plot_accuracy(of_config, methods, path):
     figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
     colors = plt.get_cmap("tab10").colors
@@ -41,21 +56,13 @@ def plot_accuracy(of_config, methods, path):
             continue
         base = method.removesuffix("_stretched")
         color = "0.4" if base == UNTOUCHED else colors[bases.index(base) % 10]
-        means, halves = zip(
-            *(interval([run[size] for run in runs.values()]) for size in SIZES),
-            strict=True,
-        )
-        means, halves = np.array(means), np.array(halves)
-        stretched = method.endswith("_stretched")
-        axes.plot(
+        draw_line(
+            axes,
             SIZES,
-            means,
+            [[run[size] for run in runs.values()] for size in SIZES],
             color=color,
-            linestyle="-" if stretched else "--",
+            linestyle="-" if method.endswith("_stretched") else "--",
             label=method.replace("_", " "),
-        )
-        axes.fill_between(
-            SIZES, means - halves, means + halves, color=color, alpha=0.12
         )
     axes.axhline(0.5, color="0.8", linewidth=1)
     axes.set_xscale("log")
@@ -71,13 +78,49 @@ def plot_accuracy(of_config, methods, path):
     plt.close(figure)
 
 
+def plot_steps(of_config, settings, path):
+    """Accuracy over steps of training, a panel for each of some sizes."""
+    figure, panels = plt.subplots(
+        ncols=len(STEPS_SIZES),
+        figsize=(10, 3.6),
+        sharey=True,
+        layout="constrained",
+    )
+    untouched = of_config[UNTOUCHED].values()
+    for axes, size in zip(panels, STEPS_SIZES, strict=True):
+        start = [run[size] for run in untouched]
+        for method, by_steps in accuracy_over_steps(settings).items():
+            found = [
+                [run[size] for run in of_seeds.values()]
+                for of_seeds in by_steps.values()
+            ]
+            draw_line(
+                axes,
+                [0, *by_steps],
+                [start, *found],
+                marker=".",
+                label=method.replace("_", " "),
+            )
+        axes.axhline(0.5, color="0.8", linewidth=1)
+        axes.set(title=f"{size} images", xlabel="steps of training")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set(ylabel="accuracy (chance 0.5),\n95% interval over seeds")
+    panels[0].legend(frameon=False, fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def draw():
     """Every figure of the study that has rows of several seeds."""
     for name, of_config in read_runs().items():
         if min(map(len, of_config.values())) < 2:
             continue
+        settings = read_settings(name)
         path = rows.RESULTS / f"window_extension_{name}.png"
-        plot_accuracy(of_config, read_settings(name).methods, path)
+        plot_accuracy(of_config, settings.methods, path)
+        if settings.measured_at:
+            path = rows.RESULTS / f"window_extension_{name}_steps.png"
+            plot_steps(of_config, settings, path)
     for name, by_method in read_spectra().items():
         path = rows.RESULTS / f"window_extension_{name}_spectra.png"
         plot_low_frequency(by_method, path)

@@ -1,6 +1,7 @@
 """The study's tables, from its rows."""
 
 import collections
+import itertools
 
 import numpy as np
 from scipy import stats
@@ -14,18 +15,30 @@ ROWS = rows.RESULTS / "window_extension.csv"
 SPECTRA = rows.RESULTS / "window_extension_spectra.csv"
 SIZES = (1, 2, 5, 10, 20, 50, 100, 150)
 SHORT = (1, 2, 5)
+STEPS_SIZES = (20, 50, 100)  # Those that training over steps is shown at.
 UNTOUCHED = "untouched"
 
 
 def read_runs():
     """Accuracies of the test split: config, method, then seed."""
     runs = collections.defaultdict(lambda: collections.defaultdict(dict))
-    for row in rows.read_rows(ROWS):
-        if row["split"] == "test":
-            accuracy = {s: float(row[f"accuracy_{s}"]) for s in SIZES}
-            of_method = runs[row["config"]][row["method"]]
-            of_method[int(row["seed"])] = accuracy
+    by_steps = read_steps()
+    last = {config: steps for config, _, steps in by_steps}
+    for (config, method, steps), of_seeds in by_steps.items():
+        if steps == last[config]:
+            runs[config][method] = of_seeds
     return runs
+
+
+def read_steps():
+    """The same by config, method and steps done, the fewest first."""
+    found = collections.defaultdict(dict)
+    for row in sorted(rows.read_rows(ROWS), key=lambda row: int(row["steps"])):
+        if row["split"] == "test":
+            key = row["config"], row["method"], int(row["steps"])
+            accuracy = {s: float(row[f"accuracy_{s}"]) for s in SIZES}
+            found[key][int(row["seed"])] = accuracy
+    return found
 
 
 def read_spectra():
@@ -80,6 +93,35 @@ def make_table(of_config, methods):
     return markdown_table(header, lines)
 
 
+def accuracy_over_steps(settings):
+    """Methods measured on the way: steps done, then accuracies by seed."""
+    steps = [*settings.measured_at, settings.steps]
+    by_steps = read_steps()
+    keys = {
+        method: [(settings.name, method, number) for number in steps]
+        for method in settings.methods
+    }
+    return {
+        method: {key[-1]: by_steps[key] for key in of_method}
+        for method, of_method in keys.items()
+        if by_steps.keys() >= {*of_method}
+    }
+
+
+def make_steps_table(settings):
+    """Accuracy at some sizes after each number of steps that was measured."""
+    over_steps = accuracy_over_steps(settings)
+    lines = []
+    for size, method in itertools.product(STEPS_SIZES, over_steps):
+        cells = [
+            cell([run[size] for run in of_seeds.values()])
+            for of_seeds in over_steps[method].values()
+        ]
+        lines.append([size, method, *cells])
+    header = ["images", "method", *settings.measured_at, settings.steps]
+    return markdown_table(header, lines)
+
+
 def make_spectra_table(by_method):
     columns = {
         "low_frequency_share": "low-frequency share",
@@ -107,6 +149,8 @@ def make_tables():
         if of_config.keys() & {*settings.ablation} - {*settings.methods}:
             ablation = make_table(of_config, settings.ablation)
             tables[f"{name}_ablation"] = ablation
+        if settings.measured_at:
+            tables[f"{name}_steps"] = make_steps_table(settings)
     for name, by_method in read_spectra().items():
         tables[f"{name}_spectra"] = make_spectra_table(by_method)
     return tables

@@ -2,6 +2,7 @@
 
 import csv
 
+import keras
 import numpy as np
 import pytest
 
@@ -118,10 +119,34 @@ def test_a_prior_student_is_trained_once(tmp_path, monkeypatch):
         np.testing.assert_allclose(other, last + 1.0)
 
 
-def write_rows(path, accuracies):
+def test_after_steps_variables_have_their_values():
+    model = keras.Sequential([keras.layers.Dense(1, use_bias=False)])
+    model.compile(keras.optimizers.SGD(0.1), "mean_absolute_error")
+    model.build((None, 1))
+    (kernel,) = model.weights
+    kernel.assign([[0.0]])
+    seen = {}
+
+    def look(done):
+        seen[done] = to_numpy(kernel).item()
+
+    # The gradient is -1 until the kernel is 10: 0.1 more a step.
+    model.fit(
+        np.ones((12, 1)),
+        np.full((12, 1), 10.0),
+        batch_size=3,
+        epochs=2,
+        callbacks=[study.AfterSteps({2, 5}, look)],
+        verbose=0,
+    )
+    assert seen == pytest.approx({2: 0.2, 5: 0.5})
+
+
+def write_rows(path, accuracies, steps=9):
     """One row for each method and seed; accuracy falls linearly in log size."""
     for (method, seed), falls_by in accuracies.items():
-        row = dict(config="a", method=method, seed=seed, split="test")
+        row = dict(config="a", method=method, seed=seed)
+        row |= dict(split="test", steps=steps)
         row |= {
             f"accuracy_{size}": 1.0 - falls_by * np.log10(size)
             for size in tables.SIZES
@@ -149,6 +174,26 @@ def test_tables_have_means_intervals_and_ratios(tmp_path, monkeypatch):
     assert "| 0.850 ± 0.635 |" in sft
     # Windows of 10 ** 0.75 and 10 ** 0.375: ratios of 10 ** 0.375 and 1.
     assert f"| {10 ** (0.375 / 2):.1f} (" in sft
+
+
+def test_accuracy_over_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "ROWS", tmp_path / "rows.csv")
+    write_rows(tables.ROWS, {("sft", 0): 0.0, ("sft", 1): 0.0, ("kd", 0): 0.1})
+    write_rows(tables.ROWS, {("sft", 0): 0.1, ("kd", 0): 0.2}, steps=4)
+    write_rows(tables.ROWS, {("never_ended", 0): 0.2}, steps=4)
+    last = tables.read_runs()["a"]
+    assert last.keys() == {"sft", "kd"}
+    assert last["sft"][0][100] == 1.0 and len(last["sft"]) == 2
+    config = settings(
+        methods=["kd", "sft", "never_ended"], steps=9, measured_at=[4]
+    )
+    header, _, *lines = tables.make_steps_table(config).split("\n")
+    assert header == "| images | method | 4 | 9 |"
+    assert len(lines) == 2 * len(tables.STEPS_SIZES)
+    assert lines[-2:] == [
+        "| 100 | kd | 0.600 ± nan | 0.800 ± nan |",
+        "| 100 | sft | 0.800 ± nan | 1.000 ± 0.000 |",
+    ]
 
 
 def test_rows_done_are_known(tmp_path):
