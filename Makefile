@@ -20,7 +20,7 @@ REPRODUCED ?= runs/reproduced
 # What failed half-way is no target.
 .DELETE_ON_ERROR:
 .PHONY: guide test test-all test-lowest test-wheel format check docs package extras \
-	reproduce reproduce-all
+	reproduce reproduce-all reproduce-gpu
 
 guide: $(GUIDE_ENV)/ready
 	$(QUIET) KERAS_BACKEND=jax $(GUIDE_ENV)/bin/python guides/distill_paligemma.py $(ARGS)
@@ -85,6 +85,35 @@ reproduce-all: $(BENCHMARKS:%=$(REPRODUCED)/%.csv)
 		done; \
 		$(QUIET) KERAS_BACKEND=jax $(TEST_ENV)/bin/python \
 			-m benchmarks.window_extension.spectra --config $$study || exit 1; \
+	done
+
+# The rows that need a GPU, each written as it is measured, after the tests of the
+# kernels: in a quarter of an hour. `GPU_PYTHON` has Keras, KerasHub, JAX and PyTorch.
+GPU_PYTHON ?= python3
+GPU_HEADS := "--heads 8 --head-dim 256" "--heads 16 --head-dim 128"
+GPU_STEP := --dtype bfloat16 --width 2048 --layers 18 --rematerialize --rounds 1
+reproduce-gpu: export RESULTS = $(REPRODUCED)
+reproduce-gpu:
+	for backend in torch jax; do \
+		KERAS_BACKEND=$$backend $(GPU_PYTHON) -m pytest -q \
+			tests/ops/attention_divergence_test.py || exit 1; \
+	done
+	for heads in $(GPU_HEADS); do \
+		for backend in "torch triton" "jax pallas"; do \
+			set -- $$backend; \
+			KERAS_BACKEND=$$1 $(GPU_PYTHON) -m benchmarks.attention_divergence \
+				--dtype bfloat16 --repeats 10 $$heads --lengths 8192 32768 65536 \
+				--implementations $$2 dot_product_attention || exit 1; \
+		done; \
+		KERAS_BACKEND=torch $(GPU_PYTHON) -m benchmarks.attention_divergence \
+			--dtype bfloat16 --repeats 3 $$heads --lengths 8192 \
+			--implementations definition --definition-up-to 8192 || exit 1; \
+	done
+	for tokens in 8192 32768; do \
+		for backend in jax torch; do \
+			KERAS_BACKEND=$$backend $(GPU_PYTHON) -m benchmarks.training_step \
+				--tokens $$tokens $(GPU_STEP) --methods keras_laid || exit 1; \
+		done; \
 	done
 
 format: $(TEST_ENV)/ready
