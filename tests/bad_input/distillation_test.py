@@ -278,6 +278,33 @@ COMPILE = [
         "`supervised_weight=0`",
     ),
     refused(
+        "the name of a loss",
+        lambda g: compiled(g, loss="sparse_categorical_crossentropy"),
+        ValueError,
+        "names stand for losses of probabilities",
+        "loss='sparse_categorical_crossentropy'",
+        "from_logits=True",
+    ),
+    *[
+        refused(
+            f"{loss} for a loss",
+            lambda g, loss=loss: compiled(g, loss=loss),
+            TypeError,
+            '`loss` must be "auto", a `keras.losses.Loss` or a function',
+            f"loss={loss!r:.80}",
+        )
+        for loss in (1.0, keras.losses.MeanSquaredError)
+    ],
+    refused(
+        "a loss without a reduction",
+        lambda g: compiled(
+            g, loss=keras.losses.SparseCategoricalCrossentropy(reduction=None)
+        ),
+        ValueError,
+        "`loss` must have a reduction",
+        "reduction=None",
+    ),
+    refused(
         "weights of losses",
         lambda g: compiled(g, loss_weights=[1.0]),
         ValueError,
