@@ -68,7 +68,8 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
     A term of weight 0 is not computed, and a teacher that no term needs is not
     run. Each term is a metric, as are `kl` (the logits term at temperature 1)
     and `progress`. `sample_weight` also weighs whole examples in the attention
-    terms: an example without any marked token does not count.
+    terms: an example without any marked token does not count. It must be 0 or
+    more, which a compiled step does not check.
 
     The wrapper learns the student's trainable variables and the mixers', never
     the teacher's, whatever the teacher's `trainable` says. `predict`,
@@ -384,8 +385,8 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         Args:
             x: The student's inputs.
             y: Integer tensor of shape `(batch, length)`, the next tokens.
-            sample_weight: Float tensor of shape `(batch, length)`, or `None`
-                to mark every token.
+            sample_weight: Float tensor of shape `(batch, length)`, 0 or more,
+                or `None` to mark every token.
             targets: What `run_teacher(x)` returned.
             training: Boolean.
 

@@ -581,6 +581,18 @@ STORED = [
         ValueError,
         "bit for bit",
     ),
+    *[
+        refused(
+            f"a sample weight of {number}",
+            lambda g, folder, number=number: StoredTeacher(folder).targets_for(
+                Batches((g.batch[0], g.batch[1], number * g.batch[2]))
+            )[0],
+            ValueError,
+            "`sample_weight` must be 0 or more",
+            f"{number}",
+        )
+        for number in (-1.0, NAN)
+    ],
     refused(
         "arrays in place of inputs",
         lambda g, folder: StoredTeacher(folder).targets_for(
