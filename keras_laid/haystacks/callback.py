@@ -9,7 +9,9 @@ import keras
 from tqdm import tqdm
 
 from keras_laid.arguments import check_integer
+from keras_laid.arguments import check_kind
 from keras_laid.haystacks.effective_window import effective_window
+from keras_laid.haystacks.evaluation import ITERABLE
 from keras_laid.haystacks.evaluation import Asking
 from keras_laid.haystacks.evaluation import check_asking
 from keras_laid.haystacks.results import HaystackResults
@@ -53,6 +55,7 @@ class HaystackEvaluation(keras.callbacks.Callback):
         results: The last `keras_laid.haystacks.HaystackResults`, or `None`.
 
     Raises:
+        TypeError: If an argument is of another kind.
         ValueError: If `haystacks` is empty or can be read only once, or if
             `every` or another argument is none of those above. As
             `evaluate_haystacks` about the model, when training begins.
@@ -68,6 +71,8 @@ class HaystackEvaluation(keras.callbacks.Callback):
         **arguments: Any,
     ) -> None:
         super().__init__()
+        if not callable(haystacks):
+            check_kind("haystacks", haystacks, Iterable, ITERABLE)
         if not callable(haystacks) and iter(haystacks) is haystacks:
             raise ValueError(
                 "`haystacks` must be readable in every epoch. Received: "

@@ -4,6 +4,7 @@ import numpy as np
 
 from keras_laid.arguments import check_choice
 from keras_laid.arguments import check_integer
+from keras_laid.arguments import check_switch
 from keras_laid.haystacks.sampling import PairSource
 
 NAMES = (
@@ -56,6 +57,7 @@ class Digits(PairSource):
     ) -> None:
         check_choice("split", split, SPLITS)
         check_integer("image_size", image_size)
+        check_switch("augment", augment)
         if image_size % (2 * PATCH):
             raise ValueError(
                 "`image_size` must be a positive multiple of "

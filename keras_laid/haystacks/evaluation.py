@@ -30,6 +30,7 @@ from keras_laid.typing import Images
 from keras_laid.typing import PathLike
 
 WAYS = ("logits", "choice", "generate")
+ITERABLE = "an iterable of `keras_laid.haystacks.Haystack`"
 TEXT_LENGTH = 32  # About how many tokens a question takes.
 
 
@@ -205,6 +206,7 @@ class Asking:
         verbose: bool,
     ) -> HaystackResults:
         """Asks all, each size in batches of its own."""
+        check_kind("haystacks", haystacks, Iterable, ITERABLE)
         log = AnswerLog(output, self.settings())
         # From a size to numbered haystacks.
         waiting: dict[int, list[tuple[int, Haystack]]] = {}
