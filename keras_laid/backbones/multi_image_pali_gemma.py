@@ -50,7 +50,8 @@ class MultiImagePaliGemmaCausalLM(PaliGemmaCausalLM):
 
     `save_to_preset` writes the preset of a plain PaliGemma, which
     `keras_hub.models.PaliGemmaCausalLM.from_preset` loads without keras_laid,
-    and `MultiImagePaliGemmaCausalLM.from_preset` for several images.
+    and `MultiImagePaliGemmaCausalLM.from_preset` for several images. A file of
+    `save` loads where keras_laid is imported.
 
     Masking: as in PaliGemma. Images and prompt attend each other in both
     directions; the response is causal.

@@ -9,11 +9,10 @@ import keras
 from tqdm import tqdm
 
 from keras_laid.arguments import check_integer
-from keras_laid.arguments import check_kind
 from keras_laid.haystacks.effective_window import effective_window
-from keras_laid.haystacks.evaluation import ITERABLE
 from keras_laid.haystacks.evaluation import Asking
 from keras_laid.haystacks.evaluation import check_asking
+from keras_laid.haystacks.evaluation import check_iterable
 from keras_laid.haystacks.results import HaystackResults
 from keras_laid.haystacks.sampling import Haystack
 
@@ -72,13 +71,13 @@ class HaystackEvaluation(keras.callbacks.Callback):
     ) -> None:
         super().__init__()
         if not callable(haystacks):
-            check_kind("haystacks", haystacks, Iterable, ITERABLE)
-        if not callable(haystacks) and iter(haystacks) is haystacks:
-            raise ValueError(
-                "`haystacks` must be readable in every epoch. Received: "
-                f"{haystacks!r:.80}, which can be read once. Pass a list, "
-                "`list(haystacks)`, or a function that makes them."
-            )
+            check_iterable(haystacks)
+            if iter(haystacks) is haystacks:
+                raise ValueError(
+                    "`haystacks` must be readable in every epoch. Received: "
+                    f"{haystacks!r:.80}, which can be read once. Pass a list, "
+                    "`list(haystacks)`, or a function that makes them."
+                )
         check_integer("every", every)
         if isinstance(haystacks, Sized) and not len(haystacks):
             raise ValueError(

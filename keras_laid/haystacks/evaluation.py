@@ -30,7 +30,6 @@ from keras_laid.typing import Images
 from keras_laid.typing import PathLike
 
 WAYS = ("logits", "choice", "generate")
-ITERABLE = "an iterable of `keras_laid.haystacks.Haystack`"
 TEXT_LENGTH = 32  # About how many tokens a question takes.
 
 
@@ -155,6 +154,15 @@ def check_asking(
         check_path("root", root)
 
 
+def check_iterable(haystacks: object) -> None:
+    # Python reads what has either.
+    if not any(hasattr(haystacks, n) for n in ("__iter__", "__getitem__")):
+        raise TypeError(
+            "`haystacks` must be an iterable of `keras_laid.haystacks.Haystack`"
+            f"s. Received: haystacks of type {type(haystacks).__name__}"
+        )
+
+
 def _names_in(template: str) -> list[str] | None:
     """What stands in braces, sorted; `None` where they do not match."""
     try:
@@ -206,7 +214,7 @@ class Asking:
         verbose: bool,
     ) -> HaystackResults:
         """Asks all, each size in batches of its own."""
-        check_kind("haystacks", haystacks, Iterable, ITERABLE)
+        check_iterable(haystacks)
         log = AnswerLog(output, self.settings())
         # From a size to numbered haystacks.
         waiting: dict[int, list[tuple[int, Haystack]]] = {}
