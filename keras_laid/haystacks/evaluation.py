@@ -267,7 +267,7 @@ class Asking:
             "prompt": self.template,
         }
         if self.through == "generate":
-            settings["max_answer_tokens"] = self.max_answer_tokens
+            settings["max_answer_tokens"] = int(self.max_answer_tokens)
         if self.prompts is not None:
             settings["model"] = self.prompts.fingerprint()
         return settings
