@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import keras
 import keras_hub
 
-from keras_laid.arguments import check_indices
 from keras_laid.arguments import check_integer
+from keras_laid.arguments import check_integers
 from keras_laid.arguments import check_number
 from keras_laid.backbones import attention_layers
 from keras_laid.backbones.decoder import backbone_of
@@ -175,7 +175,8 @@ def plan(
 
     Raises:
         TypeError: If an argument is of another kind.
-        ValueError: If a number is not positive, or a model's family is unknown.
+        ValueError: If a number is out of its range, the batch cannot be split
+            evenly, or a model's family is unknown.
 
     Example:
 
@@ -193,7 +194,7 @@ def plan(
     )
     ```
     """
-    mesh_shape = tuple(check_indices("mesh_shape", mesh_shape))
+    mesh_shape = check_integers("mesh_shape", mesh_shape)
     if len(mesh_shape) != 2:
         raise ValueError(
             "`mesh_shape` must be two integers: over how many devices a batch "
@@ -204,7 +205,6 @@ def plan(
         ("image_tokens", image_tokens, 0),
         ("text_tokens", text_tokens, 1),
         ("batch_size", batch_size, 1),
-        ("mesh_shape", min(mesh_shape), 1),
         ("optimizer_slots", optimizer_slots, 0),
         ("matched_layers", matched_layers, 0),
     ):

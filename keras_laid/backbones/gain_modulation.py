@@ -105,6 +105,9 @@ def attach_gain_modulation(
     gained_class = gain_modulated(type(backbone))  # type: ignore[arg-type]
     gains = _attach(backbone, layers, per_head, max_gain)
     object.__setattr__(backbone, "__class__", gained_class)
+    if model is not backbone:
+        save = functools.partial(_save_to_preset, model)
+        vars(model)["save_to_preset"] = save
     _forget_compiled(model)
     return gains
 
@@ -150,6 +153,7 @@ def fold_gain_modulation(model: keras.Model) -> None:
         for part in _modulated_parts(layer, gain):
             _scale(layer, part, feature_gains)
     object.__setattr__(backbone, "__class__", type(backbone).plain_class)
+    vars(model).pop("save_to_preset", None)
     _forget_compiled(model)
 
 
@@ -201,6 +205,12 @@ class GainModulation:
     def save_to_preset(
         self, preset_dir: PathLike, max_shard_size: float = 10
     ) -> None:
+        check_no_gains(self, preset_dir)
+
+
+def check_no_gains(model: keras.Model, preset_dir: PathLike) -> None:
+    """Refuses to save a model with gains as a preset."""
+    if gain_layers(model):
         raise ValueError(
             "A model must have no gains to be saved as a preset: presets load "
             "without keras_laid, and the gains would be lost. "
@@ -208,6 +218,14 @@ class GainModulation:
             "Call `keras_laid.fold_gain_modulation(model)` first, or keep the "
             'gains with `model.save("model.keras")`.'
         )
+
+
+def _save_to_preset(
+    task: keras.Model, preset_dir: PathLike, max_shard_size: float = 10
+) -> None:
+    """A task's own, which writes its config before its backbone refuses."""
+    check_no_gains(task, preset_dir)
+    type(task).save_to_preset(task, preset_dir, max_shard_size)
 
 
 @functools.cache

@@ -17,13 +17,17 @@ from keras_laid.arguments import check_kind
 from keras_laid.arguments import check_shape
 from keras_laid.backbones.decoder import check_inputs
 from keras_laid.backbones.decoder import pali_gemma_backbone_of
+from keras_laid.backbones.gain_modulation import check_no_gains
 from keras_laid.backbones.rotary_positions import rotary_positions
+from keras_laid.typing import PathLike
 from keras_laid.typing import Tensor
 
 
 @keras.saving.register_keras_serializable(package="keras_laid")
 class MultiImageConverter(PaliGemmaImageConverter):
     """Converts `(batch, images, height, width, 3)` as single images."""
+
+    backbone_cls = None  # As below.
 
     def call(self, inputs: Tensor) -> Tensor:
         shape = ops.shape(inputs)
@@ -44,10 +48,10 @@ class MultiImagePaliGemmaCausalLM(PaliGemmaCausalLM):
     `keras_hub.models.PaliGemmaCausalLM`. The number of images may differ from
     batch to batch.
 
-    Its presets and files load where keras_laid is imported. A plain preset is
-    that of the PaliGemma it was made from, or of
-    `keras_hub.models.PaliGemmaCausalLM(model.backbone)`, and loads with
-    `MultiImagePaliGemmaCausalLM.from_preset` too.
+    `save_to_preset` writes the preset of a plain PaliGemma, which
+    `keras_hub.models.PaliGemmaCausalLM.from_preset` loads without keras_laid,
+    and `MultiImagePaliGemmaCausalLM.from_preset` for several images. A file of
+    `save` loads where keras_laid is imported.
 
     Masking: as in PaliGemma. Images and prompt attend each other in both
     directions; the response is causal.
@@ -83,6 +87,10 @@ class MultiImagePaliGemmaCausalLM(PaliGemmaCausalLM):
     ```
     """
 
+    # Else `keras_hub.models.CausalLM.from_preset` would at times make one of
+    # these of a PaliGemma's preset: it takes any class that names the backbone.
+    backbone_cls = None
+
     def __init__(
         self,
         backbone: PaliGemmaBackbone,
@@ -110,6 +118,28 @@ class MultiImagePaliGemmaCausalLM(PaliGemmaCausalLM):
             "Hand a backbone to the constructor.",
         )
         return cls(causal_lm.backbone, causal_lm.preprocessor)
+
+    @classmethod
+    def from_preset(
+        cls, preset: str, load_weights: bool = True, **kwargs: Any
+    ) -> Self:
+        """Makes one from the preset of a PaliGemma; see KerasHub's."""
+        return cls.from_causal_lm(
+            PaliGemmaCausalLM.from_preset(preset, load_weights, **kwargs)
+        )
+
+    def save_to_preset(
+        self, preset_dir: PathLike, max_shard_size: float = 10
+    ) -> None:
+        """Writes the preset of a plain PaliGemma; see KerasHub's."""
+        check_no_gains(self, preset_dir)
+        preprocessor = self.preprocessor
+        if preprocessor is not None:
+            preprocessor = with_converter(preprocessor, PaliGemmaImageConverter)
+        plain = PaliGemmaCausalLM(
+            preprocessor=preprocessor, backbone=self.backbone
+        )
+        plain.save_to_preset(preset_dir, max_shard_size)
 
     def call(
         self,
@@ -274,11 +304,19 @@ def multi_image_preprocessor(
         PaliGemmaCausalLMPreprocessor,
         "a `keras_hub.models.PaliGemmaCausalLMPreprocessor` or `None`",
     )
+    return with_converter(preprocessor, MultiImageConverter)
+
+
+def with_converter(
+    preprocessor: PaliGemmaCausalLMPreprocessor,
+    converter_class: type[PaliGemmaImageConverter],
+) -> PaliGemmaCausalLMPreprocessor:
+    """The same preprocessor with another class of image converter."""
     converter = preprocessor.image_converter
     return PaliGemmaCausalLMPreprocessor(
         tokenizer=preprocessor.tokenizer,
         image_converter=converter
-        and MultiImageConverter.from_config(converter.get_config()),
+        and converter_class.from_config(converter.get_config()),
         sequence_length=preprocessor.sequence_length,
         add_start_token=preprocessor.add_start_token,
         add_end_token=preprocessor.add_end_token,

@@ -7,7 +7,9 @@ import numpy as np
 from keras import ops
 
 from keras_laid.arguments import is_integer
+from keras_laid.backbones.decoder import backbone_of
 from keras_laid.backbones.families import attention_layers
+from keras_laid.backbones.rotary_positions import is_su_scaled
 from keras_laid.typing import Tensor
 
 
@@ -15,8 +17,8 @@ def rotary_wavelengths(model: keras.Model, layer: int = -1) -> np.ndarray:
     """Wavelengths of the rotary embedding of a decoder layer.
 
     Args:
-        model: A `keras_hub.models.PaliGemmaCausalLM`, its backbone, or a
-            `keras_laid.MultiImagePaliGemmaCausalLM`.
+        model: A KerasHub model of a family that
+            `keras_laid.backbones.attention_layers` knows.
         layer: Integer, index of the decoder layer. Defaults to the last one.
 
     Returns:
@@ -24,7 +26,8 @@ def rotary_wavelengths(model: keras.Model, layer: int = -1) -> np.ndarray:
         each frequency turns a pair of features by a whole circle.
 
     Raises:
-        ValueError: If the model's family is unknown, or it has no such layer.
+        ValueError: If the model's family is unknown, it has no such layer, or
+            the layer has not one set of frequencies.
     """
     layers = attention_layers(model)
     if not is_integer(layer) or not -len(layers) <= layer < len(layers):
@@ -33,6 +36,13 @@ def rotary_wavelengths(model: keras.Model, layer: int = -1) -> np.ndarray:
             f"layers. Received: layer={layer!r:.80}"
         )
     attention = layers[layer]
+    if attention.kind == "linear" or is_su_scaled(attention):
+        raise ValueError(
+            "The decoder layer must have one set of rotary frequencies: linear "
+            "ones have none, and those of Phi-3 for long contexts depend on "
+            f"the prompt's length. Received: layer={layer} of a "
+            f"{backbone_of(model).name!r}"
+        )
     rates = attention.rotary._get_inverse_freq(attention.rotary_dim)
     return 2 * math.pi / ops.convert_to_numpy(rates)
 

@@ -68,7 +68,8 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
     A term of weight 0 is not computed, and a teacher that no term needs is not
     run. Each term is a metric, as are `kl` (the logits term at temperature 1)
     and `progress`. `sample_weight` also weighs whole examples in the attention
-    terms: an example without any marked token does not count.
+    terms: an example without any marked token does not count. It must be 0 or
+    more, which a compiled step does not check.
 
     The wrapper learns the student's trainable variables and the mixers', never
     the teacher's, whatever the teacher's `trainable` says. `predict`,
@@ -269,7 +270,7 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
     def compile(
         self,
         optimizer: str | keras.Optimizer = "rmsprop",
-        loss: str
+        loss: Literal["auto"]
         | keras.losses.Loss
         | Callable[[Tensor, Tensor], Tensor] = "auto",
         **kwargs: Any,
@@ -279,14 +280,17 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         Args:
             optimizer: Optimizer of every group, or the result of
                 `keras_laid.group_optimizer` for a learning rate each.
-            loss: The supervised loss. Defaults to `"auto"`: cross-entropy,
-                averaged over the tokens that `sample_weight` marks and whose
-                label is 0 or more.
+            loss: The supervised loss: a `keras.losses.Loss` of labels and
+                logits, or a function of them, averaged over the tokens that
+                `sample_weight` marks. Defaults to `"auto"`: cross-entropy,
+                averaged likewise over those whose label is 0 or more.
             **kwargs: Passed to `keras.Model.compile`.
 
         Raises:
-            ValueError: If there is no optimizer or no loss, or `loss_weights`
-                are given, which are arguments of the distiller.
+            TypeError: If `loss` is of another kind.
+            ValueError: If there is no optimizer or no loss, if `loss` is a name
+                or has no reduction, or if `loss_weights` are given, which are
+                arguments of the distiller.
 
         With the default loss and without metrics, logits are computed for the
         tokens that `sample_weight` marks alone, some at a time.
@@ -303,9 +307,7 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
                 f"{kwargs['loss_weights']}. Terms are weighted by arguments of "
                 "the distiller, such as `attention_weight`."
             )
-        supervised_loss = None
-        if not isinstance(loss, str) or loss != "auto":
-            supervised_loss = keras.losses.get(loss)
+        supervised_loss = as_loss(loss)
         optimizer = keras.optimizers.get(optimizer)
         self.supervised_loss = supervised_loss
         super().compile(optimizer=optimizer, **kwargs)
@@ -383,8 +385,8 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         Args:
             x: The student's inputs.
             y: Integer tensor of shape `(batch, length)`, the next tokens.
-            sample_weight: Float tensor of shape `(batch, length)`, or `None`
-                to mark every token.
+            sample_weight: Float tensor of shape `(batch, length)`, 0 or more,
+                or `None` to mark every token.
             targets: What `run_teacher(x)` returned.
             training: Boolean.
 
@@ -558,6 +560,43 @@ def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
     weights = ops.broadcast_to(weights, ops.shape(values))
     total = ops.maximum(ops.sum(weights), keras.backend.epsilon())
     return ops.sum(values * weights) / total
+
+
+def as_loss(loss: Any) -> keras.losses.Loss | None:
+    """What `compile` was given as a loss; `None` for `"auto"`."""
+    if isinstance(loss, str):
+        if loss == "auto":
+            return None
+        raise ValueError(
+            '`loss` must be "auto", a `keras.losses.Loss` or a function: names '
+            "stand for losses of probabilities, and the student gives logits. "
+            f"Received: loss={loss!r:.80}. Pass one such as "
+            "`keras.losses.SparseCategoricalCrossentropy(from_logits=True)`."
+        )
+    if not callable(loss) or isinstance(loss, type):
+        raise TypeError(
+            '`loss` must be "auto", a `keras.losses.Loss` or a function. '
+            f"Received: loss={loss!r:.80}"
+        )
+    if not isinstance(loss, keras.losses.Loss):
+        return FunctionLoss(loss)
+    if loss.reduction in (None, "none"):
+        raise ValueError(
+            "`loss` must have a reduction, to one number. "
+            f"Received: {loss.name!r} with reduction={loss.reduction!r}"
+        )
+    return loss
+
+
+class FunctionLoss(keras.losses.Loss):
+    """The weighted mean of a function of labels and logits."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__(reduction="mean_with_sample_weight")
+        self.function = function
+
+    def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
+        return self.function(y_true, y_pred)
 
 
 class TotalSteps(keras.callbacks.Callback):

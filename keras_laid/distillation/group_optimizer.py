@@ -6,6 +6,8 @@ import keras
 
 from keras_laid.arguments import check_kind
 
+OF_ALL = ("loss_scale_factor", "name")  # What `MultiOptimizer` takes.
+
 
 def group_optimizer(
     student: keras.Optimizer,
@@ -23,18 +25,27 @@ def group_optimizer(
             student's.
         gains: Optional `keras.Optimizer` of the rotary gains. Defaults to the
             student's.
-        **kwargs: Passed to `keras.optimizers.MultiOptimizer`.
+        **kwargs: `name` and `loss_scale_factor` of
+            `keras.optimizers.MultiOptimizer`.
 
     Returns:
         A `keras.optimizers.MultiOptimizer`.
 
     Raises:
-        TypeError: If one is no `keras.Optimizer`.
+        TypeError: If one is no `keras.Optimizer`, or an argument is that of
+            one, such as `clipnorm`.
         ValueError: If two of them are one and the same.
 
     Reference:
      - [Zhou et al., 2026](https://arxiv.org/abs/2512.21576), settings.
     """
+    for name, value in kwargs.items():
+        if name not in OF_ALL:
+            raise TypeError(
+                f"Arguments of all groups must be among {OF_ALL}. Received: "
+                f"{name}={value!r:.80}. Pass others to the optimizers, as in "
+                "`keras.optimizers.AdamW(1e-5, clipnorm=1.0)`."
+            )
     given = {"student": student, "mixer": mixer, "gains": gains}
     given = {name: each for name, each in given.items() if each is not None}
     for name, optimizer in {"student": student, **given}.items():

@@ -86,9 +86,15 @@ class ResumableTraining(keras.callbacks.Callback):
                 "The folder of a resumable training must be writable. "
                 f"Received: folder={str(self.folder)!r} ({error})"
             ) from error
+        # An earlier `fit` may have gone on from an epoch.
+        self.model._initial_epoch = None
         saved = self.saved()
         if saved:
             self.restore(saved[-1])
+
+    def on_train_end(self, logs: dict[str, float] | None = None) -> None:
+        # A later `fit` begins at its own first epoch.
+        self.model._initial_epoch = None
 
     def on_epoch_end(
         self, epoch: int, logs: dict[str, float] | None = None

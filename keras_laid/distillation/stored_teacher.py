@@ -290,7 +290,13 @@ def inputs_and_marked(
         )
     marked = np.ones(np.shape(y), "bool")
     if sample_weight is not None:
-        marked = ops.convert_to_numpy(sample_weight) > 0
+        sample_weight = ops.convert_to_numpy(sample_weight)
+        if not (sample_weight >= 0).all():
+            raise ValueError(
+                "`sample_weight` must be 0 or more. Received: a batch with "
+                f"{np.min(sample_weight)}"
+            )
+        marked = sample_weight > 0
     return {name: ops.convert_to_numpy(x[name]) for name in x}, marked
 
 

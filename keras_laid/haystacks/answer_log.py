@@ -211,7 +211,7 @@ def _asked(index: int, haystack: Haystack) -> dict[str, Any]:
     return {
         "index": index,
         "size": len(images),
-        "needles": list(haystack.needles),
+        "needles": [int(needle) for needle in haystack.needles],
         "question": haystack.question,
         "expected": haystack.answer,
         "images": checksum,

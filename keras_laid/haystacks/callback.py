@@ -12,6 +12,7 @@ from keras_laid.arguments import check_integer
 from keras_laid.haystacks.effective_window import effective_window
 from keras_laid.haystacks.evaluation import Asking
 from keras_laid.haystacks.evaluation import check_asking
+from keras_laid.haystacks.evaluation import check_iterable
 from keras_laid.haystacks.results import HaystackResults
 from keras_laid.haystacks.sampling import Haystack
 
@@ -53,6 +54,7 @@ class HaystackEvaluation(keras.callbacks.Callback):
         results: The last `keras_laid.haystacks.HaystackResults`, or `None`.
 
     Raises:
+        TypeError: If an argument is of another kind.
         ValueError: If `haystacks` is empty or can be read only once, or if
             `every` or another argument is none of those above. As
             `evaluate_haystacks` about the model, when training begins.
@@ -68,12 +70,14 @@ class HaystackEvaluation(keras.callbacks.Callback):
         **arguments: Any,
     ) -> None:
         super().__init__()
-        if not callable(haystacks) and iter(haystacks) is haystacks:
-            raise ValueError(
-                "`haystacks` must be readable in every epoch. Received: "
-                f"{haystacks!r:.80}, which can be read once. Pass a list, "
-                "`list(haystacks)`, or a function that makes them."
-            )
+        if not callable(haystacks):
+            check_iterable(haystacks)
+            if iter(haystacks) is haystacks:
+                raise ValueError(
+                    "`haystacks` must be readable in every epoch. Received: "
+                    f"{haystacks!r:.80}, which can be read once. Pass a list, "
+                    "`list(haystacks)`, or a function that makes them."
+                )
         check_integer("every", every)
         if isinstance(haystacks, Sized) and not len(haystacks):
             raise ValueError(

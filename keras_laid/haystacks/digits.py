@@ -4,6 +4,7 @@ import numpy as np
 
 from keras_laid.arguments import check_choice
 from keras_laid.arguments import check_integer
+from keras_laid.arguments import check_switch
 from keras_laid.haystacks.sampling import PairSource
 
 NAMES = (
@@ -47,6 +48,7 @@ class Digits(PairSource):
         names: Tuple of the ten words a question uses, `names[d]` for digit `d`.
 
     Raises:
+        TypeError: If `image_size` is no integer or `augment` no boolean.
         ValueError: If `split` is unknown or `image_size` is no positive
             multiple of 16.
     """
@@ -56,6 +58,7 @@ class Digits(PairSource):
     ) -> None:
         check_choice("split", split, SPLITS)
         check_integer("image_size", image_size)
+        check_switch("augment", augment)
         if image_size % (2 * PATCH):
             raise ValueError(
                 "`image_size` must be a positive multiple of "

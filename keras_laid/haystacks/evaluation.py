@@ -154,6 +154,15 @@ def check_asking(
         check_path("root", root)
 
 
+def check_iterable(haystacks: object) -> None:
+    # Python reads what has either.
+    if not any(hasattr(haystacks, n) for n in ("__iter__", "__getitem__")):
+        raise TypeError(
+            "`haystacks` must be an iterable of `keras_laid.haystacks.Haystack`"
+            f"s. Received: haystacks of type {type(haystacks).__name__}"
+        )
+
+
 def _names_in(template: str) -> list[str] | None:
     """What stands in braces, sorted; `None` where they do not match."""
     try:
@@ -205,6 +214,7 @@ class Asking:
         verbose: bool,
     ) -> HaystackResults:
         """Asks all, each size in batches of its own."""
+        check_iterable(haystacks)
         log = AnswerLog(output, self.settings())
         # From a size to numbered haystacks.
         waiting: dict[int, list[tuple[int, Haystack]]] = {}
@@ -257,7 +267,7 @@ class Asking:
             "prompt": self.template,
         }
         if self.through == "generate":
-            settings["max_answer_tokens"] = self.max_answer_tokens
+            settings["max_answer_tokens"] = int(self.max_answer_tokens)
         if self.prompts is not None:
             settings["model"] = self.prompts.fingerprint()
         return settings

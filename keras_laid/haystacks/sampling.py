@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import itertools
+import os
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
@@ -41,10 +42,11 @@ class Haystack:
         target: String, what is asked for.
         needles: Tuple of integers, the positions of the needles.
         images: Sequence of `uint8` arrays of shape `(height, width, 3)`, or of
-            paths below a root.
+            strings, paths below a root.
 
     Raises:
-        TypeError: If the question is no string or the images are no sequence.
+        TypeError: If the question is no string, the images are no sequence, or
+            a path is no string.
         ValueError: If the question is empty, if the answer is another word, if
             there are no images, or if a needle is none of their positions.
     """
@@ -70,6 +72,11 @@ class Haystack:
                 "A haystack must have a question that is not empty and an "
                 f"answer in {ANSWERS}. Received: question="
                 f"{self.question!r:.80}, answer={self.answer!r}"
+            )
+        if any(isinstance(image, os.PathLike) for image in self.images):
+            raise TypeError(
+                "Paths of images must be strings. Received: "
+                f"images={self.images!r:.80}. Pass `str(path)` of each."
             )
         count = len(self.images)
         if not count or not all(

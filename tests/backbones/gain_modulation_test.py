@@ -349,10 +349,12 @@ def test_presets_are_refused_until_folded_and_then_ordinary(tmp_path, per_head):
     model = make_task(PALI_GEMMA)
     randomize(attach_gain_modulation(model, per_head=per_head))
     gained = outputs_of(model)
-    for part in (model, model.backbone):
+    several = MultiImagePaliGemmaCausalLM.from_causal_lm(model)
+    for part in (model, model.backbone, several):
         with pytest.raises(ValueError, match="must have no gains.*preset_dir="):
             part.save_to_preset(str(tmp_path))
-    fold_gain_modulation(model)
+        assert not list(tmp_path.iterdir())
+    fold_gain_modulation(model if per_head else model.backbone)
     model.save_to_preset(str(tmp_path))
     for file in tmp_path.glob("*.json"):
         assert "keras_laid" not in file.read_text()

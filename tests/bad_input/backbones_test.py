@@ -412,12 +412,13 @@ ROWS = [
             lambda m, mesh=mesh: plan(m.plain, mesh_shape=mesh),
             error,
             rule,
+            repr(mesh),
         )
         for mesh, error, rule in (
-            (2, TypeError, "`mesh_shape` must be a sequence of integers"),
-            ((1.0, 1), TypeError, "`mesh_shape` must be a sequence"),
+            (2, TypeError, "`mesh_shape` must be one or more integers"),
+            ((1.0, 1), TypeError, "`mesh_shape` must be one or more integers"),
             ((1,), ValueError, "`mesh_shape` must be two integers"),
-            ((1, 0), ValueError, "`mesh_shape` must be at least 1"),
+            ((1, 0), ValueError, "integers of at least 1"),
             ((3, 1), ValueError, "must be split evenly"),
         )
     ],

@@ -278,6 +278,33 @@ COMPILE = [
         "`supervised_weight=0`",
     ),
     refused(
+        "the name of a loss",
+        lambda g: compiled(g, loss="sparse_categorical_crossentropy"),
+        ValueError,
+        "names stand for losses of probabilities",
+        "loss='sparse_categorical_crossentropy'",
+        "from_logits=True",
+    ),
+    *[
+        refused(
+            f"{loss} for a loss",
+            lambda g, loss=loss: compiled(g, loss=loss),
+            TypeError,
+            '`loss` must be "auto", a `keras.losses.Loss` or a function',
+            f"loss={loss!r:.80}",
+        )
+        for loss in (1.0, keras.losses.MeanSquaredError)
+    ],
+    refused(
+        "a loss without a reduction",
+        lambda g: compiled(
+            g, loss=keras.losses.SparseCategoricalCrossentropy(reduction=None)
+        ),
+        ValueError,
+        "`loss` must have a reduction",
+        "reduction=None",
+    ),
+    refused(
         "weights of losses",
         lambda g: compiled(g, loss_weights=[1.0]),
         ValueError,
@@ -554,6 +581,18 @@ STORED = [
         ValueError,
         "bit for bit",
     ),
+    *[
+        refused(
+            f"a sample weight of {number}",
+            lambda g, folder, number=number: StoredTeacher(folder).targets_for(
+                Batches((g.batch[0], g.batch[1], number * g.batch[2]))
+            )[0],
+            ValueError,
+            "`sample_weight` must be 0 or more",
+            f"{number}",
+        )
+        for number in (-1.0, NAN)
+    ],
     refused(
         "arrays in place of inputs",
         lambda g, folder: StoredTeacher(folder).targets_for(

@@ -1,5 +1,7 @@
 """Wrong calls of haystacks, of their evaluation and of effective windows."""
 
+import pathlib
+
 import numpy as np
 import pytest
 
@@ -186,6 +188,12 @@ DRAWING = [
         TypeError,
     ),
     wrong(
+        "digits augmented in words",
+        lambda: Digits("train", augment="yes"),
+        "`augment` must be `True` or `False`. Received: augment='yes'",
+        TypeError,
+    ),
+    wrong(
         "icons of 32.0 pixels",
         lambda: OpenMoji("test", image_size=32.0),
         "`image_size` must be an integer",
@@ -204,6 +212,12 @@ ASKED = [
         "a question that is none",
         lambda: haystack(question=None),
         "must have a string as its question.*question=None",
+        TypeError,
+    ),
+    wrong(
+        "images of paths that are no strings",
+        lambda: haystack(images=[pathlib.Path("1.jpg")]),
+        "Paths of images must be strings. .*1.jpg.*`str",
         TypeError,
     ),
     wrong(
@@ -356,6 +370,20 @@ EVALUATION = [
         "a callback every NaN epochs",
         lambda: HaystackEvaluation([haystack()], every=NAN),
         "`every` must be an integer. Received: every=nan",
+        TypeError,
+    ),
+    wrong(
+        "a number of haystacks",
+        lambda: evaluate_haystacks(
+            lambda images, prompts: [], 5, through="generate"
+        ),
+        "`haystacks` must be an iterable of .*Received: haystacks of type int",
+        TypeError,
+    ),
+    wrong(
+        "a callback of a number",
+        lambda: HaystackEvaluation(5),
+        "`haystacks` must be an iterable of .*Received: haystacks of type int",
         TypeError,
     ),
     wrong(

@@ -162,6 +162,14 @@ ROWS = [
         "`mixer` must be a `keras.Optimizer`",
     ),
     refused(
+        "clipping of all groups",
+        lambda: optimizers(clipnorm=1.0),
+        TypeError,
+        "Arguments of all groups must be among",
+        "clipnorm=1.0",
+        "Pass others to the optimizers",
+    ),
+    refused(
         "one optimizer for two groups",
         same_optimizer,
         ValueError,

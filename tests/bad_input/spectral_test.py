@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from keras_laid import spectral
+from tests.backbones import small_models
 from tests.bad_input.files_support import INF
 from tests.bad_input.files_support import NAN
 from tests.bad_input.files_support import wrong
@@ -249,6 +250,16 @@ OF_MODELS = [
         "wavelengths of no layer",
         lambda model: spectral.rotary_wavelengths(model, None),
         "Received: layer=None",
+    ),
+    wrong(
+        "wavelengths of a linear layer",
+        lambda model: spectral.rotary_wavelengths(small_models.qwen_3_5(), 0),
+        "must have one set of rotary frequencies.*layer=0 of a 'qwen3_5",
+    ),
+    wrong(
+        "wavelengths that depend on the length",
+        lambda model: spectral.rotary_wavelengths(small_models.phi_3()),
+        "must have one set of rotary frequencies.*layer=-1 of a 'phi3",
     ),
     wrong(
         "wavelengths of a name",

@@ -1,5 +1,6 @@
 """The distiller: its terms, its steps, and what it leaves alone."""
 
+import functools
 import json
 import pathlib
 
@@ -189,24 +190,29 @@ def test_loss_is_the_weighted_sum_of_its_terms(preprocessor):
 
 
 def test_loss_without_logits_is_the_loss_with_them(preprocessor, monkeypatch):
-    """One step from hidden states, in blocks, and one from whole logits."""
+    """One step from hidden states, in blocks, and others from whole logits."""
     monkeypatch.setattr(chunked, "ELEMENTS", 2**8)
     haystacks = make_haystacks(preprocessor, 4)
     cross_entropy = keras.losses.SparseCategoricalCrossentropy(
         from_logits=True, reduction="mean_with_sample_weight"
     )
+    function = functools.partial(
+        keras.losses.sparse_categorical_crossentropy, from_logits=True
+    )
     logs, weights = [], []
-    for loss in ("auto", cross_entropy):
+    for loss in ("auto", cross_entropy, function):
         distiller = make_distiller(
             preprocessor, temperature=2.0, compile_kwargs={"loss": loss}
         )
         logs.append(distiller.fit(haystacks, verbose=0).history)
         weights.append(values(distiller.student))
-    assert logs[0].keys() == logs[1].keys()
-    for name, (value,) in logs[0].items():
-        np.testing.assert_allclose(value, logs[1][name][0], rtol=1e-5)
-    for one, other in zip(*weights, strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-6)
+    for others in logs[1:]:
+        assert others.keys() == logs[0].keys()
+        for name, (value,) in logs[0].items():
+            np.testing.assert_allclose(value, others[name][0], rtol=1e-5)
+    for one, *others in zip(*weights, strict=True):
+        for other in others:
+            np.testing.assert_allclose(one, other, atol=1e-6)
 
 
 def test_metrics_see_the_logits(preprocessor):

@@ -115,6 +115,19 @@ def test_killed_anywhere_it_goes_on(tmp_path, monkeypatch, whole, owner, name):
     assert_same_run(train(tmp_path), whole)
 
 
+@pytest.mark.parametrize("killed", [False, True])
+def test_what_comes_after_a_run_is_trained(tmp_path, killed):
+    model, _ = train(tmp_path / "one")
+    if killed:
+        model, _ = train(tmp_path / "one")  # Goes on from its end.
+    data = Noise()
+    assert model.fit(data, epochs=2, verbose=0).epoch == [0, 1]
+    model._initial_epoch = 3  # As an interrupted `fit` leaves it.
+    resumable = ResumableTraining(tmp_path / "two", data)
+    history = model.fit(data, epochs=2, verbose=0, callbacks=[resumable])
+    assert history.epoch == [0, 1]
+
+
 def test_killed_while_weights_are_written(tmp_path, monkeypatch, whole):
     save = keras.Model.save_weights
     calls = []

@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import inspect
 import io
 import json
@@ -338,6 +339,19 @@ def test_files(tmp_path):
     record = json.loads((tmp_path / "answers.jsonl").read_text().split("\n")[0])
     assert record == results.records[record["index"]]
     assert keras_laid.effective_window(results.accuracy).censored == "above"
+
+
+def test_integers_of_numpy_are_written(tmp_path):
+    haystack = digits()[0]
+    haystack = dataclasses.replace(
+        haystack, needles=tuple(map(np.int64, haystack.needles))
+    )
+    arguments = dict(
+        through="generate", max_answer_tokens=np.int64(4), output=tmp_path
+    )
+    function = knower([haystack], lambda h: "yes")
+    one = evaluate(function, [haystack], **arguments)
+    assert evaluate(function, [haystack], **arguments) == one
 
 
 def begin(tmp_path, haystacks):

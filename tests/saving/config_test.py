@@ -2,8 +2,10 @@
 
 import inspect
 import json
+import pathlib
 
 import keras
+import keras_hub
 import numpy as np
 import pytest
 
@@ -64,9 +66,27 @@ def test_presets_of_one_image_and_of_several(tmp_path):
     for model in (plain, several):
         folder = str(tmp_path / type(model).__name__)
         model.save_to_preset(folder)
+        files = list(pathlib.Path(folder).glob("*.json"))
+        assert len(files) == 6
+        for file in files:
+            assert "keras_laid" not in file.read_text()
+        loaded = keras_hub.models.CausalLM.from_preset(folder)
+        assert type(loaded) is keras_hub.models.PaliGemmaCausalLM
         loaded = MultiImagePaliGemmaCausalLM.from_preset(folder)
         assert type(loaded) is MultiImagePaliGemmaCausalLM
         np.testing.assert_array_equal(to_numpy(loaded(x)), to_numpy(several(x)))
+        converter = loaded.preprocessor.image_converter
+        assert converter.scale == several.preprocessor.image_converter.scale
+
+
+def test_plain_presets_are_not_taken_over():
+    # Of those that name a backbone, KerasHub takes any.
+    assert {
+        kind.__module__.split(".")[0]
+        for kind in keras.saving.get_custom_objects().values()
+        if getattr(kind, "backbone_cls", None)
+        is keras_hub.models.PaliGemmaBackbone
+    } == {"keras_hub"}
 
 
 @pytest.fixture

@@ -3,9 +3,11 @@ import numpy as np
 import pytest
 
 from keras_laid import spectral
+from keras_laid.backbones import attention_layers
 from keras_laid.spectral.attention_mass import signal_of
 from keras_laid.spectral.frequency_shares import shares_of
 from keras_laid.spectral.head_activations import activation_of
+from tests.backbones import small_models
 from tests.spectral.planted import planted
 from tests.support import PALI_GEMMA_2
 from tests.support import attention_of
@@ -70,6 +72,27 @@ def test_wavelengths_are_those_of_the_rotation():
     # The second pair has turned once; as captured, it is side by side.
     np.testing.assert_allclose(turned[..., 2:4], start[..., 2:4], atol=1e-4)
     assert np.abs(turned - start).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        small_models.gemma_3,
+        small_models.gemma_4,
+        small_models.qwen_3_5,
+        small_models.llama,
+        small_models.llama_3,
+    ],
+    ids=lambda family: family.__name__,
+)
+def test_wavelengths_of_other_families(family):
+    model = family()
+    layer = attention_layers(model)[-1]
+    content = np.ones((1, 2, 1, layer.rotary_dim), "float32")
+    one, other = np.split(to_numpy(layer.rotary(content))[0, 1, 0], 2)
+    turns = np.arctan2(other - one, one + other) / (2 * np.pi)
+    found = 1 / spectral.rotary_wavelengths(model)  # In turns a token.
+    np.testing.assert_allclose(found, turns, atol=1e-5)
 
 
 @pytest.mark.skipif(
