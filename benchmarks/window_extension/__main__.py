@@ -103,8 +103,8 @@ def best_learning_rate(settings, method):
     """The rate with the best mean accuracy on the validation split."""
     if method in study.UNTRAINED:
         return 0.0
-    if not settings.is_tuned:
-        return settings.learning_rates[0]
+    if settings.tuned_as:
+        return best_learning_rate(read_settings(settings.tuned_as), method)
     tried = {
         float(row["learning_rate"]): sum(
             float(row[f"accuracy_{size}"]) for size in SIZES
@@ -140,7 +140,7 @@ def main():
             (name, TUNING_SEED, "validation", rate)
             for rate in settings.learning_rates
             for name in names
-            if name in study.METHODS and settings.is_tuned
+            if name in study.METHODS and not settings.tuned_as
         ]
     else:
         runs = [

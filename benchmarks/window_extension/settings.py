@@ -26,8 +26,9 @@ class Settings:
         batch_size: Integer, questions a step, of every method.
         labelled_in_batch: Integer, how many of them have labels where there
             are both kinds. Defaults to half.
-        learning_rates: List of floats, tried for every method. A single one
-            is taken as it is.
+        learning_rates: List of floats, tried for every method.
+        tuned_as: String, the name of another config whose choice of learning
+            rates is taken. Defaults to `None`: each method tries them here.
         prior_steps: Integer, supervised steps on `prior_sizes` images that the
             student has behind it before any method starts. Defaults to 0: the
             embedded student.
@@ -47,13 +48,10 @@ class Settings:
     batch_size: int = 40
     labelled_in_batch: int | None = None
     learning_rates: tuple = (7e-4, 1.5e-3)
+    tuned_as: str | None = None
     prior_steps: int = 0
     prior_sizes: tuple = ()
     measured_at: tuple = ()
-
-    @property
-    def is_tuned(self):
-        return len(self.learning_rates) > 1
 
 
 def read_settings(name):

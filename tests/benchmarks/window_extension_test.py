@@ -8,6 +8,7 @@ import pytest
 
 import keras_laid
 from benchmarks import rows
+from benchmarks.window_extension import __main__ as runner
 from benchmarks.window_extension import methods as study
 from benchmarks.window_extension import tables
 from benchmarks.window_extension.data import IGNORED
@@ -206,3 +207,16 @@ def test_rows_done_are_known(tmp_path):
     assert not rows.is_done(path, row | dict(seed=5), ("method", "seed"))
     with path.open() as file:
         assert [r["seed"] for r in csv.DictReader(file)] == ["3", "4"]
+
+
+def test_learning_rates_are_chosen_by_validation(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "PATH", tmp_path / "rows.csv")
+    row = dict(config="short_200", method="kd", split="validation")
+    for rate, accuracy in ((7e-4, 0.8), (1.5e-3, 0.9)):
+        sizes = {f"accuracy_{size}": accuracy for size in tables.SIZES}
+        rows.append_row(runner.PATH, row | dict(learning_rate=rate) | sizes)
+    assert runner.best_learning_rate(read_settings("short_200"), "kd") == 1.5e-3
+    later = settings(tuned_as="short_200")
+    assert runner.best_learning_rate(later, "kd") == 1.5e-3
+    with pytest.raises(ValueError, match="must have been tried"):
+        runner.best_learning_rate(settings(), "kd")
