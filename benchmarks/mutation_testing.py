@@ -7,7 +7,9 @@
 A seeded sample of cosmic-ray's mutants of a package is tried in a clone of the
 last commit, each against the tests of its module. Rows go to
 `benchmarks/results/mutation_testing.csv`; mutants that have one are passed
-over, and those that another backend's tests have killed.
+over, and those that another backend's tests have killed. With `--again`,
+those that survived at an earlier commit are tried anew: one row that says so
+is enough to be killed.
 """
 
 import argparse
@@ -30,11 +32,10 @@ from cosmic_ray.work_item import MutationSpec
 
 from benchmarks import rows
 
-PATH = rows.RESULTS / "mutation_testing.csv"
+PATH = rows.RESULTS.absolute() / "mutation_testing.csv"
 CLONE = pathlib.Path("runs/mutation_testing").absolute()
-SEED = 0
 TIMEOUT = 900  # Seconds; a mutant that takes longer counts as killed.
-MUTANT = ("module", "operator", "occurrence")
+MUTANT = ("seed", "module", "operator", "occurrence", "before")
 # What every test needs, imported once: each mutant is tried in a fork.
 PRELOADED = [
     "hypothesis",
@@ -179,6 +180,14 @@ def pass_all(paths):
     return process.exitcode == 0
 
 
+def is_done(row, again):
+    """Killed on any backend, or tried on this one (at this commit)."""
+    tried = (*MUTANT, "backend", *(["commit"] if again else []))
+    return rows.is_done(PATH, row, tried) or rows.is_done(
+        PATH, dict(row, outcome="killed"), (*MUTANT, "outcome")
+    )
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -188,10 +197,11 @@ def main():
         "--package", required=True, choices=("ops", "layers", "haystacks")
     )
     parser.add_argument("--count", type=int, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--again", action="store_true")
     args = parser.parse_args()
     backend = keras.backend.backend()
     commit = rows.commit().removesuffix("-dirty")  # What the clone is of.
-    path = PATH.absolute()
     if not CLONE.exists():
         rows.git("clone", "--quiet", "--shared", ".", str(CLONE))
     os.chdir(CLONE)
@@ -208,24 +218,25 @@ def main():
         for module in sorted((package / args.package).rglob("*.py"))
         for mutant in mutants(module)
     ]
-    sample = random.Random(SEED).sample(found, min(args.count, len(found)))
+    sample = random.Random(args.seed).sample(found, min(args.count, len(found)))
     whole = []
     for mutant in tqdm.tqdm(sample):
         module = mutant.module_path.relative_to(package).with_suffix("")
         paths = tests_of(str(module))
+        lines = mutant.module_path.read_text().splitlines()
         row = dict(
             package=args.package,
+            seed=args.seed,
             mutants=len(found),
             module=str(module),
             line=mutant.start_pos[0],
             operator=mutant.operator_name.removeprefix("core/"),
             occurrence=mutant.occurrence,
             backend=backend,
+            before=lines[mutant.start_pos[0] - 1].strip(),
+            commit=commit,
         )
-        killed = dict(row, outcome="killed")
-        if rows.is_done(path, row, (*MUTANT, "backend")) or rows.is_done(
-            path, killed, (*MUTANT, "outcome")
-        ):
+        if is_done(row, args.again):
             continue
         if paths not in whole:
             if not pass_all(paths):
@@ -235,18 +246,16 @@ def main():
             whole.append(paths)
         operator = get_operator(mutant.operator_name)()
         with use_mutation(mutant.module_path, operator, mutant.occurrence) as (
-            before,
+            _,
             after,
         ):
             outcome = "survived" if pass_all(paths) else "killed"
         row |= dict(
-            outcome=outcome,
-            before=before.splitlines()[row["line"] - 1].strip(),
             after=after.splitlines()[row["line"] - 1].strip(),
-            commit=commit,
+            outcome=outcome,
             machine=rows.machine(),
         )
-        rows.append_row(path, row)
+        rows.append_row(PATH, row)
 
 
 if __name__ == "__main__":
