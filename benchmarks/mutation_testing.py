@@ -7,9 +7,8 @@
 A seeded sample of cosmic-ray's mutants of a package is tried in a clone of the
 last commit, each against the tests of its module. Rows go to
 `benchmarks/results/mutation_testing.csv`; mutants that have one are passed
-over, and those that another backend's tests have killed. With `--again`,
-those that survived at an earlier commit are tried anew: one row that says so
-is enough to be killed.
+over, and those that another backend's tests have killed. With `--again`, those
+of the seed that survived are tried anew, once a commit, and none is drawn.
 """
 
 import argparse
@@ -26,16 +25,17 @@ import keras
 import tqdm
 from cosmic_ray.ast import ast_nodes
 from cosmic_ray.ast import get_ast_from_path
+from cosmic_ray.mutating import mutate_code
 from cosmic_ray.mutating import use_mutation
 from cosmic_ray.plugins import get_operator
 from cosmic_ray.work_item import MutationSpec
 
+from benchmarks import mutants
 from benchmarks import rows
 
-PATH = rows.RESULTS.absolute() / "mutation_testing.csv"
+PACKAGE = pathlib.Path("keras_laid")  # In the clone.
 CLONE = pathlib.Path("runs/mutation_testing").absolute()
 TIMEOUT = 900  # Seconds; a mutant that takes longer counts as killed.
-MUTANT = ("seed", "module", "operator", "occurrence", "before")
 # What every test needs, imported once: each mutant is tried in a fork.
 PRELOADED = [
     "hypothesis",
@@ -79,18 +79,16 @@ OPERATORS = [
     "ZeroIterationForLoop",
 ]
 # Tests by the start of a module's path, the first that fits.
+TILES = "tests/ops/tiles_test.py"
 DIVERGENCE = "tests/ops/attention_divergence_test.py"
 OUTPUT = "tests/ops/attention_output_test.py"
 LOGITS = "tests/ops/logits_divergence_test.py"
 SIGNATURES = "tests/signatures_test.py"
 OF_OPS = [SIGNATURES, "tests/bad_input/ops_test.py", "tests/numerics_test.py"]
 TESTS = {
-    "ops/attention_divergence/triton": [DIVERGENCE],
+    "ops/attention_divergence/triton": [TILES, DIVERGENCE],
     "ops/attention_divergence/pallas": [DIVERGENCE],
-    "ops/attention_divergence/tiles": [
-        "tests/ops/tiles_test.py",
-        DIVERGENCE,
-    ],
+    "ops/attention_divergence/tiles": [TILES, DIVERGENCE],
     "ops/attention_divergence": [DIVERGENCE, *OF_OPS],
     "ops/attention_output": [OUTPUT, *OF_OPS],
     "ops/attention": [OUTPUT, DIVERGENCE, *OF_OPS],
@@ -124,7 +122,7 @@ TESTS = {
 }
 
 
-def mutants(path):
+def mutants_of(path):
     """Every mutant of a module, but of annotations, which nothing runs."""
     tree = get_ast_from_path(path)
     annotated = positions_of_annotations(path.read_text())
@@ -180,11 +178,61 @@ def pass_all(paths):
     return process.exitcode == 0
 
 
+def operator_of(mutant):
+    return get_operator(mutant.operator_name)()
+
+
+def row_of(mutant):
+    """What tells a mutant from others, and the line that it changes."""
+    source = mutant.module_path.read_text()
+    changed = mutate_code(source, operator_of(mutant), mutant.occurrence)
+    line = mutant.start_pos[0]
+    module = mutant.module_path.relative_to(PACKAGE).with_suffix("")
+    return dict(
+        module=str(module),
+        line=line,
+        operator=mutant.operator_name.removeprefix("core/"),
+        occurrence=mutant.occurrence,
+        before=source.splitlines()[line - 1].strip(),
+        after=changed.splitlines()[line - 1].strip(),
+    )
+
+
+def draw(found, package, seed, count):
+    """A sample, each mutant with its row."""
+    sample = random.Random(seed).sample(found, min(count, len(found)))
+    sizes = dict(package=package, seed=seed, mutants=len(found))
+    return [(mutant, sizes | row_of(mutant)) for mutant in sample]
+
+
+def survivors(found, package, seed):
+    """Those of earlier rows, wherever they are in the code by now."""
+    for tried in mutants.read(package=package, seed=seed):
+        if not mutants.is_killed(tried):
+            yield find(found, tried[0]), tried[0]
+
+
+def find(found, row):
+    """The nearest that does the same to the same line."""
+    names = ("module", "operator", "before", "after")
+    same = [
+        mutant
+        for mutant in found
+        if mutant.module_path == PACKAGE / f"{row['module']}.py"
+        and mutant.operator_name == f"core/{row['operator']}"
+        and [row_of(mutant)[name] for name in names]
+        == [row[name] for name in names]
+    ]
+    line = int(row["line"])
+    return min(same, key=lambda mutant: abs(mutant.start_pos[0] - line))
+
+
 def is_done(row, again):
     """Killed on any backend, or tried on this one (at this commit)."""
-    tried = (*MUTANT, "backend", *(["commit"] if again else []))
-    return rows.is_done(PATH, row, tried) or rows.is_done(
-        PATH, dict(row, outcome="killed"), (*MUTANT, "outcome")
+    tried = (*mutants.IDENTITY, "backend", *(["commit"] if again else []))
+    killed = dict(row, outcome="killed")
+    return rows.is_done(mutants.PATH, row, tried) or rows.is_done(
+        mutants.PATH, killed, (*mutants.IDENTITY, "outcome")
     )
 
 
@@ -196,11 +244,11 @@ def main():
     parser.add_argument(
         "--package", required=True, choices=("ops", "layers", "haystacks")
     )
-    parser.add_argument("--count", type=int, required=True)
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--count", type=int)
+    which.add_argument("--again", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--again", action="store_true")
     args = parser.parse_args()
-    backend = keras.backend.backend()
     commit = rows.commit().removesuffix("-dirty")  # What the clone is of.
     if not CLONE.exists():
         rows.git("clone", "--quiet", "--shared", ".", str(CLONE))
@@ -212,50 +260,37 @@ def main():
     os.environ["PYTHONPATH"] = str(CLONE)  # Of what tests start, too.
     multiprocessing.set_forkserver_preload(PRELOADED)
 
-    package = pathlib.Path("keras_laid")
     found = [
         mutant
-        for module in sorted((package / args.package).rglob("*.py"))
-        for mutant in mutants(module)
+        for module in sorted((PACKAGE / args.package).rglob("*.py"))
+        for mutant in mutants_of(module)
     ]
-    sample = random.Random(args.seed).sample(found, min(args.count, len(found)))
+    of = args.package, args.seed
+    sample = (
+        list(survivors(found, *of))
+        if args.again
+        else draw(found, *of, args.count)
+    )
+    where = dict(
+        backend=keras.backend.backend(), commit=commit, machine=rows.machine()
+    )
     whole = []
-    for mutant in tqdm.tqdm(sample):
-        module = mutant.module_path.relative_to(package).with_suffix("")
-        paths = tests_of(str(module))
-        lines = mutant.module_path.read_text().splitlines()
-        row = dict(
-            package=args.package,
-            seed=args.seed,
-            mutants=len(found),
-            module=str(module),
-            line=mutant.start_pos[0],
-            operator=mutant.operator_name.removeprefix("core/"),
-            occurrence=mutant.occurrence,
-            backend=backend,
-            before=lines[mutant.start_pos[0] - 1].strip(),
-            commit=commit,
-        )
+    for mutant, row in tqdm.tqdm(sample):
+        row = row | where
         if is_done(row, args.again):
             continue
+        paths = tests_of(row["module"])
         if paths not in whole:
             if not pass_all(paths):
                 raise ValueError(
                     f"Unbroken code must pass its tests. Received: {paths}"
                 )
             whole.append(paths)
-        operator = get_operator(mutant.operator_name)()
-        with use_mutation(mutant.module_path, operator, mutant.occurrence) as (
-            _,
-            after,
+        with use_mutation(
+            mutant.module_path, operator_of(mutant), mutant.occurrence
         ):
-            outcome = "survived" if pass_all(paths) else "killed"
-        row |= dict(
-            after=after.splitlines()[row["line"] - 1].strip(),
-            outcome=outcome,
-            machine=rows.machine(),
-        )
-        rows.append_row(PATH, row)
+            row["outcome"] = "survived" if pass_all(paths) else "killed"
+        rows.append_row(mutants.PATH, row)
 
 
 if __name__ == "__main__":
