@@ -279,9 +279,8 @@ def memory_plan():
 def mutation_testing():
     """How many of each sample's mutants the tests notice."""
     lines = []
-    samples = ("ops", "0"), ("ops", "1"), ("layers", "0")
-    samples += ("haystacks", "0"), ("haystacks", "1")
-    for package, seed in samples:
+    samples = {(row["package"], row["seed"]) for row, *_ in mutants.read()}
+    for package, seed in sorted(samples):
         found = mutants.read(package=package, seed=seed)
         at_first = sum(mutants.is_killed(mutants.first_tries(m)) for m in found)
         killed = sum(map(mutants.is_killed, found))
