@@ -204,10 +204,17 @@ def operator_of(mutant):
     return get_operator(mutant.operator_name)()
 
 
+def line_of(mutant):
+    """The line that it changes, as it is."""
+    lines = mutant.module_path.read_text().splitlines()
+    return lines[mutant.start_pos[0] - 1].strip()
+
+
 def row_of(mutant):
-    """What tells a mutant from others, and the line that it changes."""
-    source = mutant.module_path.read_text()
-    changed = mutate_code(source, operator_of(mutant), mutant.occurrence)
+    """What tells a mutant from others, and what it makes of its line."""
+    changed = mutate_code(
+        mutant.module_path.read_text(), operator_of(mutant), mutant.occurrence
+    )
     line = mutant.start_pos[0]
     module = mutant.module_path.relative_to(PACKAGE).with_suffix("")
     return dict(
@@ -215,7 +222,7 @@ def row_of(mutant):
         line=line,
         operator=mutant.operator_name.removeprefix("core/"),
         occurrence=mutant.occurrence,
-        before=source.splitlines()[line - 1].strip(),
+        before=line_of(mutant),
         after=changed.splitlines()[line - 1].strip(),
     )
 
@@ -236,14 +243,13 @@ def survivors(found, package, seed):
 
 def find(found, row):
     """The nearest that does the same to the same line."""
-    names = ("module", "operator", "before", "after")
     same = [
         mutant
         for mutant in found
         if mutant.module_path == PACKAGE / f"{row['module']}.py"
         and mutant.operator_name == f"core/{row['operator']}"
-        and [row_of(mutant)[name] for name in names]
-        == [row[name] for name in names]
+        and line_of(mutant) == row["before"]
+        and row_of(mutant)["after"] == row["after"]
     ]
     line = int(row["line"])
     return min(same, key=lambda mutant: abs(mutant.start_pos[0] - line))
