@@ -68,11 +68,11 @@ REASONS = {
     (
         "ops/attention_divergence/pallas",
         "if form.exponent != 0.0:",
-    ): "a power of 1 changes nothing; it takes time",
+    ): "a power of 1 changes nothing, and takes time",
     (
         "ops/attention_divergence/tiles",
         "(128, 0, Tiles(64, 64, 4, 4, in_registers=True)),",
-    ): "how many loads run ahead; it is as fast as it is",
+    ): "how many loads run ahead, which was measured",
     (
         "layers/head_mixer",
         "return ops.softmax(ops.convert_to_tensor(self.mixing_logits), axis=1)",
