@@ -89,6 +89,7 @@ REFUSALS = [
     f"{DIVERGENCE}::test_each_reason_alone_is_enough_to_refuse",
 ]
 VALUES = [
+    f"{DIVERGENCE}::test_each_tile_of_rows_has_a_program",
     f"{DIVERGENCE}::test_weak_weights_are_the_oracles",
     f"{DIVERGENCE}::test_tiles_of_any_form_are_the_oracles",
     f"{DIVERGENCE}::test_value_and_gradients_are_the_oracles",

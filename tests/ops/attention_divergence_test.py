@@ -379,6 +379,21 @@ def test_tiles_of_any_form_are_the_oracles(
     assert_is_the_oracles(implementation, Case("blocks"))
 
 
+@needs_jax
+def test_each_tile_of_rows_has_a_program(monkeypatch):
+    # In the interpreter a wrong one may pass: it counts those below 0 from the
+    # end, and a GPU does not.
+    from keras_laid.ops.attention_divergence import pallas
+
+    grid = 3, 2, 5  # Tiles, examples, heads.
+    form = SimpleNamespace(tiles=tiles.Tiles(16, 32, 4, 1))
+    monkeypatch.setattr(pallas.pl, "num_programs", grid.__getitem__)
+    for program in np.ndindex(grid):
+        monkeypatch.setattr(pallas.pl, "program_id", program.__getitem__)
+        tile = 2 - program[0]
+        assert pallas.own_rows(form) == (tile, 16 * tile, program[2])
+
+
 @needs_triton
 def test_lifting_slopes_rounds_nothing():
     from keras_laid.ops.attention_divergence import triton
