@@ -126,6 +126,8 @@ TESTS = {
         "tests/numerics_test.py",
         "tests/saving",
     ],
+    "haystacks/__init__": ["tests/haystacks/builder_test.py"],
+    "haystacks/plots": ["tests/haystacks/evaluation_test.py"],
     "haystacks": [
         SIGNATURES,
         "tests/haystacks",
