@@ -7,12 +7,15 @@
 A seeded sample of cosmic-ray's mutants of a package is tried in a clone of the
 last commit, each against the tests of its module. Rows go to
 `benchmarks/results/mutation_testing.csv`; mutants that have one are passed
-over, and those that another backend's tests have killed.
+over, and those that another backend's tests have killed. With `--again` none is
+drawn: those of the seed that survived are tried anew, once a commit, but where
+`mutants.py` has a reason.
 """
 
 import argparse
 import ast
 import contextlib
+import functools
 import multiprocessing
 import os
 import pathlib
@@ -24,17 +27,17 @@ import keras
 import tqdm
 from cosmic_ray.ast import ast_nodes
 from cosmic_ray.ast import get_ast_from_path
+from cosmic_ray.mutating import mutate_code
 from cosmic_ray.mutating import use_mutation
 from cosmic_ray.plugins import get_operator
 from cosmic_ray.work_item import MutationSpec
 
+from benchmarks import mutants
 from benchmarks import rows
 
-PATH = rows.RESULTS / "mutation_testing.csv"
+PACKAGE = pathlib.Path("keras_laid")  # In the clone.
 CLONE = pathlib.Path("runs/mutation_testing").absolute()
-SEED = 0
 TIMEOUT = 900  # Seconds; a mutant that takes longer counts as killed.
-MUTANT = ("module", "operator", "occurrence")
 # What every test needs, imported once: each mutant is tried in a fork.
 PRELOADED = [
     "hypothesis",
@@ -78,19 +81,28 @@ OPERATORS = [
     "ZeroIterationForLoop",
 ]
 # Tests by the start of a module's path, the first that fits.
+TILES = "tests/ops/tiles_test.py"
 DIVERGENCE = "tests/ops/attention_divergence_test.py"
+# What notices most, before all that takes minutes.
+REFUSALS = [
+    f"{DIVERGENCE}::test_kernels_are_used_on_a_gpu_with_room",
+    f"{DIVERGENCE}::test_each_reason_alone_is_enough_to_refuse",
+]
+VALUES = [
+    f"{DIVERGENCE}::test_each_tile_of_rows_has_a_program",
+    f"{DIVERGENCE}::test_weak_weights_are_the_oracles",
+    f"{DIVERGENCE}::test_tiles_of_any_form_are_the_oracles",
+    f"{DIVERGENCE}::test_value_and_gradients_are_the_oracles",
+]
 OUTPUT = "tests/ops/attention_output_test.py"
 LOGITS = "tests/ops/logits_divergence_test.py"
 SIGNATURES = "tests/signatures_test.py"
 OF_OPS = [SIGNATURES, "tests/bad_input/ops_test.py", "tests/numerics_test.py"]
 TESTS = {
-    "ops/attention_divergence/triton": [DIVERGENCE],
-    "ops/attention_divergence/pallas": [DIVERGENCE],
-    "ops/attention_divergence/tiles": [
-        "tests/ops/tiles_test.py",
-        DIVERGENCE,
-    ],
-    "ops/attention_divergence": [DIVERGENCE, *OF_OPS],
+    "ops/attention_divergence/triton": [TILES, *VALUES, DIVERGENCE],
+    "ops/attention_divergence/pallas": [*VALUES, DIVERGENCE],
+    "ops/attention_divergence/tiles": [TILES, DIVERGENCE],
+    "ops/attention_divergence": [*REFUSALS, DIVERGENCE, *OF_OPS],
     "ops/attention_output": [OUTPUT, *OF_OPS],
     "ops/attention": [OUTPUT, DIVERGENCE, *OF_OPS],
     "ops/row_blocks": ["tests/ops/row_blocks_test.py", OUTPUT, DIVERGENCE],
@@ -114,6 +126,8 @@ TESTS = {
         "tests/numerics_test.py",
         "tests/saving",
     ],
+    "haystacks/__init__": ["tests/haystacks/builder_test.py"],
+    "haystacks/plots": ["tests/haystacks/evaluation_test.py"],
     "haystacks": [
         SIGNATURES,
         "tests/haystacks",
@@ -123,7 +137,7 @@ TESTS = {
 }
 
 
-def mutants(path):
+def mutants_of(path):
     """Every mutant of a module, but of annotations, which nothing runs."""
     tree = get_ast_from_path(path)
     annotated = positions_of_annotations(path.read_text())
@@ -152,7 +166,7 @@ def positions_of_annotations(source):
     ]
 
 
-def run_tests(paths):
+def run_tests(path):
     """In a process of its own, which tells by its exit what came out."""
     os.setsid()
     sys.path.insert(0, str(CLONE))
@@ -160,23 +174,107 @@ def run_tests(paths):
     import pytest
 
     with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
-        code = pytest.main(["-qx", "-p", "no:cacheprovider", *paths])
+        code = pytest.main(["-qx", "-p", "no:cacheprovider", path])
     os._exit(code)
 
 
 def tests_of(module):
-    return next(p for start, p in TESTS.items() if module.startswith(start))
+    """The module's own first: they are likely to notice what is wrong."""
+    own = [f"tests/{module}_test.py"]
+    others = next(p for start, p in TESTS.items() if module.startswith(start))
+    return [*filter(os.path.exists, own), *others]
 
 
-def pass_all(paths):
+def passes(path):
     context = multiprocessing.get_context("forkserver")
-    process = context.Process(target=run_tests, args=(paths,))
+    process = context.Process(target=run_tests, args=(path,))
     process.start()
     process.join(TIMEOUT)
     if process.is_alive():
         os.killpg(process.pid, signal.SIGKILL)
         process.join()
     return process.exitcode == 0
+
+
+@functools.cache
+def check_unbroken(path):
+    if not passes(path):
+        raise ValueError(f"Unbroken code must pass its tests. Received: {path}")
+
+
+def is_noticed(mutant, paths):
+    for path in paths:
+        check_unbroken(path)
+        with use_mutation(
+            mutant.module_path, operator_of(mutant), mutant.occurrence
+        ):
+            if not passes(path):
+                return True
+    return False
+
+
+def operator_of(mutant):
+    return get_operator(mutant.operator_name)()
+
+
+def line_of(mutant):
+    """The line that it changes, as it is."""
+    lines = mutant.module_path.read_text().splitlines()
+    return lines[mutant.start_pos[0] - 1].strip()
+
+
+def row_of(mutant):
+    """What tells a mutant from others, and what it makes of its line."""
+    changed = mutate_code(
+        mutant.module_path.read_text(), operator_of(mutant), mutant.occurrence
+    )
+    line = mutant.start_pos[0]
+    module = mutant.module_path.relative_to(PACKAGE).with_suffix("")
+    return dict(
+        module=str(module),
+        line=line,
+        operator=mutant.operator_name.removeprefix("core/"),
+        occurrence=mutant.occurrence,
+        before=line_of(mutant),
+        after=changed.splitlines()[line - 1].strip(),
+    )
+
+
+def draw(found, package, seed, count):
+    """A sample, each mutant with its row."""
+    sample = random.Random(seed).sample(found, min(count, len(found)))
+    sizes = dict(package=package, seed=seed, mutants=len(found))
+    return [(mutant, sizes | row_of(mutant)) for mutant in sample]
+
+
+def survivors(found, package, seed):
+    """Those of earlier rows, wherever they are in the code by now."""
+    for tried in mutants.read(package=package, seed=seed):
+        if not (mutants.is_killed(tried) or mutants.reason(tried)):
+            yield find(found, tried[0]), tried[0]
+
+
+def find(found, row):
+    """The nearest that does the same to the same line."""
+    same = [
+        mutant
+        for mutant in found
+        if mutant.module_path == PACKAGE / f"{row['module']}.py"
+        and mutant.operator_name == f"core/{row['operator']}"
+        and line_of(mutant) == row["before"]
+        and row_of(mutant)["after"] == row["after"]
+    ]
+    line = int(row["line"])
+    return min(same, key=lambda mutant: abs(mutant.start_pos[0] - line))
+
+
+def is_done(row, again):
+    """Killed on any backend, or tried on this one (at this commit)."""
+    tried = (*mutants.IDENTITY, "backend", *(["commit"] if again else []))
+    killed = dict(row, outcome="killed")
+    return rows.is_done(mutants.PATH, row, tried) or rows.is_done(
+        mutants.PATH, killed, (*mutants.IDENTITY, "outcome")
+    )
 
 
 def main():
@@ -187,11 +285,12 @@ def main():
     parser.add_argument(
         "--package", required=True, choices=("ops", "layers", "haystacks")
     )
-    parser.add_argument("--count", type=int, required=True)
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--count", type=int)
+    which.add_argument("--again", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    backend = keras.backend.backend()
     commit = rows.commit().removesuffix("-dirty")  # What the clone is of.
-    path = PATH.absolute()
     if not CLONE.exists():
         rows.git("clone", "--quiet", "--shared", ".", str(CLONE))
     os.chdir(CLONE)
@@ -202,51 +301,27 @@ def main():
     os.environ["PYTHONPATH"] = str(CLONE)  # Of what tests start, too.
     multiprocessing.set_forkserver_preload(PRELOADED)
 
-    package = pathlib.Path("keras_laid")
     found = [
         mutant
-        for module in sorted((package / args.package).rglob("*.py"))
-        for mutant in mutants(module)
+        for module in sorted((PACKAGE / args.package).rglob("*.py"))
+        for mutant in mutants_of(module)
     ]
-    sample = random.Random(SEED).sample(found, min(args.count, len(found)))
-    whole = []
-    for mutant in tqdm.tqdm(sample):
-        module = mutant.module_path.relative_to(package).with_suffix("")
-        paths = tests_of(str(module))
-        row = dict(
-            package=args.package,
-            mutants=len(found),
-            module=str(module),
-            line=mutant.start_pos[0],
-            operator=mutant.operator_name.removeprefix("core/"),
-            occurrence=mutant.occurrence,
-            backend=backend,
-        )
-        killed = dict(row, outcome="killed")
-        if rows.is_done(path, row, (*MUTANT, "backend")) or rows.is_done(
-            path, killed, (*MUTANT, "outcome")
-        ):
+    of = args.package, args.seed
+    sample = (
+        list(survivors(found, *of))
+        if args.again
+        else draw(found, *of, args.count)
+    )
+    where = dict(
+        backend=keras.backend.backend(), commit=commit, machine=rows.machine()
+    )
+    for mutant, row in tqdm.tqdm(sample):
+        row = row | where
+        if is_done(row, args.again):
             continue
-        if paths not in whole:
-            if not pass_all(paths):
-                raise ValueError(
-                    f"Unbroken code must pass its tests. Received: {paths}"
-                )
-            whole.append(paths)
-        operator = get_operator(mutant.operator_name)()
-        with use_mutation(mutant.module_path, operator, mutant.occurrence) as (
-            before,
-            after,
-        ):
-            outcome = "survived" if pass_all(paths) else "killed"
-        row |= dict(
-            outcome=outcome,
-            before=before.splitlines()[row["line"] - 1].strip(),
-            after=after.splitlines()[row["line"] - 1].strip(),
-            commit=commit,
-            machine=rows.machine(),
-        )
-        rows.append_row(path, row)
+        noticed = is_noticed(mutant, tests_of(row["module"]))
+        row["outcome"] = "killed" if noticed else "survived"
+        rows.append_row(mutants.PATH, row)
 
 
 if __name__ == "__main__":

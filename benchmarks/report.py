@@ -23,6 +23,7 @@ from keras_laid import spectral
 ROOT = pathlib.Path(__file__).parents[1]
 TEXTS = (
     "README.md",
+    "benchmarks/mutation_testing.md",
     "benchmarks/window_extension.md",
     "keras_laid/distillation/README.md",
     "keras_laid/ops/attention_divergence/README.md",

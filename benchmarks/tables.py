@@ -2,6 +2,7 @@
 
 import itertools
 
+from benchmarks import mutants
 from benchmarks import rows
 from benchmarks.markdown import markdown_table
 from benchmarks.window_extension import tables as study
@@ -275,6 +276,34 @@ def memory_plan():
     return markdown_table(["", "mesh", *columns.values()], lines)
 
 
+def mutation_testing():
+    """How many of each sample's mutants the tests notice."""
+    lines = []
+    samples = {(row["package"], row["seed"]) for row, *_ in mutants.read()}
+    for package, seed in sorted(samples):
+        found = mutants.read(package=package, seed=seed)
+        at_first = sum(mutants.is_killed(mutants.first_tries(m)) for m in found)
+        killed = sum(map(mutants.is_killed, found))
+        shares = [f"{n}, {n / len(found):.0%}" for n in (at_first, killed)]
+        of = found[-1][0]["mutants"]
+        lines.append(
+            [f"`{package}`", seed, f"{int(of):,}", len(found), *shares]
+        )
+    header = ["", "seed", "mutants", "tried", "killed at first", "killed"]
+    return markdown_table(header, lines)
+
+
+def mutation_survivors():
+    """The mutants that no test notices, and why."""
+    lines = [
+        f"- `{row['module']}`: `{row['before']}` becomes `{row['after']}`: "
+        f"{mutants.reason([row, *others])}."
+        for row, *others in mutants.read()
+        if not mutants.is_killed([row, *others])
+    ]
+    return "\n".join(sorted(lines))
+
+
 TABLES = (
     compare_methods,
     few_labels,
@@ -284,6 +313,8 @@ TABLES = (
     training_step,
     linear_memory,
     memory_plan,
+    mutation_testing,
+    mutation_survivors,
 )
 
 

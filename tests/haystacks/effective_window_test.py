@@ -216,6 +216,8 @@ def test_interval_shrinks_with_questions_and_grows_with_confidence():
 
     assert 0 < width(10_000) < width(1000) < width(100)
     assert width(1000, 0.5) < width(1000) < width(1000, 0.99)
+    # All draws are in an interval as confident as that.
+    assert width(1000, 0.99) < width(1000, 0.9999)
 
 
 def test_interval_ends_beyond_the_sizes_are_censored():

@@ -6,6 +6,7 @@ import json
 
 import keras
 import keras_hub
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import sentencepiece
@@ -18,6 +19,7 @@ from keras_laid import evaluate_haystacks
 from keras_laid.backbones.image_prompts import ImagePrompts
 from keras_laid.haystacks import Haystack
 from keras_laid.haystacks import HaystackResults
+from keras_laid.haystacks import plots
 from keras_laid.haystacks.digits import NAMES
 from keras_laid.haystacks.evaluation import Asking
 from keras_laid.haystacks.evaluation import check_asking
@@ -352,6 +354,42 @@ def test_integers_of_numpy_are_written(tmp_path):
     function = knower([haystack], lambda h: "yes")
     one = evaluate(function, [haystack], **arguments)
     assert evaluate(function, [haystack], **arguments) == one
+
+
+def test_a_cell_of_the_picture_stands_where_the_needle_was(monkeypatch):
+    figures = []
+    monkeypatch.setattr(
+        plots, "_finish", lambda figure, _: figures.append(figure)
+    )
+    haystacks = digits(40, sizes=(1, 4))
+    # Right where the needle is in the first half of the images.
+    results = evaluate(
+        knower(
+            haystacks,
+            lambda h: (
+                h.answer
+                if 2 * h.needles[0] < len(h.images)
+                else opposite(h.answer)
+            ),
+        ),
+        haystacks,
+        through="generate",
+    )
+    plots.plot_positions("nowhere.png", results)
+    axes = figures[0].axes[0]
+    assert axes.get_xlim() == (0, 1)
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    assert dict(zip(labels, axes.get_xticks(), strict=True)) == {
+        "first image": 0,
+        "middle": 0.5,
+        "last image": 1,
+    }
+    of_four = [text for text in axes.texts if text.get_position()[1] == 1]
+    assert len(of_four) == 4
+    for text in of_four:
+        first_half = text.get_position()[0] < 0.5
+        assert text.get_text() == ("1.00" if first_half else "0.00")
+    plt.close(figures[0])
 
 
 def begin(tmp_path, haystacks):

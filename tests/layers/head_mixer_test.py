@@ -33,6 +33,11 @@ def test_starts_as_the_mean_of_all_heads():
     )
 
 
+def test_is_built_from_the_start():
+    # In a distiller no one calls it: its mixture is asked for.
+    assert HeadMixer(student_heads=2, teacher_heads=5).count_params() == 10
+
+
 def test_mixes_as_its_definition():
     mixer = HeadMixer(student_heads=3, teacher_heads=5)
     logits = np.random.default_rng(1).standard_normal((3, 5))

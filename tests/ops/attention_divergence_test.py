@@ -3,7 +3,10 @@
 import argparse
 import importlib
 import importlib.util
+import math
 import os
+import re
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import hypothesis
@@ -33,8 +36,9 @@ divergence_module = importlib.import_module(
 BACKEND = keras.backend.backend()
 NAMES = ("student_query", "student_key", "mixture")
 needs_jax = pytest.mark.skipif(BACKEND != "jax", reason="A kernel for JAX.")
+HAS_TRITON = BACKEND == "torch" and importlib.util.find_spec("triton")
 needs_triton = pytest.mark.skipif(
-    BACKEND != "torch" or importlib.util.find_spec("triton") is None,
+    not HAS_TRITON,
     reason="A kernel for torch, where Triton is installed.",
 )
 CHOOSE_TILES = tiles.choose_tiles
@@ -110,6 +114,7 @@ class Case:
         soft_caps=(2.0, None),
         blocks=False,
         prefix=None,
+        strength=3.0,
     ):
         shape = SHAPES.get(shape, shape)
         rows, keys = shape.rows, shape.keys
@@ -134,7 +139,7 @@ class Case:
         self.positions = np.sort(rng.integers(0, 99, (2, keys)))
         self.row_positions = self.positions[:, keys - rows :]
         self.row_weight = rng.random((2, heads[0], rows)).astype("float32")
-        self.strength, self.exponent = 3.0, exponent
+        self.strength, self.exponent = strength, exponent
         self.soft_caps = soft_caps
         self.window = window
         self.block = None
@@ -346,6 +351,56 @@ def test_any_case_is_the_oracles(implementation, case):
     assert_is_the_oracles(implementation, case)
 
 
+@IMPLEMENTATION
+@pytest.mark.parametrize("strength", [1.0, 0.3])
+def test_weak_weights_are_the_oracles(implementation, strength):
+    assert_is_the_oracles(implementation, Case("odd", strength=strength))
+
+
+@pytest.mark.parametrize(
+    "implementation",
+    [
+        pytest.param("pallas", marks=needs_jax),
+        pytest.param("triton", marks=needs_triton),
+    ],
+)
+@pytest.mark.parametrize(
+    ("rows", "keys", "by_key", "in_registers"),
+    [(16, 32, True, False), (32, 16, False, True)],
+)
+def test_tiles_of_any_form_are_the_oracles(
+    monkeypatch, implementation, rows, keys, by_key, in_registers
+):
+    def choose(kernel, *_):
+        form = by_key and kernel == "key", in_registers
+        return tiles.Tiles(rows, keys, 4, 1, *form)
+
+    monkeypatch.setattr(tiles, "choose_tiles", choose)
+    assert_is_the_oracles(implementation, Case("blocks"))
+
+
+@needs_jax
+def test_each_tile_of_rows_has_a_program(monkeypatch):
+    # In the interpreter a wrong one may pass: it counts those below 0 from the
+    # end, and a GPU does not.
+    from keras_laid.ops.attention_divergence import pallas
+
+    grid = 3, 2, 5  # Tiles, examples, heads.
+    form = SimpleNamespace(tiles=tiles.Tiles(16, 32, 4, 1))
+    monkeypatch.setattr(pallas.pl, "num_programs", grid.__getitem__)
+    for program in np.ndindex(grid):
+        monkeypatch.setattr(pallas.pl, "program_id", program.__getitem__)
+        tile = 2 - program[0]
+        assert pallas.own_rows(form) == (tile, 16 * tile, program[2])
+
+
+@needs_triton
+def test_lifting_slopes_rounds_nothing():
+    from keras_laid.ops.attention_divergence import triton
+
+    assert math.log2(triton.LIFT.value).is_integer()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not has_gpu(), reason="Needs JAX or torch on a GPU.")
 @pytest.mark.parametrize("window", [None, 70])
@@ -505,6 +560,80 @@ def test_blocks_see_their_later_keys(implementation, window):
     assert_is_the_oracles(implementation, case)
     without = oracle(Case("blocks", window=window))[0]
     assert np.abs(oracle(case)[0] - without).max() > 0.01
+
+
+@pytest.fixture
+def why_not(monkeypatch):
+    """Why a GPU like that, and arguments like those, are refused, if so."""
+
+    def ask(
+        device="gpu", capability="9.0", dtype="float16", width=64, block=None
+    ):
+        kind = {"gpu": "cuda"}.get(device, device)
+        query = SimpleNamespace(
+            shape=(1, 4, 2, width),
+            dtype=dtype,
+            device=SimpleNamespace(type=kind),
+        )
+        attention = Attention(query, None, 1.0)
+        mask = AttentionMask(None, None, None, block=block)
+        if BACKEND == "jax":
+            import jax
+
+            # It computes on the first, whatever the others are.
+            devices = [
+                SimpleNamespace(compute_capability=each)
+                for each in (capability, "8.0")
+            ]
+            monkeypatch.setattr(jax, "default_backend", lambda: device)
+            monkeypatch.setattr(jax, "devices", lambda: devices)
+            refuse = divergence_module.why_not_pallas
+        else:
+            import torch
+
+            monkeypatch.setattr(
+                torch.cuda,
+                "get_device_capability",
+                lambda _: tuple(map(int, capability.split("."))),
+            )
+            refuse = divergence_module.why_not_triton
+        return refuse(attention, attention, mask, None, None)
+
+    return ask
+
+
+needs_kernel = pytest.mark.skipif(
+    BACKEND != "jax" and not HAS_TRITON, reason="There is no kernel."
+)
+
+
+@needs_kernel
+def test_kernels_are_used_on_a_gpu_with_room(why_not):
+    assert why_not() is None
+    assert why_not(capability="10.0", dtype="bfloat16", width=256) is None
+    takes_float32 = why_not(dtype="float32") is None
+    assert takes_float32 == (KERNEL == "triton")
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ({"device": "tpu"}, "it runs on .* tpu"),
+        ({"capability": "8.6"}, "this one has 8.6"),
+        ({"block": 1}, "no blocks"),
+        ({"dtype": "float64"}, "some are float64"),
+        ({"width": 257}, "one is 257"),
+    ],
+)
+def test_each_reason_alone_is_enough_to_refuse(why_not, what, words):
+    assert re.search(words, why_not(**what))
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="A kernel for torch.")
+def test_triton_is_refused_where_it_is_not_installed(why_not, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "not installed" in why_not()
 
 
 def test_kernels_refuse_blocks():

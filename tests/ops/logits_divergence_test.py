@@ -20,6 +20,7 @@ IMPLEMENTATION = pytest.mark.parametrize(
 )
 NAMES = ("loss", "hidden", "kernel")
 LOSSES = ("divergence", "cross_entropy", "kl")
+ELEMENTS, ROWS = chunked.ELEMENTS, chunked.ROWS
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -243,6 +244,21 @@ def cases(draw):
 @hypothesis.given(case=cases())
 def test_chunked_is_as_good_on_any_case(case):
     assert_is_as_good(case)
+
+
+@pytest.mark.parametrize("length", [4, 8])
+def test_blocks_that_are_all_full(length):
+    assert_is_as_good(Case(length=length, counted=1.0))
+
+
+def test_a_block_takes_some_megabytes(monkeypatch):
+    monkeypatch.setattr(chunked, "ELEMENTS", ELEMENTS)
+    monkeypatch.setattr(chunked, "ROWS", ROWS)
+    for vocabulary in (2**15, 49_152, 257_216):
+        tokens = chunked.rows_of_block(1, vocabulary)
+        assert 2**22 <= 4 * vocabulary * tokens <= 2**26
+        # The examples of a batch share a block.
+        assert chunked.rows_of_block(4, vocabulary) == tokens // 4
 
 
 @IMPLEMENTATION

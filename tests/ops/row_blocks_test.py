@@ -10,3 +10,9 @@ def test_blocks_have_fewer_rows_for_more_keys():
     assert rows_of_block(ELEMENTS // ROWS) == ROWS
     assert rows_of_block(4 * ELEMENTS // ROWS) == ROWS // 4
     assert rows_of_block(ELEMENTS + 1) == 1
+
+
+def test_a_block_of_long_prompts_takes_some_megabytes():
+    for keys in (2**13, 2**15, 2**17):
+        of_head = 4 * keys * rows_of_block(keys)
+        assert 2**18 <= of_head <= 2**22

@@ -1,9 +1,18 @@
 """Which tiles the kernels visit, against all pairs of rows and keys."""
 
+import importlib.util
+import itertools
+
+import keras
 import numpy as np
 import pytest
 from keras import ops
 
+from keras_laid.ops import AttentionMask
+from keras_laid.ops import Distance
+from keras_laid.ops.attention_divergence import WIDEST
+from keras_laid.ops.attention_divergence.tiles import CHOICES
+from keras_laid.ops.attention_divergence.tiles import SMALL
 from keras_laid.ops.attention_divergence.tiles import Places
 from keras_laid.ops.attention_divergence.tiles import Tiles
 from keras_laid.ops.attention_divergence.tiles import choose_tiles
@@ -13,6 +22,8 @@ from tests.support import to_numpy
 
 TILES = Tiles(3, 4, 1, 1)
 WINDOWS = pytest.mark.parametrize("window", [None, 1, 2, 6, 40])
+KERNELS = ("forward", "query", "key")
+H100 = 227 * 1024  # Bytes that a program may have of the memory for operands.
 
 
 def pairs(kinds, row_index, window):
@@ -57,57 +68,101 @@ def visited(bounds, number):
     return between(start, end), between(full_start, full_end)
 
 
-def both_ways(kinds, row_index, window):
-    """What is allowed, and what is visited by tiles of rows and of keys."""
+def of_arrays(kinds, row_index, window):
+    """Bounds for tiles of rows and of keys, found before a kernel starts."""
     places = Places(
         ops.convert_to_tensor(kinds.astype("int8")),
         ops.convert_to_tensor(row_index.astype("int32")),
         None,
         None,
     )
+    return [find(places, TILES, window) for find in (row_bounds, key_bounds)]
+
+
+def of_triton(kinds, row_index, window):
+    """The same, found within its kernels."""
+    from tests.ops.triton_bounds import find_bounds
+
+    mask = AttentionMask(
+        ops.convert_to_tensor(kinds == 1),
+        ops.convert_to_tensor(kinds == 2),
+        ops.convert_to_tensor(row_index.astype("int32")),
+        window,
+    )
+    batch, keys = kinds.shape
+    places = ops.zeros((1, len(row_index))), ops.zeros((1, keys))
+    return find_bounds(mask, Distance(*places), TILES, batch)
+
+
+BOUNDS = pytest.mark.parametrize(
+    "find",
+    [
+        of_arrays,
+        pytest.param(
+            of_triton,
+            marks=pytest.mark.skipif(
+                keras.backend.backend() != "torch"
+                or importlib.util.find_spec("triton") is None,
+                reason="For torch, where Triton is installed.",
+            ),
+        ),
+    ],
+)
+
+
+def both_ways(find, kinds, row_index, window):
+    """What is allowed, and what is visited by tiles of rows and of keys."""
     some, every = by_tile(pairs(kinds, row_index, window))
-    by_row = visited(row_bounds(places, TILES, window), some.shape[2])
-    by_key = visited(key_bounds(places, TILES, window), some.shape[1])
-    by_key = [np.swapaxes(each, 1, 2) for each in by_key]
+    of_rows, of_keys = find(kinds, row_index, window)
+    by_row = visited(of_rows, some.shape[2])
+    by_key = [
+        np.swapaxes(each, 1, 2) for each in visited(of_keys, len(some[0]))
+    ]
     return some, every, by_row, by_key
 
 
+@BOUNDS
 @WINDOWS
 @pytest.mark.parametrize("seed", range(6))
-def test_what_is_allowed_is_visited(seed, window):
+def test_what_is_allowed_is_visited(seed, window, find):
     rng = np.random.default_rng(seed)
     kinds = rng.integers(0, 3, (3, 22))
     kinds[1] = 2
     kinds[2, :9] = 1
     row_index = np.sort(rng.permutation(22)[:14])
-    some, every, by_row, by_key = both_ways(kinds, row_index, window)
+    some, every, by_row, by_key = both_ways(find, kinds, row_index, window)
     for tiles, full in (by_row, by_key):
         assert not (some & ~tiles).any()
         assert not (full & ~every).any()
 
 
+@BOUNDS
 @pytest.mark.parametrize("rows", [24, 23])
 @pytest.mark.parametrize("prefix", [0, 8, 11])
-def test_a_prefix_mask_costs_no_tile_too_many(prefix, rows):
+def test_a_prefix_mask_costs_no_tile_too_many(prefix, rows, find):
     kinds = np.full((2, 24), 2)
     kinds[:, :prefix] = 1
     kinds[1, 20:] = 0
-    some, every, by_row, by_key = both_ways(kinds, np.arange(rows), None)
+    some, every, by_row, by_key = both_ways(find, kinds, np.arange(rows), None)
     for tiles, _ in (by_row, by_key):
         np.testing.assert_array_equal(tiles, some)
     np.testing.assert_array_equal(by_row[1], every)
 
 
+@BOUNDS
 @pytest.mark.parametrize("window", [2, 6])
-def test_a_window_costs_no_tile_too_many(window):
+def test_a_window_costs_no_tile_too_many(window, find):
     kinds = np.full((1, 24), 2)
-    some, every, by_row, by_key = both_ways(kinds, np.arange(24), window)
-    for tiles, full in (by_row, by_key):
+    some, every, by_row, by_key = both_ways(find, kinds, np.arange(24), window)
+    # Triton's gradient of keys may visit a tile more at each end of a window:
+    # it knows where tiles of keys start, and not where their last key is.
+    exact = (by_row, by_key) if find is of_arrays else (by_row,)
+    for tiles, full in exact:
         np.testing.assert_array_equal(tiles, some)
         np.testing.assert_array_equal(full, every)
 
 
-@pytest.mark.parametrize("kernel", ["forward", "query", "key"])
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_wider_heads_get_no_larger_tiles(kernel):
     def size(width, item_size=2, mixed=False, count=2**10):
         tiles = choose_tiles(kernel, width, count, item_size, mixed)
@@ -118,3 +173,45 @@ def test_wider_heads_get_no_larger_tiles(kernel):
     assert size(256, item_size=4) <= size(256)
     assert size(256, mixed=True) <= size(256)
     assert size(128, mixed=True) == size(128)
+
+
+def every_choice():
+    """Each kernel and head dim, and the tiles it gets."""
+    counts, mixed = (1, 2**20), (False, True)
+    for kernel, width, count, item_size, of_mixture in itertools.product(
+        KERNELS, range(1, WIDEST + 1), counts, (2, 4), mixed
+    ):
+        tiles = choose_tiles(kernel, width, count, item_size, of_mixture)
+        yield kernel, width, item_size, tiles
+
+
+def test_tiles_are_what_kernels_can_run():
+    for kernel, _, _, tiles in every_choice():
+        for size in tiles[:3]:
+            assert size.bit_count() == 1  # A power of 2.
+        # Tensor cores multiply matrices that are at least 16 wide.
+        assert min(tiles.rows, tiles.keys) >= 16
+        # The others sum over the keys of a tile along its last axis.
+        assert kernel == "key" or not tiles.by_key
+
+
+def test_what_kernels_multiply_fits_a_gpu():
+    for kernel, width, item_size, tiles in every_choice():
+        own, visited = tiles.rows, tiles.keys
+        if kernel == "key":
+            own, visited = visited, own
+        numbers = tiles.stages * visited + own * (not tiles.in_registers)
+        # Of both models.
+        assert 2 * numbers * width * item_size <= H100
+
+
+@pytest.mark.parametrize("table", [*CHOICES.values(), SMALL])
+def test_tables_go_up_to_widths_that_fill_a_tile(table):
+    # A head dim is filled up to a power of 2: no other limit is of use.
+    limits = [limit for limit, *_ in table]
+    assert limits == sorted(limits)
+    assert all(limit.bit_count() == 1 for limit in limits)
+
+
+def test_gradients_of_keys_need_no_transposing():
+    assert all(tiles.by_key for *_, tiles in CHOICES["key"])

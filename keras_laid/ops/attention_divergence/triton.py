@@ -199,14 +199,14 @@ def tiles_of_rows(
     full_start = tl.where(most == 1, 0, next_first)
     # Keys that are padding, or beyond the last, are attended by none.
     full_start = tl.where(least == 0, rows, full_start)
-    end, full_end = rows, rows
+    end, full_end = tl.where(most == 0, 0, rows), rows
     if form.window is not None:
         before = first_rows + tl.num_programs(0) + 1 + tile
         after = before + tl.num_programs(0) + 1
         start = tl.maximum(start, tl.load(before))
         full_start = tl.maximum(full_start, tl.load(before + 1))
         full_end = tl.load(after)
-        end = tl.load(after + 1)
+        end = tl.minimum(end, tl.load(after + 1))
     return in_tiles(start, full_start, full_end, end, form.tiles.rows)
 
 

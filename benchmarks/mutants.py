@@ -1,0 +1,93 @@
+"""What the rows of mutation testing say of each mutant.
+
+A mutant counts as long as its module has the line that it changes: what was
+tried on code that is no more says nothing of the code as it is.
+"""
+
+import functools
+import pathlib
+
+from benchmarks import rows
+
+PATH = rows.RESULTS.absolute() / "mutation_testing.csv"
+PACKAGE = pathlib.Path(__file__).parents[1] / "keras_laid"
+# What tells mutants apart, as they were drawn.
+IDENTITY = ("seed", "module", "operator", "occurrence", "before")
+
+
+def read(**wanted):
+    """The rows of each mutant, oldest first, whose columns are as wanted."""
+    found = {}
+    for row in rows.read_rows(PATH):
+        as_wanted = all(row[name] == str(wanted[name]) for name in wanted)
+        if as_wanted and row["before"] in lines_of(row["module"]):
+            identity = tuple(row[name] for name in IDENTITY)
+            found.setdefault(identity, []).append(row)
+    return list(found.values())
+
+
+@functools.cache
+def lines_of(module):
+    text = (PACKAGE / f"{module}.py").read_text()
+    return {line.strip() for line in text.splitlines()}
+
+
+def is_killed(mutant):
+    """One row that says so, on any backend, is enough."""
+    return any(row["outcome"] == "killed" for row in mutant)
+
+
+def first_tries(mutant):
+    """Its first row on each backend, before tests were written against it."""
+    return {row["backend"]: row for row in reversed(mutant)}.values()
+
+
+def reason(mutant):
+    """Why nothing notices it, if someone has said so."""
+    return REASONS.get((mutant[0]["module"], mutant[0]["after"]))
+
+
+# Why nothing notices those that survive, by module and the line they make.
+REASONS = {
+    (
+        "ops/attention_divergence/triton",
+        "LEAST = tl.constexpr(- 1e+30)",
+    ): "1e30 + 1 is 1e30",
+    (
+        "ops/attention_divergence/triton",
+        "unit = tl.where(unit > -1.0, power, 0.0)",
+    ): "a strength of 0 becomes 1e-30, which weighs nothing",
+    (
+        "ops/attention_divergence/triton",
+        "difference = tl.where(allowed, difference, -1.0)",
+    ): "it is multiplied by an attention of 0",
+    (
+        "ops/attention_divergence/triton",
+        "teacher_head = tl.arange(0, of_mixture.shape[ -1])",
+    ): "there is one axis",
+    (
+        "ops/attention_divergence/pallas",
+        "if form.exponent != 0.0:",
+    ): "a power of 1 changes nothing, and takes time",
+    (
+        "ops/attention_divergence/tiles",
+        "(128, 0, Tiles(64, 64, 4, 4, in_registers=True)),",
+    ): "how many loads run ahead, which was measured",
+    (
+        "layers/head_mixer",
+        "return ops.softmax(ops.convert_to_tensor(self.mixing_logits), axis=1)",
+    ): "there are two axes",
+    (
+        "haystacks/plots",
+        "axes.tick_params(length= -1)",
+    ): "how a picture looks",
+    (
+        "haystacks/openmoji",
+        'name = f"openmoji-{side}px-'
+        '{hashlib.sha256(key).hexdigest()[: 15]}.npy"',
+    ): "how long a file's name is",
+    (
+        "haystacks/builder",
+        "file, image_format, quality= 96, compress_level=1",
+    ): "how large a file is",
+}

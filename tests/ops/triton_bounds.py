@@ -1,0 +1,52 @@
+"""The tiles that Triton's kernels visit, written down."""
+
+import torch
+import triton
+import triton.language as tl
+
+from keras_laid.ops.attention_divergence import triton as kernels
+from keras_laid.ops.attention_divergence.triton import tiles_of_keys
+from keras_laid.ops.attention_divergence.triton import tiles_of_rows
+
+
+@triton.jit
+def store_bounds(bounds, visited):
+    tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    for part in tl.static_range(4):
+        tl.store(bounds + 4 * tile + part, visited[part])
+
+
+@triton.jit
+def bounds_of_rows(bounds, places, rows, form: tl.constexpr):
+    row = tl.program_id(0) * form.tiles.rows
+    visited = tiles_of_keys(places, tl.program_id(1), row, rows, form)
+    store_bounds(bounds, visited)
+
+
+@triton.jit
+def bounds_of_keys(bounds, places, first_rows, rows, keys, form: tl.constexpr):
+    tile, batch = tl.program_id(0), tl.program_id(1)
+    store_bounds(
+        bounds,
+        tiles_of_rows(places, first_rows, batch, tile, rows, keys, form),
+    )
+
+
+def find_bounds(mask, distance, tiles, batch):
+    """For tiles of rows and of keys, as from `tiles.row_bounds`."""
+    places = kernels.find_places(mask, distance, batch)
+    rows, keys = len(places.row_index), places.kinds.shape[1]
+    form = kernels.Form(None, None, mask.window, 1.0, tiles, False)
+    call = kernels.Call(places, None, None, 1.0, 1.0, mask.window, 1.0, 2)
+    of_rows, of_keys = (
+        places.kinds.new_empty(
+            (batch, triton.cdiv(length, size), 4), dtype=torch.int32
+        )
+        for length, size in ((rows, tiles.rows), (keys, tiles.keys))
+    )
+    grid = of_rows.shape[1], batch
+    bounds_of_rows[grid](of_rows, places, rows, form=form)
+    first_rows = call.first_rows(keys, tiles.keys)
+    grid = of_keys.shape[1], batch
+    bounds_of_keys[grid](of_keys, places, first_rows, rows, keys, form=form)
+    return of_rows, of_keys
