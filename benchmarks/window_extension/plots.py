@@ -118,7 +118,7 @@ def draw():
         settings = read_settings(name)
         path = rows.RESULTS / f"window_extension_{name}.png"
         plot_accuracy(of_config, settings.methods, path)
-        if settings.measured_at:
+        if settings.measured_at and accuracy_over_steps(settings):
             path = rows.RESULTS / f"window_extension_{name}_steps.png"
             plot_steps(of_config, settings, path)
     for name, by_method in read_spectra().items():
