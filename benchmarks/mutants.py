@@ -37,11 +37,6 @@ def is_killed(mutant):
     return any(row["outcome"] == "killed" for row in mutant)
 
 
-def first_tries(mutant):
-    """Its first row on each backend, before tests were written against it."""
-    return {row["backend"]: row for row in reversed(mutant)}.values()
-
-
 def reason(mutant):
     """Why nothing notices it, if someone has said so."""
     return REASONS.get((mutant[0]["module"], mutant[0]["after"]))

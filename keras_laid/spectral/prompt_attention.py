@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_laid.arguments import is_integer
+from keras_laid.arguments import check_indices
 from keras_laid.backbones import decoder
 from keras_laid.backbones.attention_capture import attention_mask
 from keras_laid.backbones.attention_capture import run_capturing
@@ -72,14 +72,7 @@ def prompt_attention(
     """
     decoder.pali_gemma_backbone_of(model)
     check_is_dictionary(inputs)
-    if not isinstance(layers, (list, tuple)) or not all(
-        is_integer(layer) for layer in layers
-    ):
-        raise TypeError(
-            "`layers` must be a sequence of integers. "
-            f"Received: layers={layers!r:.80}. Pass `(-1,)` for the last one."
-        )
-    layers = decoder.chosen_layers(model, layers)
+    layers = decoder.chosen_layers(model, check_indices("layers", layers))
     names = decoder.input_names(model)
     if missing := sorted(set(names) - inputs.keys()):
         raise ValueError(

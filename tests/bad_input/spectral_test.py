@@ -180,7 +180,7 @@ OF_MODELS = [
     wrong(
         "one layer",
         mass(layers=0),
-        r"must be a sequence of integers. Received: layers=0. Pass `\(-1,\)`",
+        "`layers` must be a sequence of integers. Received: layers=0",
         TypeError,
     ),
     wrong("half a layer", mass(layers=(0.5,)), r"\(0.5,\)", TypeError),

@@ -36,16 +36,6 @@ def test_one_row_is_enough_to_be_killed(append):
     assert not mutants.is_killed(alive)
 
 
-def test_what_is_killed_later_was_not_at_first(append):
-    append("survived")
-    append("killed")
-    append("survived", occurrence=1)
-    append("killed", occurrence=1, backend="jax")
-    later, at_once = mutants.read()
-    assert not mutants.is_killed(mutants.first_tries(later))
-    assert mutants.is_killed(mutants.first_tries(at_once))
-
-
 def test_lines_that_are_no_more_do_not_count(append):
     append("survived", before="def attention_of_old(")
     append("killed", seed=1)
