@@ -77,6 +77,14 @@ REASONS = {
         "axes.tick_params(length= -1)",
     ): "how a picture looks",
     (
+        "haystacks/plots",
+        "( 0, CHANCE),",
+    ): "where a word stands in a picture",
+    (
+        "haystacks/answer_log",
+        "if len(whole) <= len(content):",
+    ): "a file is cut to the length that it has",
+    (
         "haystacks/openmoji",
         'name = f"openmoji-{side}px-'
         '{hashlib.sha256(key).hexdigest()[: 15]}.npy"',

@@ -203,6 +203,17 @@ def test_positions_and_sizes():
     assert positions[12][0].questions == in_first_part
 
 
+def test_an_image_is_in_the_part_that_its_middle_is_in():
+    haystacks = digits(40, sizes=(5,))
+    results = evaluate(
+        knower(haystacks, lambda h: h.answer), haystacks, through="generate"
+    )
+    middles = np.array([(h.needles[0] + 0.5) / 5 for h in haystacks])
+    for part in results.by_position(bins=4)[5]:
+        inside = (part.low <= middles) & (middles < part.high)
+        assert part.questions == inside.sum()
+
+
 def test_several_needles_count_once_each():
     haystacks = digits(30, sizes=(6,), needles=(2,))
     results = evaluate(
@@ -384,6 +395,9 @@ def test_a_cell_of_the_picture_stands_where_the_needle_was(monkeypatch):
         "middle": 0.5,
         "last image": 1,
     }
+    for mesh in axes.collections:
+        np.testing.assert_allclose(mesh.get_coordinates()[:, 0, 0], 0.0)
+        np.testing.assert_allclose(mesh.get_coordinates()[:, -1, 0], 1.0)
     of_four = [text for text in axes.texts if text.get_position()[1] == 1]
     assert len(of_four) == 4
     for text in of_four:

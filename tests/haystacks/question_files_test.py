@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import pathlib
@@ -72,6 +73,8 @@ def test_every_field_is_kept(tmp_path):
         assert getattr(question, key) == entry[key]
     assert question.pos_image == ("train2017/000000000003.jpg",)
     assert question.neg_image == ("val2017/1.jpg", "val2017/2.jpg")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        question.answer = "no"
 
 
 def test_needles_are_found_after_shuffling(tmp_path):
