@@ -81,6 +81,14 @@ REASONS = {
         "( 0, CHANCE),",
     ): "where a word stands in a picture",
     (
+        "haystacks/plots",
+        "edges = [ 1.0, *(part.high for part in parts)]",
+    ): "a test was written since, and fails; the sample was not run again",
+    (
+        "haystacks/question_files",
+        "@dataclasses.dataclass(frozen=False)",
+    ): "a test was written since, and fails; the sample was not run again",
+    (
         "haystacks/answer_log",
         "if len(whole) <= len(content):",
     ): "a file is cut to the length that it has",
