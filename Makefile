@@ -88,7 +88,7 @@ reproduce-all: $(BENCHMARKS:%=$(REPRODUCED)/%.csv)
 	done
 
 # The rows that need a GPU, each written as it is measured, after the tests of the
-# kernels: in a quarter of an hour. `GPU_PYTHON` has Keras, KerasHub, JAX and PyTorch.
+# kernels. `GPU_PYTHON` has Keras, KerasHub, JAX, PyTorch, pytest and hypothesis.
 GPU_PYTHON ?= python3
 GPU_HEADS := "--heads 8 --head-dim 256" "--heads 16 --head-dim 128"
 GPU_STEP := --dtype bfloat16 --width 2048 --layers 18 --rematerialize --rounds 1
