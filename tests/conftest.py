@@ -7,7 +7,10 @@ if not pathlib.Path("/dev/nvidia0").exists():
     # Triton reads this when it is imported, which torch may do.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # Tests compile much and run little of it.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+)
 
 import hypothesis
 import keras
