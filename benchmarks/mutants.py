@@ -82,12 +82,16 @@ REASONS = {
     ): "where a word stands in a picture",
     (
         "haystacks/plots",
-        "edges = [ 1.0, *(part.high for part in parts)]",
-    ): "a test was written since, and fails; the sample was not run again",
+        "xytext=( 1, -3),",
+    ): "where a word stands in a picture",
     (
-        "haystacks/question_files",
-        "@dataclasses.dataclass(frozen=False)",
-    ): "a test was written since, and fails; the sample was not run again",
+        "haystacks/effective_window",
+        "RESAMPLES = 2001",
+    ): "how finely an interval is found",
+    (
+        "haystacks/builder",
+        'return {"train": 1601, "validation": 160, "test": 800}',
+    ): "how many questions there are where none are asked for",
     (
         "haystacks/answer_log",
         "if len(whole) <= len(content):",

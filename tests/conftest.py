@@ -1,5 +1,6 @@
 """Sets up what every test depends on."""
 
+import gc
 import os
 import pathlib
 
@@ -52,6 +53,11 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "extra_large" in item.keywords:
             item.add_marker(skip)
+
+
+def pytest_collection_finish():
+    # Keras collects garbage for each layer that it quantizes, among all objects.
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

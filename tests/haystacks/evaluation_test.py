@@ -398,6 +398,8 @@ def test_a_cell_of_the_picture_stands_where_the_needle_was(monkeypatch):
     for mesh in axes.collections:
         np.testing.assert_allclose(mesh.get_coordinates()[:, 0, 0], 0.0)
         np.testing.assert_allclose(mesh.get_coordinates()[:, -1, 0], 1.0)
+        assert mesh.get_clim() == (0, 1)
+    np.testing.assert_allclose(figures[0].axes[1].get_yticks(), [0, 0.5, 1])
     of_four = [text for text in axes.texts if text.get_position()[1] == 1]
     assert len(of_four) == 4
     for text in of_four:
