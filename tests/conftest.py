@@ -56,7 +56,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection_finish():
-    # Keras collects garbage for each layer that it quantizes, among all objects.
+    # Keras collects garbage for each layer that it quantizes: not among these.
     gc.freeze()
 
 
