@@ -96,14 +96,16 @@ reproduce-gpu: export RESULTS = $(REPRODUCED)
 reproduce-gpu:
 	for backend in torch jax; do \
 		KERAS_BACKEND=$$backend $(GPU_PYTHON) -m pytest -q \
-			tests/ops/attention_divergence_test.py || exit 1; \
+			tests/ops/attention_divergence_test.py \
+			tests/ops/attention_output_test.py || exit 1; \
 	done
 	for heads in $(GPU_HEADS); do \
 		for backend in "torch triton" "jax pallas"; do \
 			set -- $$backend; \
 			KERAS_BACKEND=$$1 $(GPU_PYTHON) -m benchmarks.attention_divergence \
 				--dtype bfloat16 --repeats 10 $$heads --lengths 8192 32768 65536 \
-				--implementations $$2 dot_product_attention || exit 1; \
+				--implementations $$2 attention_output/$$2 \
+				dot_product_attention || exit 1; \
 		done; \
 		KERAS_BACKEND=torch $(GPU_PYTHON) -m benchmarks.attention_divergence \
 			--dtype bfloat16 --repeats 3 $$heads --lengths 8192 \

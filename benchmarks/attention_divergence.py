@@ -5,8 +5,10 @@
 Appends rows to `benchmarks/results/attention_divergence.csv`: value and
 gradients of student queries and keys, for every implementation that runs here,
 beside the platform's own attention, forward and backward, at the same shape.
-Each measurement has a process of its own, so that its peak memory is its own.
-Then draws all rows, a picture for each backend and device.
+Ours, `keras_laid.ops.attention_output`, is measured likewise where it is named,
+as `attention_output/triton`. Each measurement has a process of its own, so that
+its peak memory is its own. Then draws all rows, a picture for each backend and
+device.
 """
 
 import argparse
@@ -23,12 +25,14 @@ from keras_laid.ops import Attention
 from keras_laid.ops import AttentionMask
 from keras_laid.ops import Distance
 from keras_laid.ops import attention_divergence
+from keras_laid.ops import attention_output
 from keras_laid.ops.attention_divergence import IMPLEMENTATIONS
 
 PATH = rows.RESULTS / "attention_divergence.csv"
 BACKEND = keras.backend.backend()
 ATTENTION = "dot_product_attention"  # keras.ops': the platform's own.
-REPLAYED = {"triton", ATTENTION} if BACKEND == "torch" else set()
+OUTPUT = "attention_output/"  # Before the name of an implementation.
+REPLAYED = {"triton", f"{OUTPUT}triton", ATTENTION}
 
 
 def make_loss(implementation, length):
@@ -55,8 +59,15 @@ def make_loss(implementation, length):
             )
         )
 
+    def output(query, key, value, _):
+        attention = Attention(query, key, query.shape[-1] ** -0.5)
+        name = implementation.removeprefix(OUTPUT)
+        return ops.mean(attention_output(attention, value, mask, name))
+
     if implementation == ATTENTION:
         return lambda query, key, value, _: attention(query, key, value)
+    if implementation.startswith(OUTPUT):
+        return output
     return divergence
 
 
@@ -77,7 +88,7 @@ def measure(implementation, length, args):
         inputs[:2],
         inputs[2:],
         args.repeats,
-        replay=implementation in REPLAYED,
+        replay=BACKEND == "torch" and implementation in REPLAYED,
     )
 
 

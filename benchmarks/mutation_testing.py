@@ -84,10 +84,6 @@ OPERATORS = [
 TILES = "tests/ops/tiles_test.py"
 DIVERGENCE = "tests/ops/attention_divergence_test.py"
 # What notices most, before all that takes minutes.
-REFUSALS = [
-    f"{DIVERGENCE}::test_kernels_are_used_on_a_gpu_with_room",
-    f"{DIVERGENCE}::test_each_reason_alone_is_enough_to_refuse",
-]
 VALUES = [
     f"{DIVERGENCE}::test_each_tile_of_rows_has_a_program",
     f"{DIVERGENCE}::test_weak_weights_are_the_oracles",
@@ -102,8 +98,9 @@ TESTS = {
     "ops/attention_divergence/triton": [TILES, *VALUES, DIVERGENCE],
     "ops/attention_divergence/pallas": [*VALUES, DIVERGENCE],
     "ops/attention_divergence/tiles": [TILES, DIVERGENCE],
-    "ops/attention_divergence": [*REFUSALS, DIVERGENCE, *OF_OPS],
+    "ops/attention_divergence": [DIVERGENCE, *OF_OPS],
     "ops/attention_output": [OUTPUT, *OF_OPS],
+    "ops/fused": [DIVERGENCE, OUTPUT],
     "ops/attention": [OUTPUT, DIVERGENCE, *OF_OPS],
     "ops/row_blocks": ["tests/ops/row_blocks_test.py", OUTPUT, DIVERGENCE],
     "ops/logits_divergence": [LOGITS, *OF_OPS],

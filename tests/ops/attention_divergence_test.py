@@ -1,16 +1,11 @@
 """One suite, run against every implementation, with an oracle in float64."""
 
 import argparse
-import importlib
-import importlib.util
 import math
-import os
-import re
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import hypothesis
-import keras
 import numpy as np
 import pytest
 from hypothesis import strategies
@@ -24,66 +19,26 @@ from keras_laid.ops import Distance
 from keras_laid.ops import attention_divergence
 from keras_laid.ops import row_blocks
 from keras_laid.ops.attention_divergence import tiles
+from tests.ops import kernels
+from tests.ops.kernels import BACKEND
+from tests.ops.kernels import FUSED
+from tests.ops.kernels import IMPLEMENTATION
+from tests.ops.kernels import KERNEL
+from tests.ops.kernels import is_interpretable
+from tests.ops.kernels import needs_jax
+from tests.ops.kernels import needs_triton
 from tests.support import assert_as_good_as
 from tests.support import has_gpu
 from tests.support import to_numpy
 from tests.support import value_and_grads
 
-# The package's attribute of this name is the op.
-divergence_module = importlib.import_module(
-    "keras_laid.ops.attention_divergence"
-)
-BACKEND = keras.backend.backend()
+pytestmark = pytest.mark.usefixtures("small_tiles")
 NAMES = ("student_query", "student_key", "mixture")
-needs_jax = pytest.mark.skipif(BACKEND != "jax", reason="A kernel for JAX.")
-HAS_TRITON = BACKEND == "torch" and importlib.util.find_spec("triton")
-needs_triton = pytest.mark.skipif(
-    not HAS_TRITON,
-    reason="A kernel for torch, where Triton is installed.",
-)
 CHOOSE_TILES = tiles.choose_tiles
-KERNEL = {"jax": "pallas", "torch": "triton"}.get(BACKEND)  # On a GPU.
-
-
-IMPLEMENTATION = pytest.mark.parametrize(
-    "implementation",
-    [
-        pytest.param("pallas", marks=needs_jax),
-        pytest.param("triton", marks=needs_triton),
-        "chunked",
-        "definition",
-    ],
-)
 
 
 def run(implementation, *arguments):
-    """The op by one implementation; kernels are interpreted on a CPU."""
-    if implementation == "pallas":
-        from keras_laid.ops.attention_divergence import pallas
-
-        return pallas.attention_divergence(*arguments)
-    if implementation == "triton":
-        from keras_laid.ops.attention_divergence import triton
-
-        return triton.attention_divergence(*arguments)
-    return attention_divergence(*arguments, implementation=implementation)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def small_tiles():
-    """So that small tests have several tiles, the last ones not full."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(row_blocks, "ROWS", 5)
-        patch.setattr(
-            tiles,
-            "choose_tiles",
-            lambda kernel, *_: tiles.Tiles(16, 16, 4, 1, kernel == "key"),
-        )
-        if BACKEND == "jax":
-            from keras_laid.ops.attention_divergence import pallas
-
-            patch.setattr(pallas, "INTERPRET", True)
-        yield
+    return kernels.run(attention_divergence, implementation, *arguments)
 
 
 class Shape(NamedTuple):
@@ -276,14 +231,6 @@ def test_oracles_gradients_are_slopes_of_its_values():
         np.testing.assert_allclose(found, slope, rtol=1e-7, err_msg=name)
 
 
-def is_interpretable(implementation, dtype):
-    """Triton's interpreter multiplies bfloat16 as if it were integers."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    return not (
-        implementation == "triton" and dtype == "bfloat16" and interpreted
-    )
-
-
 def assert_is_the_oracles(implementation, case):
     """At most twice the error of the plain form in the same dtype."""
     exact = oracle(case)
@@ -357,13 +304,7 @@ def test_weak_weights_are_the_oracles(implementation, strength):
     assert_is_the_oracles(implementation, Case("odd", strength=strength))
 
 
-@pytest.mark.parametrize(
-    "implementation",
-    [
-        pytest.param("pallas", marks=needs_jax),
-        pytest.param("triton", marks=needs_triton),
-    ],
-)
+@pytest.mark.parametrize("implementation", FUSED)
 @pytest.mark.parametrize(
     ("rows", "keys", "by_key", "in_registers"),
     [(16, 32, True, False), (32, 16, False, True)],
@@ -371,7 +312,7 @@ def test_weak_weights_are_the_oracles(implementation, strength):
 def test_tiles_of_any_form_are_the_oracles(
     monkeypatch, implementation, rows, keys, by_key, in_registers
 ):
-    def choose(kernel, *_):
+    def choose(kernel, *_, **__):
         form = by_key and kernel == "key", in_registers
         return tiles.Tiles(rows, keys, 4, 1, *form)
 
@@ -543,16 +484,6 @@ def test_kernels_are_refused_where_they_cannot_run(implementation):
         )
 
 
-@pytest.mark.parametrize(
-    ("capability", "fits"),
-    [("8.6", False), ("9.0", True), ("12.0", False), ("gfx942", False)],
-)
-def test_kernels_are_refused_on_chips_without_room(capability, fits):
-    reason = divergence_module.why_not_capability(capability)
-    assert (reason is None) == fits
-    assert fits or capability in reason
-
-
 @pytest.mark.parametrize("implementation", ["chunked", "definition"])
 @pytest.mark.parametrize("window", [None, 7])
 def test_blocks_see_their_later_keys(implementation, window):
@@ -560,95 +491,3 @@ def test_blocks_see_their_later_keys(implementation, window):
     assert_is_the_oracles(implementation, case)
     without = oracle(Case("blocks", window=window))[0]
     assert np.abs(oracle(case)[0] - without).max() > 0.01
-
-
-@pytest.fixture
-def why_not(monkeypatch):
-    """Why a GPU like that, and arguments like those, are refused, if so."""
-
-    def ask(
-        device="gpu", capability="9.0", dtype="float16", width=64, block=None
-    ):
-        kind = {"gpu": "cuda"}.get(device, device)
-        query = SimpleNamespace(
-            shape=(1, 4, 2, width),
-            dtype=dtype,
-            device=SimpleNamespace(type=kind),
-        )
-        attention = Attention(query, None, 1.0)
-        mask = AttentionMask(None, None, None, block=block)
-        if BACKEND == "jax":
-            import jax
-
-            # It computes on the first, whatever the others are.
-            devices = [
-                SimpleNamespace(compute_capability=each)
-                for each in (capability, "8.0")
-            ]
-            monkeypatch.setattr(jax, "default_backend", lambda: device)
-            monkeypatch.setattr(jax, "devices", lambda: devices)
-            refuse = divergence_module.why_not_pallas
-        else:
-            import torch
-
-            monkeypatch.setattr(
-                torch.cuda,
-                "get_device_capability",
-                lambda _: tuple(map(int, capability.split("."))),
-            )
-            refuse = divergence_module.why_not_triton
-        return refuse(attention, attention, mask, None, None)
-
-    return ask
-
-
-needs_kernel = pytest.mark.skipif(
-    BACKEND != "jax" and not HAS_TRITON, reason="There is no kernel."
-)
-
-
-@needs_kernel
-def test_kernels_are_used_on_a_gpu_with_room(why_not):
-    assert why_not() is None
-    assert why_not(capability="10.0", dtype="bfloat16", width=256) is None
-    takes_float32 = why_not(dtype="float32") is None
-    assert takes_float32 == (KERNEL == "triton")
-
-
-@needs_kernel
-@pytest.mark.parametrize(
-    ("what", "words"),
-    [
-        ({"device": "tpu"}, "it runs on .* tpu"),
-        ({"capability": "8.6"}, "this one has 8.6"),
-        ({"block": 1}, "no blocks"),
-        ({"dtype": "float64"}, "some are float64"),
-        ({"width": 257}, "one is 257"),
-    ],
-)
-def test_each_reason_alone_is_enough_to_refuse(why_not, what, words):
-    assert re.search(words, why_not(**what))
-
-
-@pytest.mark.skipif(BACKEND != "torch", reason="A kernel for torch.")
-def test_triton_is_refused_where_it_is_not_installed(why_not, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "not installed" in why_not()
-
-
-def test_kernels_refuse_blocks():
-    mask = AttentionMask.from_lengths(5, [5])
-    assert divergence_module.why_not_mask(mask) is None
-    mask = mask._replace(block=ops.zeros((1, 5), "int32"))
-    assert "blocks" in divergence_module.why_not_mask(mask)
-
-
-def test_kernels_refuse_dtypes_that_they_do_not_take():
-    attention, teacher, *_ = arguments(Case("odd"))
-    sides = (
-        attention,
-        teacher._replace(query=ops.cast(teacher.query, "float16")),
-    )
-    why_not = divergence_module.why_not_inputs
-    assert "some are float32" in why_not(*sides, ("float16",))
-    assert why_not(*sides, ("float16", "float32")) is None

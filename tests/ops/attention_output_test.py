@@ -11,22 +11,21 @@ from keras_laid.ops import Attention
 from keras_laid.ops import AttentionMask
 from keras_laid.ops import attention_output
 from keras_laid.ops import row_blocks
+from keras_laid.ops.attention_divergence import tiles
+from tests.ops import kernels
+from tests.ops.kernels import FUSED
+from tests.ops.kernels import IMPLEMENTATION
+from tests.ops.kernels import KERNEL
+from tests.ops.kernels import is_interpretable
 from tests.support import assert_as_good_as
+from tests.support import has_gpu
 from tests.support import to_numpy
 from tests.support import value_and_grads
 
+pytestmark = pytest.mark.usefixtures("small_tiles")
 NAMES = ("output", "query", "key", "value")
-IMPLEMENTATION = pytest.mark.parametrize(
-    "implementation", ["chunked", "definition"]
-)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def small_blocks():
-    """So that small tests have several blocks, the last one not full."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(row_blocks, "ROWS", 5)
-        yield
+KERNELS = ("pallas", "triton")
+CHOOSE_TILES = tiles.choose_tiles
 
 
 class Case:
@@ -37,23 +36,32 @@ class Case:
         rows=13,
         keys=19,
         heads=(4, 2),
+        widths=(6, 3),
         dtype="float32",
         soft_cap=2.0,
         window=None,
         blocks=False,
+        prefix=None,
         seed=0,
     ):
         rng = np.random.default_rng(seed)
         self.dtype = dtype
         self.arrays = []
-        shapes = (rows, heads[0], 6), (keys, heads[1], 6), (keys, heads[1], 3)
-        for shape in shapes:
+        width, value_width = widths
+        for shape in (
+            (rows, heads[0], width),
+            (keys, heads[1], width),
+            (keys, heads[1], value_width),
+        ):
             array = rng.standard_normal((2, *shape)).astype("float32")
             tensor = ops.convert_to_tensor(array, dtype)
             self.arrays.append(to_numpy(tensor))  # Rounded to the dtype.
-        upstream = rng.standard_normal((2, rows, heads[0], 3))
+        upstream = rng.standard_normal((2, rows, heads[0], value_width))
         self.upstream = upstream.astype("float32")
         kind = rng.integers(0, 3, (2, keys))
+        if prefix is not None:  # As in a prompt with its response.
+            kind[:] = np.where(np.arange(keys) < prefix, 1, 2)
+            kind[1, keys - 3 :] = 0
         self.bidirectional, self.causal = kind == 1, kind == 2
         self.row_index = np.sort(rng.permutation(keys)[:rows])
         self.soft_cap, self.window = soft_cap, window
@@ -70,7 +78,9 @@ class Case:
             None if self.block is None else ops.convert_to_tensor(self.block),
         )
         attention = Attention(query, key, 0.7, self.soft_cap)
-        return attention_output(attention, value, mask, implementation)
+        return kernels.run(
+            attention_output, implementation, attention, value, mask
+        )
 
     def tensors(self):
         return [ops.convert_to_tensor(a, self.dtype) for a in self.arrays]
@@ -155,6 +165,8 @@ KINDS = pytest.mark.parametrize(
 @KINDS
 @IMPLEMENTATION
 def test_is_the_oracles_in_float32(implementation, kind):
+    if "blocks" in kind and implementation in KERNELS:
+        pytest.skip("Kernels know no blocks.")
     case = Case(**kind)
     found = case.output_and_grads(implementation)
     for name, one, other in zip(NAMES, found, oracle(case), strict=True):
@@ -163,26 +175,88 @@ def test_is_the_oracles_in_float32(implementation, kind):
         )
 
 
-def assert_is_as_good(case):
+def assert_is_as_good(implementation, case):
     """At most twice the error of the plain form in the same dtype."""
     plain = case.output_and_grads("definition")
-    found = case.output_and_grads("chunked")
+    found = case.output_and_grads(implementation)
     for name, *arrays in zip(NAMES, found, plain, oracle(case), strict=True):
         assert_as_good_as(*arrays, name=name, terms=1.0)
 
 
+FAST = pytest.mark.parametrize("implementation", [*FUSED, "chunked"])
+
+
+@FAST
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_chunked_is_as_good_as_the_definition(dtype):
-    assert_is_as_good(Case(dtype=dtype))
+def test_is_as_good_as_the_definition(implementation, dtype):
+    if not is_interpretable(implementation, dtype):
+        pytest.skip("Triton's interpreter lacks bfloat16: run it on a GPU.")
+    assert_is_as_good(implementation, Case(dtype=dtype))
+
+
+@IMPLEMENTATION
+def test_rows_without_keys_put_out_zeros(implementation):
+    case = Case()
+    case.bidirectional[0] = case.causal[0] = False
+    for found in case.output_and_grads(implementation):
+        found = to_numpy(found)
+        assert (found[0] == 0).all()
+        assert np.isfinite(found).all() and (found[1] != 0).any()
+
+
+@FAST
+@pytest.mark.parametrize("window", [None, 40])
+def test_tiles_that_are_whole_are_as_good(implementation, window):
+    # Where every row of a tile attends every key, kernels look at no mask.
+    case = Case(61, 70, (2, 1), window=window, prefix=20)
+    assert_is_as_good(implementation, case)
+
+
+@pytest.mark.parametrize("implementation", FUSED)
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize(
+    ("rows", "keys", "by_key", "in_registers"),
+    [(16, 32, True, False), (32, 16, False, True)],
+)
+def test_tiles_of_any_form_are_as_good(
+    monkeypatch, implementation, dtype, rows, keys, by_key, in_registers
+):
+    def choose(kernel, *_, **__):
+        form = by_key and kernel == "key_value", in_registers
+        return tiles.Tiles(rows, keys, 4, 1, *form)
+
+    monkeypatch.setattr(tiles, "choose_tiles", choose)
+    assert_is_as_good(implementation, Case(43, 50, (2, 1), dtype=dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_gpu(), reason="Needs JAX or torch on a GPU.")
+@pytest.mark.parametrize("window", [None, 70])
+@pytest.mark.parametrize("width", [64, 80, 128, 256])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tiles_that_fill_a_gpu(monkeypatch, dtype, width, window):
+    if (KERNEL, dtype) == ("pallas", "float32"):
+        pytest.skip("Pallas takes queries and keys of 16 bits.")
+    monkeypatch.setattr(tiles, "choose_tiles", CHOOSE_TILES)
+    case = Case(
+        203, 331, (4, 2), (width, width), dtype, soft_cap=20.0, window=window
+    )
+    # Logits of the size that trained models have.
+    for which in (0, 1):
+        array = case.arrays[which] / width**0.25
+        tensor = ops.convert_to_tensor(array, dtype)
+        case.arrays[which] = to_numpy(tensor)
+    assert_is_as_good(KERNEL, case)
 
 
 @strategies.composite
 def cases(draw):
-    keys = draw(strategies.integers(1, 24))
+    keys = draw(strategies.integers(1, 40))
     return Case(
         rows=draw(strategies.integers(1, keys)),
         keys=keys,
         heads=draw(strategies.sampled_from([(1, 1), (4, 2), (3, 1)])),
+        widths=draw(strategies.sampled_from([(6, 3), (3, 6), (16, 17)])),
         dtype=draw(strategies.sampled_from(["float32", "float16", "bfloat16"])),
         soft_cap=draw(strategies.sampled_from([None, 0.5])),
         window=draw(strategies.sampled_from([None, 1, 6])),
@@ -191,9 +265,13 @@ def cases(draw):
     )
 
 
+@FAST
 @hypothesis.given(case=cases())
-def test_chunked_is_as_good_on_any_case(case):
-    assert_is_as_good(case)
+def test_is_as_good_on_any_case(implementation, case):
+    hypothesis.assume(is_interpretable(implementation, case.dtype))
+    if implementation in KERNELS:
+        case.block = None
+    assert_is_as_good(implementation, case)
 
 
 @pytest.mark.skipif(

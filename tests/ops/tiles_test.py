@@ -10,7 +10,6 @@ from keras import ops
 
 from keras_laid.ops import AttentionMask
 from keras_laid.ops import Distance
-from keras_laid.ops.attention_divergence import WIDEST
 from keras_laid.ops.attention_divergence.tiles import CHOICES
 from keras_laid.ops.attention_divergence.tiles import SMALL
 from keras_laid.ops.attention_divergence.tiles import Places
@@ -18,11 +17,12 @@ from keras_laid.ops.attention_divergence.tiles import Tiles
 from keras_laid.ops.attention_divergence.tiles import choose_tiles
 from keras_laid.ops.attention_divergence.tiles import key_bounds
 from keras_laid.ops.attention_divergence.tiles import row_bounds
+from keras_laid.ops.fused import WIDEST
 from tests.support import to_numpy
 
 TILES = Tiles(3, 4, 1, 1)
 WINDOWS = pytest.mark.parametrize("window", [None, 1, 2, 6, 40])
-KERNELS = ("forward", "query", "key")
+KERNELS = tuple(CHOICES)
 H100 = 227 * 1024  # Bytes that a program may have of the memory for operands.
 
 
@@ -192,16 +192,16 @@ def test_tiles_are_what_kernels_can_run():
         # Tensor cores multiply matrices that are at least 16 wide.
         assert min(tiles.rows, tiles.keys) >= 16
         # The others sum over the keys of a tile along its last axis.
-        assert kernel == "key" or not tiles.by_key
+        assert kernel.startswith("key") or not tiles.by_key
 
 
 def test_what_kernels_multiply_fits_a_gpu():
     for kernel, width, item_size, tiles in every_choice():
         own, visited = tiles.rows, tiles.keys
-        if kernel == "key":
+        if kernel.startswith("key"):
             own, visited = visited, own
         numbers = tiles.stages * visited + own * (not tiles.in_registers)
-        # Of both models.
+        # Of both models, or queries and keys beside values and slopes.
         assert 2 * numbers * width * item_size <= H100
 
 
@@ -214,4 +214,8 @@ def test_tables_go_up_to_widths_that_fill_a_tile(table):
 
 
 def test_gradients_of_keys_need_no_transposing():
-    assert all(tiles.by_key for *_, tiles in CHOICES["key"])
+    assert all(
+        tiles.by_key
+        for kernel in ("key", "key_value")
+        for *_, tiles in CHOICES[kernel]
+    )

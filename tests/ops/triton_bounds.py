@@ -37,7 +37,6 @@ def find_bounds(mask, distance, tiles, batch):
     places = kernels.find_places(mask, distance, batch)
     rows, keys = len(places.row_index), places.kinds.shape[1]
     form = kernels.Form(None, None, mask.window, 1.0, tiles, False)
-    call = kernels.Call(places, None, None, 1.0, 1.0, mask.window, 1.0, 2)
     of_rows, of_keys = (
         places.kinds.new_empty(
             (batch, triton.cdiv(length, size), 4), dtype=torch.int32
@@ -46,7 +45,7 @@ def find_bounds(mask, distance, tiles, batch):
     )
     grid = of_rows.shape[1], batch
     bounds_of_rows[grid](of_rows, places, rows, form=form)
-    first_rows = call.first_rows(keys, tiles.keys)
+    first_rows = kernels.first_rows(places, form, keys)
     grid = of_keys.shape[1], batch
     bounds_of_keys[grid](of_keys, places, first_rows, rows, keys, form=form)
     return of_rows, of_keys

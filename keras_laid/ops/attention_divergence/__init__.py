@@ -1,15 +1,13 @@
 """Distance-weighted divergence between two attention maps."""
 
-import importlib
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 from typing import Literal
 
-import keras
 from keras import ops
 
 from keras_laid.arguments import check_shape
+from keras_laid.ops import fused
 from keras_laid.ops.attention import Attention
 from keras_laid.ops.attention import AttentionMask
 from keras_laid.ops.attention import Distance
@@ -23,98 +21,30 @@ from keras_laid.ops.dispatch import Implementation
 from keras_laid.ops.dispatch import select
 from keras_laid.typing import Tensor
 
-WIDEST = 256  # Head dim that a fused kernel holds on the chip.
 
+def why_not(refuse: Callable[..., str | None]) -> Callable[..., str | None]:
+    """A kernel's reason, from the op's arguments."""
 
-def kernel(name: str) -> Callable[..., Tensor]:
-    """The op of one of the kernels' modules, imported on its first call."""
+    def of_arguments(
+        student: Attention, teacher: Attention, mask: AttentionMask, *_: Any
+    ) -> str | None:
+        return refuse((student.query, teacher.query), mask)
 
-    def run(*arguments: Any) -> Tensor:
-        module = importlib.import_module(f"{__name__}.{name}")
-        return module.attention_divergence(*arguments)
-
-    return run
-
-
-def why_not_pallas(
-    student: Attention,
-    teacher: Attention,
-    mask: AttentionMask,
-    distance: Distance,
-    mixture: Tensor | None,
-) -> str | None:
-    if keras.backend.backend() != "jax":
-        return f"it needs JAX, not {keras.backend.backend()}."
-    import jax
-
-    if jax.default_backend() != "gpu":
-        return f"it runs on GPUs, and JAX runs on {jax.default_backend()}."
-    return (
-        why_not_mask(mask)
-        or why_not_capability(jax.devices()[0].compute_capability)
-        or why_not_inputs(student, teacher, ("bfloat16", "float16"))
-    )
-
-
-def why_not_triton(
-    student: Attention,
-    teacher: Attention,
-    mask: AttentionMask,
-    distance: Distance,
-    mixture: Tensor | None,
-) -> str | None:
-    if keras.backend.backend() != "torch":
-        return f"it needs torch, not {keras.backend.backend()}."
-    device = student.query.device
-    if device.type != "cuda":
-        return f"it runs on CUDA, not on {device.type}."
-    if importlib.util.find_spec("triton") is None:
-        return "the package `triton` is not installed."
-    import torch
-
-    major, minor = torch.cuda.get_device_capability(device)
-    return (
-        why_not_mask(mask)
-        or why_not_capability(f"{major}.{minor}")
-        or why_not_inputs(student, teacher, ("bfloat16", "float16", "float32"))
-    )
-
-
-def why_not_mask(mask: AttentionMask) -> str | None:
-    if mask.block is not None:
-        return "it knows no blocks of keys."
-    return None
-
-
-def why_not_capability(capability: str) -> str | None:
-    """Other chips lack memory for the tiles, or what reads them."""
-    if capability.split(".")[0] not in ("9", "10"):
-        return (
-            "its tiles fit GPUs of compute capability 9 and 10, and this one "
-            f"has {capability}."
-        )
-    return None
-
-
-def why_not_inputs(
-    student: Attention, teacher: Attention, dtypes: tuple[str, ...]
-) -> str | None:
-    for side in (student, teacher):
-        dtype = keras.backend.standardize_dtype(side.query.dtype)
-        if dtype not in dtypes:
-            return f"queries must be one of {dtypes}, and some are {dtype}."
-        if side.query.shape[3] > WIDEST:
-            return (
-                f"head dims must be at most {WIDEST}, and one is "
-                f"{side.query.shape[3]}."
-            )
-    return None
+    return of_arguments
 
 
 # In order of preference.
 IMPLEMENTATIONS = (
-    Implementation("pallas", kernel("pallas"), why_not_pallas),
-    Implementation("triton", kernel("triton"), why_not_triton),
+    Implementation(
+        "pallas",
+        fused.kernel("attention_divergence", "pallas"),
+        why_not(fused.why_not_pallas),
+    ),
+    Implementation(
+        "triton",
+        fused.kernel("attention_divergence", "triton"),
+        why_not(fused.why_not_triton),
+    ),
     Implementation("chunked", chunked.attention_divergence),
     Implementation("definition", definition.attention_divergence),
 )

@@ -651,77 +651,40 @@ def backward(forms, residuals, upstream):
 divergence.defvjp(forward, backward)
 
 
-def attention_divergence(student, teacher, mask, distance, mixture):
-    specs = tiles.Spec.of(student), tiles.Spec.of(teacher)
+class Padding(NamedTuple):
+    """What lengths are multiples of, to have whole tiles of every kernel's."""
 
-    def choose_tiles(kernel):
-        own = student.key if kernel == "key" else student.query
-        chosen = tiles.choose_tiles(
-            kernel,
-            max(spec.width for spec in specs),
-            own.size // own.shape[-1],
-            max(side.query.dtype.itemsize for side in (student, teacher)),
-            mixture is not None,
+    rows: int
+    keys: int
+
+    @classmethod
+    def of(cls, forms):
+        # Sizes are powers of 2.
+        return cls(
+            max(form.tiles.rows for form in forms),
+            max(form.tiles.keys for form in forms),
         )
-        if chosen.in_registers:
-            # Pallas cannot: there the tile takes the place of a stage's.
-            chosen = chosen._replace(stages=chosen.stages - 1)
-        return chosen
 
-    forms = Kernels(
-        *(
-            Form(
-                *specs,
-                float(student.scale),
-                float(teacher.scale),
-                mask.window,
-                float(distance.exponent),
-                choose_tiles(kernel),
-            )
-            for kernel in Kernels._fields
+    def queries(self, array):
+        return of_width(pad(array, 1, self.rows))
+
+    def keys_or_values(self, array):
+        return of_width(pad(array, 1, self.keys))
+
+    def places(self, places):
+        """Rows beyond the last are copies of it, whose gradient is 0."""
+        kinds, row_index, row_share, key_share = places
+        return tiles.Places(
+            pad(kinds, 1, self.keys),
+            pad(row_index, 0, self.rows, mode="edge"),
+            None if row_share is None else pad(row_share, 1, self.rows),
+            None if key_share is None else pad(key_share, 1, self.keys),
         )
-    )
-    # Whole tiles of every kernel's: sizes are powers of 2.
-    row_multiple = max(form.tiles.rows for form in forms)
-    key_multiple = max(form.tiles.keys for form in forms)
 
-    def of_width(array):
-        # Tensor cores multiply matrices that are at least 16 wide.
-        return pad(array, -1, max(pl.next_power_of_2(array.shape[-1]), 16))
 
-    def of_rows(array):
-        return pad(array, 1, row_multiple)
-
-    def of_keys(array):
-        return pad(array, 1, key_multiple)
-
-    batch, rows = student.query.shape[:2]
-    places = tiles.Places.of(mask, distance, batch)
-    # Rows beyond the last are copies of it, whose gradient is 0.
-    row_index = pad(places.row_index, 0, row_multiple, mode="edge")
-    places = tiles.Places(
-        of_keys(places.kinds),
-        row_index,
-        of_rows(places.row_share),
-        of_keys(places.key_share),
-    )
-    bounds = Kernels(
-        tiles.row_bounds(places, forms.forward.tiles, mask.window),
-        tiles.row_bounds(places, forms.query.tiles, mask.window),
-        tiles.key_bounds(places, forms.key.tiles, mask.window),
-    )
-    trained = (
-        of_width(of_rows(student.query)),
-        of_width(of_keys(student.key)),
-        None if mixture is None else mixture[None],
-    )
-    fixed = (
-        of_width(of_rows(teacher.query)),
-        of_width(of_keys(teacher.key)),
-        places._replace(row_index=row_index[None]),
-        bounds,
-    )
-    return divergence(forms, trained, fixed)[:, :, :rows]
+def of_width(array):
+    # Tensor cores multiply matrices that are at least 16 wide.
+    return pad(array, -1, max(pl.next_power_of_2(array.shape[-1]), 16))
 
 
 def pad(array, axis, multiple, mode="constant"):
@@ -731,3 +694,61 @@ def pad(array, axis, multiple, mode="constant"):
     widths = [(0, 0)] * array.ndim
     widths[axis] = (0, missing)
     return jnp.pad(array, widths, mode)
+
+
+def choose_tiles(kernel, own, width, item_size, mixed):
+    """Those of a kernel whose programs keep tiles of `own`."""
+    count = own.size // own.shape[-1]
+    chosen = tiles.choose_tiles(kernel, width, count, item_size, mixed)
+    if chosen.in_registers:
+        # Pallas cannot: there the tile takes the place of a stage's.
+        chosen = chosen._replace(stages=chosen.stages - 1)
+    return chosen
+
+
+def bounds_of(places, forms, window):
+    return Kernels(
+        tiles.row_bounds(places, forms.forward.tiles, window),
+        tiles.row_bounds(places, forms.query.tiles, window),
+        tiles.key_bounds(places, forms.key.tiles, window),
+    )
+
+
+def attention_divergence(student, teacher, mask, distance, mixture):
+    specs = tiles.Spec.of(student), tiles.Spec.of(teacher)
+    forms = Kernels(
+        *(
+            Form(
+                *specs,
+                float(student.scale),
+                float(teacher.scale),
+                mask.window,
+                float(distance.exponent),
+                choose_tiles(
+                    kernel,
+                    student.key if kernel == "key" else student.query,
+                    max(spec.width for spec in specs),
+                    max(
+                        side.query.dtype.itemsize for side in (student, teacher)
+                    ),
+                    mixture is not None,
+                ),
+            )
+            for kernel in Kernels._fields
+        )
+    )
+    padding = Padding.of(forms)
+    batch, rows = student.query.shape[:2]
+    places = padding.places(tiles.Places.of(mask, distance, batch))
+    trained = (
+        padding.queries(student.query),
+        padding.keys_or_values(student.key),
+        None if mixture is None else mixture[None],
+    )
+    fixed = (
+        padding.queries(teacher.query),
+        padding.keys_or_values(teacher.key),
+        places._replace(row_index=places.row_index[None]),
+        bounds_of(places, forms, mask.window),
+    )
+    return divergence(forms, trained, fixed)[:, :, :rows]

@@ -37,22 +37,28 @@ class Places(NamedTuple):
 
     kinds: Tensor  # (batch, keys): 0 for padding, 1 bidirectional, 2 causal.
     row_index: Tensor  # (rows,)
-    row_share: Tensor  # (batch, rows)
-    key_share: Tensor  # (batch, keys)
+    # `None` where no weights are asked for.
+    row_share: Tensor | None = None  # (batch, rows)
+    key_share: Tensor | None = None  # (batch, keys)
+
+    @classmethod
+    def of_mask(cls, mask: AttentionMask) -> Self:
+        kinds = ops.where(mask.bidirectional, 1, ops.where(mask.causal, 2, 0))
+        return cls(ops.cast(kinds, "int8"), ops.cast(mask.row_index, "int32"))
 
     @classmethod
     def of(
         cls, mask: AttentionMask, distance: Distance, batch: int | Tensor
     ) -> Self:
-        kinds = ops.where(mask.bidirectional, 1, ops.where(mask.causal, 2, 0))
+        kinds, row_index, _, _ = cls.of_mask(mask)
         rows = ops.cast(distance.row_positions, "float32")
         keys = ops.cast(distance.key_positions, "float32")
         unit = distance.strength ** (1.0 / distance.exponent)
         unit = (unit / ops.maximum(distance.span(), 1.0))[:, None]
         row_count, key_count = rows.shape[1], keys.shape[1]
         return cls(
-            ops.broadcast_to(ops.cast(kinds, "int8"), (batch, key_count)),
-            ops.cast(mask.row_index, "int32"),
+            ops.broadcast_to(kinds, (batch, key_count)),
+            row_index,
             ops.broadcast_to(rows * unit, (batch, row_count)),
             ops.broadcast_to(keys * unit, (batch, key_count)),
         )
@@ -90,6 +96,12 @@ CHOICES = {
         (256, 2**17, Tiles(32, 128, 8, 2, by_key=True)),
         (256, 0, Tiles(32, 64, 4, 2, by_key=True)),
     ],
+    # Not measured: these leave room in registers for twice the sums.
+    "key_value": [
+        (64, 0, Tiles(64, 64, 4, 3, by_key=True, in_registers=True)),
+        (128, 0, Tiles(64, 64, 4, 2, by_key=True)),
+        (256, 0, Tiles(32, 32, 4, 2, by_key=True)),
+    ],
 }
 # For float32, and for tiles of several heads at once: rows of so many bytes.
 SMALL = [(512, Tiles(64, 32, 4, 1)), (1024, Tiles(32, 32, 4, 1))]
@@ -101,7 +113,8 @@ def choose_tiles(
     """Wider heads leave less of the chip's memory for a tile.
 
     Args:
-        kernel: `"forward"`, `"query"` or `"key"` (their gradients).
+        kernel: `"forward"`, `"query"` or `"key"` (their gradients), or
+            `"key_value"` (the gradients of both at once).
         width: The wider head dim.
         count: Rows of all heads and examples, or keys where a program keeps
             those. Where there are few, small tiles keep all of a GPU busy.

@@ -1163,18 +1163,6 @@ class Call(NamedTuple):
             over_rows=kernel == "key",
         )
 
-    def first_rows(self, keys, size):
-        """The rows that `tiles_of_rows` wants, for tiles of `size` keys."""
-        index = self.places.row_index
-        edges = torch.arange(
-            0, keys + size, size, dtype=index.dtype, device=index.device
-        )
-        if self.window is not None:
-            edges = torch.stack(
-                [edges, edges - self.window + 1, edges + self.window]
-            )
-        return torch.searchsorted(index, edges, out_int32=True)
-
 
 class Divergence(torch.autograd.Function):
     """The kernels, with a gradient for student and mixture."""
@@ -1280,7 +1268,7 @@ class Divergence(torch.autograd.Function):
             ),
             *descriptors(form, mixture, sides),
             *models,
-            call.first_rows(keys, form.tiles.keys),
+            first_rows(call.places, form, keys),
             rows,
             keys,
             center,
@@ -1290,6 +1278,19 @@ class Divergence(torch.autograd.Function):
         if mixture is not None:
             of_mixture = of_mixture.sum((0, 2))
         return of_query, of_key, of_mixture, None, None, None
+
+
+def first_rows(places, form, keys):
+    """The rows that `tiles_of_rows` wants."""
+    index, size = places.row_index, form.tiles.keys
+    edges = torch.arange(
+        0, keys + size, size, dtype=index.dtype, device=index.device
+    )
+    if form.window is not None:
+        edges = torch.stack(
+            [edges, edges - form.window + 1, edges + form.window]
+        )
+    return torch.searchsorted(index, edges, out_int32=True)
 
 
 def of_each_row(query):

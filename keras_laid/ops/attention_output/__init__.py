@@ -1,8 +1,10 @@
 """What attention puts out, under a mask described in linear memory."""
 
+from collections.abc import Callable
 from typing import Literal
 
 from keras_laid.arguments import check_shape
+from keras_laid.ops import fused
 from keras_laid.ops.attention import Attention
 from keras_laid.ops.attention import AttentionMask
 from keras_laid.ops.attention import check_attention
@@ -13,10 +15,32 @@ from keras_laid.ops.dispatch import Implementation
 from keras_laid.ops.dispatch import select
 from keras_laid.typing import Tensor
 
-# In order of preference.
+
+def why_not(refuse: Callable[..., str | None]) -> Callable[..., str | None]:
+    """A kernel's reason, from the op's arguments."""
+
+    def of_arguments(
+        attention: Attention, value: Tensor, mask: AttentionMask
+    ) -> str | None:
+        return refuse((attention.query, value), mask)
+
+    return of_arguments
+
+
+# In order of preference. The kernels have yet to run on a GPU: only by name.
 IMPLEMENTATIONS = (
     Implementation("chunked", chunked.attention_output),
     Implementation("definition", definition.attention_output),
+    Implementation(
+        "pallas",
+        fused.kernel("attention_output", "pallas"),
+        why_not(fused.why_not_pallas),
+    ),
+    Implementation(
+        "triton",
+        fused.kernel("attention_output", "triton"),
+        why_not(fused.why_not_triton),
+    ),
 )
 
 
@@ -24,7 +48,8 @@ def attention_output(
     attention: Attention,
     value: Tensor,
     mask: AttentionMask,
-    implementation: Literal["chunked", "definition"] | None = None,
+    implementation: Literal["chunked", "definition", "pallas", "triton"]
+    | None = None,
 ) -> Tensor:
     """Mean of the values that each row attends, weighted by its attention.
 
@@ -35,9 +60,12 @@ def attention_output(
         attention: `keras_laid.ops.Attention`.
         value: Tensor of shape `(batch, keys, key_heads, value_dim)`.
         mask: `keras_laid.ops.AttentionMask`.
-        implementation: `None` for the first that can, or one of `"chunked"`
-            (holds the maps of some rows at a time, in the backward pass too)
-            and `"definition"` (holds all of them).
+        implementation: `None` for `"chunked"` (holds the maps of some rows at
+            a time, in the backward pass too), or one of `"definition"` (holds
+            all of them), `"pallas"` (fused, JAX) and `"triton"` (fused, torch).
+            The kernels need an NVIDIA GPU of compute capability 9 or 10, such
+            as the H100, and a mask without `block`; so far they have run in
+            interpreters alone.
 
     Returns:
         A tensor of shape `(batch, rows, heads, value_dim)`, of the dtype of

@@ -1,0 +1,92 @@
+"""What the fused kernels of an op can take; README.md of the op says why."""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+
+from keras_laid.ops.attention import AttentionMask
+from keras_laid.typing import Tensor
+
+WIDEST = 256  # Head dim that a fused kernel holds on the chip.
+
+
+def kernel(op: str, name: str) -> Callable[..., Tensor]:
+    """An op of one of its kernels' modules, imported on its first call."""
+
+    def run(*arguments: Any) -> Tensor:
+        module = importlib.import_module(f"{__package__}.{op}.{name}")
+        return getattr(module, op)(*arguments)
+
+    return run
+
+
+def why_not_pallas(
+    tensors: Sequence[Tensor], mask: AttentionMask
+) -> str | None:
+    """For queries (and values) under a mask."""
+    if keras.backend.backend() != "jax":
+        return f"it needs JAX, not {keras.backend.backend()}."
+    import jax
+
+    if jax.default_backend() != "gpu":
+        return f"it runs on GPUs, and JAX runs on {jax.default_backend()}."
+    return (
+        why_not_mask(mask)
+        or why_not_capability(jax.devices()[0].compute_capability)
+        or why_not_tensors(tensors, ("bfloat16", "float16"))
+    )
+
+
+def why_not_triton(
+    tensors: Sequence[Tensor], mask: AttentionMask
+) -> str | None:
+    if keras.backend.backend() != "torch":
+        return f"it needs torch, not {keras.backend.backend()}."
+    device = tensors[0].device
+    if device.type != "cuda":
+        return f"it runs on CUDA, not on {device.type}."
+    if importlib.util.find_spec("triton") is None:
+        return "the package `triton` is not installed."
+    import torch
+
+    major, minor = torch.cuda.get_device_capability(device)
+    return (
+        why_not_mask(mask)
+        or why_not_capability(f"{major}.{minor}")
+        or why_not_tensors(tensors, ("bfloat16", "float16", "float32"))
+    )
+
+
+def why_not_mask(mask: AttentionMask) -> str | None:
+    if mask.block is not None:
+        return "it knows no blocks of keys."
+    return None
+
+
+def why_not_capability(capability: str) -> str | None:
+    """Other chips lack memory for the tiles, or what reads them."""
+    if capability.split(".")[0] not in ("9", "10"):
+        return (
+            "its tiles fit GPUs of compute capability 9 and 10, and this one "
+            f"has {capability}."
+        )
+    return None
+
+
+def why_not_tensors(
+    tensors: Sequence[Tensor], dtypes: tuple[str, ...]
+) -> str | None:
+    for tensor in tensors:
+        dtype = keras.backend.standardize_dtype(tensor.dtype)
+        if dtype not in dtypes:
+            return f"its inputs must be one of {dtypes}, and some are {dtype}."
+        if tensor.shape[3] > WIDEST:
+            return (
+                f"head dims must be at most {WIDEST}, and one is "
+                f"{tensor.shape[3]}."
+            )
+    return None

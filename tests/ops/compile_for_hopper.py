@@ -1,0 +1,101 @@
+"""Compiles Triton's kernels for an H100, where there may be none.
+
+`compiled_test.py` runs it in a process of its own, without the interpreter.
+Prints what each kernel takes of the chip, as JSON.
+"""
+
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from keras_laid.ops import Attention
+from keras_laid.ops import AttentionMask
+from keras_laid.ops import Distance
+from keras_laid.ops.attention_divergence import triton as kernels
+from keras_laid.ops.attention_divergence.triton import attention_divergence
+from keras_laid.ops.attention_output.triton import attention_output
+
+BIN = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
+LENGTH = 2**14
+
+
+class Hopper:
+    """As much of a driver as compiling asks for."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+class Skipped:
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: None
+
+
+def compile_only(kernel, form, grid, *arguments):
+    compiled = kernel.warmup(
+        *arguments,
+        grid=grid,
+        form=form,
+        num_warps=form.tiles.warps,
+        num_stages=form.tiles.stages,
+    )
+    takes = {
+        "kernel": f"{kernel.fn.__module__}.{kernel.fn.__name__}",
+        "width": form[0].width,
+        "shared_bytes": compiled.metadata.shared,
+        "spilled_bytes": spilled_bytes(compiled.asm["ptx"]),
+    }
+    sys.stdout.write(json.dumps(takes) + "\n")
+
+
+def spilled_bytes(ptx):
+    """What of a thread's numbers finds no register, as the assembler says."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        done = subprocess.run(
+            [BIN / "ptxas", "-v", "-arch=sm_90a", path, "-o", "/dev/null"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    return int(re.search(r"(\d+) bytes spill stores", done.stderr)[1])
+
+
+def main():
+    driver.set_active(Hopper())
+    kernels.launch = compile_only
+    kernels.places_kernel = Skipped()
+    index = torch.arange(LENGTH)
+    mask = AttentionMask.from_lengths(LENGTH, [LENGTH], [LENGTH // 2])
+    distance = Distance(index[None], index[None], 3.0)
+    for heads, key_heads, width in ((16, 16, 64), (16, 16, 128), (8, 1, 256)):
+        query, key, value = (
+            torch.zeros(1, LENGTH, count, width, dtype=torch.bfloat16)
+            for count in (heads, key_heads, key_heads)
+        )
+        for tensor in (query, key, value):
+            tensor.requires_grad_()
+        attention = Attention(query, key, 0.1)
+        attention_output(attention, value, mask).sum().backward()
+        attention_divergence(
+            attention, attention, mask, distance, None
+        ).sum().backward()
+
+
+if __name__ == "__main__":
+    main()

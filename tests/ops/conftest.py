@@ -1,0 +1,24 @@
+import pytest
+
+from keras_laid.ops import row_blocks
+from keras_laid.ops.attention_divergence import tiles
+from tests.ops.kernels import BACKEND
+
+
+@pytest.fixture(scope="module")
+def small_tiles():
+    """So that small tests have several tiles, the last ones not full."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(row_blocks, "ROWS", 5)
+        patch.setattr(
+            tiles,
+            "choose_tiles",
+            lambda kernel, *_, **__: tiles.Tiles(
+                16, 16, 4, 1, by_key=kernel.startswith("key")
+            ),
+        )
+        if BACKEND == "jax":
+            from keras_laid.ops.attention_divergence import pallas
+
+            patch.setattr(pallas, "INTERPRET", True)
+        yield
