@@ -9,25 +9,44 @@ from typing import Any
 import keras
 
 from keras_laid.ops.attention import AttentionMask
+from keras_laid.ops.dispatch import Implementation
 from keras_laid.typing import Tensor
 
 WIDEST = 256  # Head dim that a fused kernel holds on the chip.
 
 
-def kernel(op: str, name: str) -> Callable[..., Tensor]:
-    """An op of one of its kernels' modules, imported on its first call."""
+def implementations(
+    op: str, inputs: Callable[..., tuple[Sequence[Tensor], AttentionMask]]
+) -> list[Implementation]:
+    """An op's kernels.
 
-    def run(*arguments: Any) -> Tensor:
-        module = importlib.import_module(f"{__package__}.{op}.{name}")
-        return getattr(module, op)(*arguments)
+    Args:
+        op: Its name, and that of its folder.
+        inputs: What decides whether they can run, from the op's arguments:
+            queries (and values), and their mask.
+    """
 
-    return run
+    def implementation(
+        name: str, why_not: Callable[..., str | None]
+    ) -> Implementation:
+        def run(*arguments: Any) -> Tensor:
+            # Imported on the first call.
+            module = importlib.import_module(f"{__package__}.{op}.{name}")
+            return getattr(module, op)(*arguments)
+
+        return Implementation(
+            name, run, lambda *arguments: why_not(*inputs(*arguments))
+        )
+
+    return [
+        implementation("pallas", why_not_pallas),
+        implementation("triton", why_not_triton),
+    ]
 
 
 def why_not_pallas(
     tensors: Sequence[Tensor], mask: AttentionMask
 ) -> str | None:
-    """For queries (and values) under a mask."""
     if keras.backend.backend() != "jax":
         return f"it needs JAX, not {keras.backend.backend()}."
     import jax

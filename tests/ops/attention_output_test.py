@@ -299,3 +299,14 @@ def test_memory_is_linear_in_length(monkeypatch):
     short, long = (temporary_bytes(n, "chunked") for n in (2048, 8192))
     assert long < 4.5 * short
     assert short < 0.25 * temporary_bytes(2048, "definition")
+
+
+@pytest.mark.skipif(has_gpu(), reason="One can run on this GPU.")
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_kernels_are_refused_where_they_cannot_run(implementation):
+    query, key, value = Case().tensors()
+    mask = AttentionMask.from_lengths(19, [19, 19], row_index=ops.arange(13))
+    with pytest.raises(NotImplementedError, match="it (needs|runs on)"):
+        attention_output(
+            Attention(query, key, 1.0), value, mask, implementation
+        )

@@ -1,6 +1,5 @@
 """Distance-weighted divergence between two attention maps."""
 
-from collections.abc import Callable
 from typing import Any
 from typing import Literal
 
@@ -22,29 +21,15 @@ from keras_laid.ops.dispatch import select
 from keras_laid.typing import Tensor
 
 
-def why_not(refuse: Callable[..., str | None]) -> Callable[..., str | None]:
-    """A kernel's reason, from the op's arguments."""
-
-    def of_arguments(
-        student: Attention, teacher: Attention, mask: AttentionMask, *_: Any
-    ) -> str | None:
-        return refuse((student.query, teacher.query), mask)
-
-    return of_arguments
+def inputs(
+    student: Attention, teacher: Attention, mask: AttentionMask, *_: Any
+) -> tuple[list[Tensor], AttentionMask]:
+    return [student.query, teacher.query], mask
 
 
 # In order of preference.
 IMPLEMENTATIONS = (
-    Implementation(
-        "pallas",
-        fused.kernel("attention_divergence", "pallas"),
-        why_not(fused.why_not_pallas),
-    ),
-    Implementation(
-        "triton",
-        fused.kernel("attention_divergence", "triton"),
-        why_not(fused.why_not_triton),
-    ),
+    *fused.implementations("attention_divergence", inputs),
     Implementation("chunked", chunked.attention_divergence),
     Implementation("definition", definition.attention_divergence),
 )

@@ -1,6 +1,5 @@
 """What attention puts out, under a mask described in linear memory."""
 
-from collections.abc import Callable
 from typing import Literal
 
 from keras_laid.arguments import check_shape
@@ -16,31 +15,17 @@ from keras_laid.ops.dispatch import select
 from keras_laid.typing import Tensor
 
 
-def why_not(refuse: Callable[..., str | None]) -> Callable[..., str | None]:
-    """A kernel's reason, from the op's arguments."""
-
-    def of_arguments(
-        attention: Attention, value: Tensor, mask: AttentionMask
-    ) -> str | None:
-        return refuse((attention.query, value), mask)
-
-    return of_arguments
+def inputs(
+    attention: Attention, value: Tensor, mask: AttentionMask
+) -> tuple[list[Tensor], AttentionMask]:
+    return [attention.query, value], mask
 
 
 # In order of preference. The kernels have yet to run on a GPU: only by name.
 IMPLEMENTATIONS = (
     Implementation("chunked", chunked.attention_output),
     Implementation("definition", definition.attention_output),
-    Implementation(
-        "pallas",
-        fused.kernel("attention_output", "pallas"),
-        why_not(fused.why_not_pallas),
-    ),
-    Implementation(
-        "triton",
-        fused.kernel("attention_output", "triton"),
-        why_not(fused.why_not_triton),
-    ),
+    *fused.implementations("attention_output", inputs),
 )
 
 
