@@ -28,7 +28,7 @@ if keras.backend.backend() == "jax":
 
 
 # The same examples each time; more of them by HYPOTHESIS_PROFILE=thorough.
-for name, count in (("quick", 4), ("thorough", 60)):
+for name, count in (("quick", 4), ("thorough", 30)):
     hypothesis.settings.register_profile(
         name,
         max_examples=count,
