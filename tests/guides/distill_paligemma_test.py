@@ -1,6 +1,7 @@
 """The main job, as a stranger would run it."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -11,8 +12,13 @@ GUIDE = pathlib.Path(__file__).parents[2] / "guides" / "distill_paligemma.py"
 
 
 def run_guide(output, *arguments):
+    environment = dict(os.environ)
+    if "--quick" not in arguments:
+        # It runs for minutes, and those of the tests are for short runs.
+        del environment["XLA_FLAGS"]
     process = subprocess.run(
         [sys.executable, str(GUIDE), "--output", str(output), *arguments],
+        env=environment,
         check=True,
         capture_output=True,
         text=True,

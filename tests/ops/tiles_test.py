@@ -171,8 +171,9 @@ def test_wider_heads_get_no_larger_tiles(kernel):
     assert size(64) >= size(128) >= size(256)
     assert size(64, item_size=4) >= size(256, item_size=4)
     assert size(256, item_size=4) <= size(256)
-    assert size(256, mixed=True) <= size(256)
-    assert size(128, mixed=True) == size(128)
+    if kernel != "key_value":  # Where mixtures are.
+        assert size(256, mixed=True) <= size(256)
+        assert size(128, mixed=True) == size(128)
 
 
 def every_choice():
