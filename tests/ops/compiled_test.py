@@ -12,10 +12,9 @@ from keras import ops
 from keras_laid.ops import Attention
 from keras_laid.ops import AttentionMask
 from keras_laid.ops import Distance
+from tests.ops.kernels import H100
 from tests.ops.kernels import needs_jax
 from tests.ops.kernels import needs_triton
-
-H100 = 227 * 1024  # Bytes that a program may have of the memory for operands.
 
 
 @pytest.mark.extra_large

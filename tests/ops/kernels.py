@@ -10,6 +10,7 @@ import pytest
 BACKEND = keras.backend.backend()
 HAS_TRITON = BACKEND == "torch" and importlib.util.find_spec("triton")
 KERNEL = {"jax": "pallas", "torch": "triton"}.get(BACKEND)  # On a GPU.
+H100 = 227 * 1024  # Bytes that a program may have of the memory for operands.
 needs_jax = pytest.mark.skipif(BACKEND != "jax", reason="A kernel for JAX.")
 needs_triton = pytest.mark.skipif(
     not HAS_TRITON,

@@ -18,12 +18,12 @@ from keras_laid.ops.attention_divergence.tiles import choose_tiles
 from keras_laid.ops.attention_divergence.tiles import key_bounds
 from keras_laid.ops.attention_divergence.tiles import row_bounds
 from keras_laid.ops.fused import WIDEST
+from tests.ops.kernels import H100
 from tests.support import to_numpy
 
 TILES = Tiles(3, 4, 1, 1)
 WINDOWS = pytest.mark.parametrize("window", [None, 1, 2, 6, 40])
 KERNELS = tuple(CHOICES)
-H100 = 227 * 1024  # Bytes that a program may have of the memory for operands.
 
 
 def pairs(kinds, row_index, window):
