@@ -91,14 +91,22 @@ VALUES = [
     f"{DIVERGENCE}::test_value_and_gradients_are_the_oracles",
 ]
 OUTPUT = "tests/ops/attention_output_test.py"
+# Interpreters let pass what compilers do not; last, since it takes longest.
+COMPILED = "tests/ops/compiled_test.py -m extra_large"
 LOGITS = "tests/ops/logits_divergence_test.py"
 SIGNATURES = "tests/signatures_test.py"
 OF_OPS = [SIGNATURES, "tests/bad_input/ops_test.py", "tests/numerics_test.py"]
 TESTS = {
-    "ops/attention_divergence/triton": [TILES, *VALUES, DIVERGENCE],
+    "ops/attention_divergence/triton": [
+        TILES,
+        *VALUES,
+        DIVERGENCE,
+        COMPILED,
+    ],
     "ops/attention_divergence/pallas": [*VALUES, DIVERGENCE],
     "ops/attention_divergence/tiles": [TILES, DIVERGENCE],
     "ops/attention_divergence": [DIVERGENCE, *OF_OPS],
+    "ops/attention_output/triton": [OUTPUT, COMPILED],
     "ops/attention_output": [OUTPUT, *OF_OPS],
     "ops/fused": [DIVERGENCE, OUTPUT],
     "ops/attention": [OUTPUT, DIVERGENCE, *OF_OPS],
@@ -163,7 +171,7 @@ def positions_of_annotations(source):
     ]
 
 
-def run_tests(path):
+def run_tests(tests):
     """In a process of its own, which tells by its exit what came out."""
     os.setsid()
     sys.path.insert(0, str(CLONE))
@@ -171,7 +179,7 @@ def run_tests(path):
     import pytest
 
     with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
-        code = pytest.main(["-qx", "-p", "no:cacheprovider", path])
+        code = pytest.main(["-qx", "-p", "no:cacheprovider", *tests.split()])
     os._exit(code)
 
 
@@ -182,9 +190,9 @@ def tests_of(module):
     return [*filter(os.path.exists, own), *others]
 
 
-def passes(path):
+def passes(tests):
     context = multiprocessing.get_context("forkserver")
-    process = context.Process(target=run_tests, args=(path,))
+    process = context.Process(target=run_tests, args=(tests,))
     process.start()
     process.join(TIMEOUT)
     if process.is_alive():
@@ -194,18 +202,20 @@ def passes(path):
 
 
 @functools.cache
-def check_unbroken(path):
-    if not passes(path):
-        raise ValueError(f"Unbroken code must pass its tests. Received: {path}")
+def check_unbroken(tests):
+    if not passes(tests):
+        raise ValueError(
+            f"Unbroken code must pass its tests. Received: {tests}"
+        )
 
 
-def is_noticed(mutant, paths):
-    for path in paths:
-        check_unbroken(path)
+def is_noticed(mutant, suites):
+    for tests in suites:
+        check_unbroken(tests)
         with use_mutation(
             mutant.module_path, operator_of(mutant), mutant.occurrence
         ):
-            if not passes(path):
+            if not passes(tests):
                 return True
     return False
 

@@ -342,6 +342,17 @@ def test_lifting_slopes_rounds_nothing():
     assert math.log2(triton.LIFT.value).is_integer()
 
 
+@pytest.mark.parametrize("implementation", FUSED)
+def test_tiles_are_chosen_by_rows_or_keys_of_all_heads(
+    implementation, chosen_by
+):
+    case = Case("odd")
+    case.value_and_grads(implementation)
+    # The wider head dim; examples, rows or keys, heads.
+    rows, keys = (8, 2 * 7 * 2), (8, 2 * 19 * 1)
+    assert chosen_by == {"forward": rows, "query": rows, "key": keys}
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not has_gpu(), reason="Needs JAX or torch on a GPU.")
 @pytest.mark.parametrize("window", [None, 70])

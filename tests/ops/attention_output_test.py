@@ -248,6 +248,17 @@ def test_tiles_of_any_form_are_as_good(
     assert_is_as_good(implementation, Case(43, 50, (2, 1), dtype=dtype))
 
 
+@pytest.mark.parametrize("implementation", FUSED)
+def test_tiles_are_chosen_by_rows_or_keys_of_all_heads(
+    implementation, chosen_by
+):
+    case = Case(rows=7, keys=19, heads=(4, 2), widths=(8, 4))
+    case.output_and_grads(implementation)
+    # The wider head dim; examples, rows or keys, heads.
+    rows, keys = (8, 2 * 7 * 4), (8, 2 * 19 * 2)
+    assert chosen_by == {"forward": rows, "query": rows, "key_value": keys}
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not has_gpu(), reason="Needs JAX or torch on a GPU.")
 @pytest.mark.parametrize("window", [None, 70])

@@ -22,3 +22,16 @@ def small_tiles():
 
             patch.setattr(pallas, "INTERPRET", True)
         yield
+
+
+@pytest.fixture
+def chosen_by(monkeypatch, small_tiles):
+    """By what width and count each kernel's tiles were chosen."""
+    found, choose = {}, tiles.choose_tiles
+
+    def note(kernel, width, count, *_, **__):
+        found[kernel] = width, count
+        return choose(kernel)
+
+    monkeypatch.setattr(tiles, "choose_tiles", note)
+    return found

@@ -137,10 +137,11 @@ def test_what_is_allowed_is_visited(seed, window, find):
 
 
 @BOUNDS
+@pytest.mark.parametrize("keys", [24, 23])
 @pytest.mark.parametrize("rows", [24, 23])
 @pytest.mark.parametrize("prefix", [0, 8, 11])
-def test_a_prefix_mask_costs_no_tile_too_many(prefix, rows, find):
-    kinds = np.full((2, 24), 2)
+def test_a_prefix_mask_costs_no_tile_too_many(prefix, rows, keys, find):
+    kinds = np.full((2, keys), 2)
     kinds[:, :prefix] = 1
     kinds[1, 20:] = 0
     some, every, by_row, by_key = both_ways(find, kinds, np.arange(rows), None)
@@ -150,9 +151,10 @@ def test_a_prefix_mask_costs_no_tile_too_many(prefix, rows, find):
 
 
 @BOUNDS
+@pytest.mark.parametrize("kind", [1, 2])
 @pytest.mark.parametrize("window", [2, 6])
-def test_a_window_costs_no_tile_too_many(window, find):
-    kinds = np.full((1, 24), 2)
+def test_a_window_costs_no_tile_too_many(window, kind, find):
+    kinds = np.full((1, 24), kind)
     some, every, by_row, by_key = both_ways(find, kinds, np.arange(24), window)
     # Triton's gradient of keys may visit a tile more at each end of a window:
     # it knows where tiles of keys start, and not where their last key is.
@@ -204,6 +206,28 @@ def test_what_kernels_multiply_fits_a_gpu():
         numbers = tiles.stages * visited + own * (not tiles.in_registers)
         # Of both models, or queries and keys beside values and slopes.
         assert 2 * numbers * width * item_size <= H100
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_what_was_fastest_is_chosen(kernel):
+    for width, least, tiles in CHOICES[kernel]:
+        assert choose_tiles(kernel, width, least, 2, mixed=False) == tiles
+        if least:
+            few = choose_tiles(kernel, width, least - 1, 2, mixed=False)
+            assert few != tiles
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("item_size", [2, 4])
+def test_a_head_dim_gets_the_tiles_of_what_it_is_filled_up_to(
+    kernel, mixed, item_size
+):
+    def choose(width):
+        return choose_tiles(kernel, width, 2**10, item_size, mixed)
+
+    for width in range(17, WIDEST + 1):
+        assert choose(width) == choose(2 ** (width - 1).bit_length())
 
 
 @pytest.mark.parametrize("table", [*CHOICES.values(), SMALL])
