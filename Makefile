@@ -111,10 +111,11 @@ reproduce-gpu:
 			--dtype bfloat16 --repeats 3 $$heads --lengths 8192 \
 			--implementations definition --definition-up-to 8192 || exit 1; \
 	done
-	for tokens in 8192 32768; do \
+	for tokens in 8192 "32768 --linear_memory"; do \
 		for backend in jax torch; do \
 			KERAS_BACKEND=$$backend $(GPU_PYTHON) -m benchmarks.training_step \
-				--tokens $$tokens $(GPU_STEP) --methods keras_laid || exit 1; \
+				--tokens $$tokens $(GPU_STEP) \
+				--methods keras_laid without_attention || exit 1; \
 		done; \
 	done
 

@@ -12,7 +12,8 @@ all methods alternate, and a row is the median of a method's rounds. The
 floating-point operations of a step are counted from the shapes, without what is
 computed twice; their share of what the device can do is its utilisation.
 
-- `keras_laid`: attention, logits and supervised terms.
+- `keras_laid`: attention, logits and supervised terms; `without_attention`:
+  the last two, to see what the first costs.
 - `keras_distiller`: logits and the features of the last layer, supervised.
 - `sft`: supervised alone, as KerasHub trains; `teacher_forward`: the teacher's
   logits alone. Together they are the least that distillation can cost.
@@ -31,11 +32,13 @@ from benchmarks import rows
 
 PATH = rows.RESULTS / "training_step.csv"
 BACKEND = keras.backend.backend()
-METHODS = ("keras_laid", "keras_distiller", "sft", "teacher_forward")
+OURS = ("keras_laid", "without_attention")
+METHODS = (*OURS, "keras_distiller", "sft", "teacher_forward")
 IMAGE_TOKENS = 256
 # Of the teacher's and the student's forward and backward passes, in forwards.
 PASSES = {
     "keras_laid": 1 + 3,
+    "without_attention": 1 + 3,
     "keras_distiller": 1 + 3,
     "sft": 3,
     "teacher_forward": 1,
@@ -144,6 +147,7 @@ def make_step(method, args):
             distance_weighting=keras_laid.DistanceWeighting(
                 strength=4.0, schedule="constant"
             ),
+            attention_weight=0.03 if method == "keras_laid" else 0.0,
             rematerialize=args.rematerialize,
             linear_memory=args.linear_memory,
         )
@@ -203,7 +207,9 @@ def main():
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=METHODS
+    )
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--response", type=int, default=64)
     parser.add_argument("--layers", type=int, default=4)
@@ -263,7 +269,7 @@ def main():
             **settings,
             # The others have none.
             **{
-                name: is_on and method == "keras_laid"
+                name: is_on and method in OURS
                 for name, is_on in switches.items()
             },
             "rounds": args.rounds,
