@@ -69,6 +69,26 @@ REASONS = {
         "(128, 0, Tiles(64, 64, 4, 4, in_registers=True)),",
     ): "how many loads run ahead, which was measured",
     (
+        "ops/attention_divergence/tiles",
+        "(128, -1, Tiles(64, 64, 4, 3, in_registers=True)),",
+    ): "no count is less than 0",
+    (
+        "ops/attention_divergence/triton",
+        "empty(batch, 5, dtype=torch.int32),",
+    ): "how much memory is set aside",
+    (
+        "ops/attention_output/triton",
+        "if part != -1 or form.window is not None:",
+    ): "a range without a tile where there is no window",
+    (
+        "ops/attention_output/triton",
+        "query, key, value, output, normalizer = ctx.saved_tensors",
+    ): "torch calls it through the class",
+    (
+        "ops/attention_output/chunked",
+        "share = ops.maximum(logits / attention.soft_cap, - 2.0)",
+    ): "it is multiplied by an attention of 0",
+    (
         "layers/head_mixer",
         "return ops.softmax(ops.convert_to_tensor(self.mixing_logits), axis=1)",
     ): "there are two axes",
