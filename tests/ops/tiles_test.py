@@ -209,7 +209,7 @@ def test_what_kernels_multiply_fits_a_gpu():
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_what_was_fastest_is_chosen(kernel):
+def test_what_stands_in_the_tables_is_chosen(kernel):
     for width, least, tiles in CHOICES[kernel]:
         assert choose_tiles(kernel, width, least, 2, mixed=False) == tiles
         if least:
