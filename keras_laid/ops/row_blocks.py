@@ -16,19 +16,28 @@ def rows_of_block(keys: int | None) -> int:
     return ROWS if keys is None else max(1, min(ROWS, ELEMENTS // keys))
 
 
+def clip(
+    size: int | Tensor, least: int | Tensor, most: int | Tensor
+) -> int | Tensor:
+    """A size within bounds, of which any may be known only later."""
+    if all(isinstance(each, int) for each in (size, least, most)):
+        return max(least, min(size, most))
+    return ops.maximum(least, ops.minimum(size, most))
+
+
 class RowBlocks:
     """How so many rows are split.
 
     Args:
         rows: Integer, or a scalar tensor.
-        size: Integer, rows of a block.
+        size: Integer, the most rows of a block.
     """
 
     def __init__(self, rows: int | Tensor, size: int) -> None:
         self.rows = rows
-        self.size = size
-        self.count = (rows + size - 1) // size
-        self.filled = self.count * size
+        self.size = clip(size, 1, rows)
+        self.count = (rows + self.size - 1) // self.size
+        self.filled = self.count * self.size
 
     def fill(self, tensor: Tensor, axis: int) -> Tensor:
         """Rows for full blocks: the last row is repeated."""

@@ -11,8 +11,10 @@ from keras_laid.ops import TopLogits
 from keras_laid.ops import Unembedding
 from keras_laid.ops import logits_divergence
 from keras_laid.ops.logits_divergence import chunked
+from tests.ops.kernels import needs_tensorflow
 from tests.support import assert_as_good_as
 from tests.support import to_numpy
+from tests.support import traced_for_any_size
 from tests.support import value_and_grads
 
 IMPLEMENTATION = pytest.mark.parametrize(
@@ -251,14 +253,46 @@ def test_blocks_that_are_all_full(length):
     assert_is_as_good(Case(length=length, counted=1.0))
 
 
+@needs_tensorflow
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("rows", [5, 128])  # Several blocks, or one.
+def test_sizes_may_be_known_only_later(monkeypatch, rows, jit_compile):
+    monkeypatch.setattr(chunked, "ROWS", rows)
+    case = Case()
+    expected = case.value_and_grads("definition")
+    found = traced_for_any_size(
+        lambda: case.value_and_grads("chunked"), case, jit_compile
+    )
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(
+            to_numpy(one), to_numpy(other), rtol=1e-4, atol=1e-5
+        )
+
+
 def test_a_block_takes_some_megabytes(monkeypatch):
     monkeypatch.setattr(chunked, "ELEMENTS", ELEMENTS)
     monkeypatch.setattr(chunked, "ROWS", ROWS)
     for vocabulary in (2**15, 49_152, 257_216):
-        tokens = chunked.rows_of_block(1, vocabulary)
+        tokens = chunked.rows_of_block(1, 2**20, vocabulary)
         assert 2**22 <= 4 * vocabulary * tokens <= 2**26
         # The examples of a batch share a block.
-        assert chunked.rows_of_block(4, vocabulary) == tokens // 4
+        assert chunked.rows_of_block(4, 2**20, vocabulary) == tokens // 4
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_block_has_no_more_tokens_than_there_are(monkeypatch, known):
+    monkeypatch.setattr(chunked, "ELEMENTS", 2**10)
+    for batch, length, expected in (
+        (1, 16, 16),
+        (1, 200, 64),
+        (8, 200, 8),
+        (100, 200, 1),
+        (0, 0, 1),
+    ):
+        sizes = batch, length
+        if not known:
+            sizes = map(ops.convert_to_tensor, sizes)
+        assert int(chunked.rows_of_block(*sizes, 16)) == expected
 
 
 @IMPLEMENTATION

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from keras import ops
 
 from keras_laid.ops.logits_divergence import definition
+from keras_laid.ops.row_blocks import clip
 from keras_laid.ops.top_logits import TopLogits
 from keras_laid.ops.unembedding import Unembedding
 from keras_laid.typing import Tensor
@@ -68,9 +69,9 @@ class Block(NamedTuple):
 
 
 def logits_divergence(student, teacher, labels, counted, shares, temperature):
-    batch, length = student.hidden.shape[:2]
-    rows = rows_of_block(batch, student.vocabulary)
-    if length is not None and length <= rows:
+    batch, length, width = ops.shape(student.hidden)
+    rows = rows_of_block(batch, length, student.vocabulary)
+    if isinstance(rows, int) and length <= rows:
         return definition.logits_divergence(
             student, teacher, labels, counted, shares, temperature
         )
@@ -78,7 +79,6 @@ def logits_divergence(student, teacher, labels, counted, shares, temperature):
     hidden, kernel = map(ops.stop_gradient, trained)
     student = student._replace(hidden=hidden, kernel=kernel)
     every = Block(student, teacher, labels, shares)
-    batch, length, width = ops.shape(hidden)
     counted = ops.cast(counted, "int32")
     count = ops.sum(counted, axis=1, keepdims=True)
     # In each example, those that count come first.
@@ -136,9 +136,10 @@ def logits_divergence(student, teacher, labels, counted, shares, temperature):
     return loss, *of_tokens
 
 
-def rows_of_block(batch, vocabulary):
-    """Tokens of each example in a block; batches known only later count 1."""
-    return max(ROWS, ELEMENTS // vocabulary) // (batch or 1) or 1
+def rows_of_block(batch, length, vocabulary):
+    """Tokens of each example in a block."""
+    rows = max(ROWS, ELEMENTS // vocabulary)
+    return clip(rows // clip(batch, 1, rows), 1, length)
 
 
 def tokens_at(tensor, index):
