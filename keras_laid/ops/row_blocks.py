@@ -11,9 +11,10 @@ ROWS = 128  # The most a block has.
 ELEMENTS = 2**18  # About how many rows times keys it has, over long prompts.
 
 
-def rows_of_block(keys: int | None) -> int:
-    """Fewer rows for more keys; the most where keys are known only later."""
-    return ROWS if keys is None else max(1, min(ROWS, ELEMENTS // keys))
+def rows_of_block(rows: int | Tensor, keys: int | Tensor) -> int | Tensor:
+    """How many of so many rows a block takes: fewer for more keys."""
+    size = ELEMENTS // clip(keys, 1, ELEMENTS)
+    return clip(size, 1, clip(rows, 1, ROWS))
 
 
 def clip(
@@ -30,14 +31,14 @@ class RowBlocks:
 
     Args:
         rows: Integer, or a scalar tensor.
-        size: Integer, the most rows of a block.
+        size: As `rows`, of a block.
     """
 
-    def __init__(self, rows: int | Tensor, size: int) -> None:
+    def __init__(self, rows: int | Tensor, size: int | Tensor) -> None:
         self.rows = rows
-        self.size = clip(size, 1, rows)
-        self.count = (rows + self.size - 1) // self.size
-        self.filled = self.count * self.size
+        self.size = size
+        self.count = (rows + size - 1) // size
+        self.filled = self.count * size
 
     def fill(self, tensor: Tensor, axis: int) -> Tensor:
         """Rows for full blocks: the last row is repeated."""

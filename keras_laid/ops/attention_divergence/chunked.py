@@ -93,13 +93,13 @@ class Block(NamedTuple):
 
 
 def attention_divergence(student, teacher, mask, distance, mixture):
-    size = rows_of_block(student.key.shape[1])
-    if student.query.shape[1] is not None and student.query.shape[1] <= size:
+    batch, rows, heads, width = ops.shape(student.query)
+    size = rows_of_block(rows, ops.shape(student.key)[1])
+    if isinstance(size, int) and rows <= size:
         return definition.attention_divergence(
             student, teacher, mask, distance, mixture
         )
     teacher = teacher._replace(key=ops.cast(teacher.key, "float32"))
-    batch, rows, heads, width = ops.shape(student.query)
     blocks = RowBlocks(rows, size)
 
     @ops.custom_gradient

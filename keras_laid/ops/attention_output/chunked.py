@@ -71,11 +71,10 @@ class Block(NamedTuple):
 
 
 def attention_output(attention, value, mask):
-    size = rows_of_block(attention.key.shape[1])
-    rows = attention.query.shape[1]
-    if rows is not None and rows <= size:
-        return definition.attention_output(attention, value, mask)
     batch, rows, heads, _ = ops.shape(attention.query)
+    size = rows_of_block(rows, ops.shape(attention.key)[1])
+    if isinstance(size, int) and rows <= size:
+        return definition.attention_output(attention, value, mask)
     blocks = RowBlocks(rows, size)
 
     # What describes the mask comes as arguments too, as floats, which have
