@@ -202,7 +202,7 @@ def logits_divergence():
 def training_step():
     """A step of ours against others'."""
     lines = []
-    for backend in ("jax", "torch"):
+    for backend in BACKENDS:
         ours, keras_distiller, sft, teacher = (
             only("training_step", backend=backend, tokens=1024, method=method)
             for method in (
