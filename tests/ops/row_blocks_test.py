@@ -34,4 +34,6 @@ def test_blocks_have_no_more_rows_than_there_are(known):
         sizes = rows, keys
         if not known:
             sizes = map(ops.convert_to_tensor, sizes)
-        assert int(rows_of_block(*sizes)) == expected
+        found = rows_of_block(*sizes)
+        assert int(found) == expected
+        assert isinstance(found, int) == known
