@@ -18,6 +18,7 @@ from keras_laid.ops import AttentionMask
 from keras_laid.ops import Distance
 from keras_laid.ops import attention_divergence
 from keras_laid.ops import row_blocks
+from keras_laid.ops.attention_divergence import chunked
 from keras_laid.ops.attention_divergence import tiles
 from tests.ops import kernels
 from tests.ops.kernels import BACKEND
@@ -428,6 +429,16 @@ def test_teacher_gets_no_gradient(implementation):
     _, (of_query, of_key) = value_and_grads(scalar, query, key)
     assert (to_numpy(of_query) == 0).all()
     assert (to_numpy(of_key) != 0).any()
+
+
+def test_blocks_are_chosen_by_rows_and_keys(monkeypatch):
+    case, chosen = Case("odd"), []
+    monkeypatch.setattr(
+        chunked, "rows_of_block", lambda *sizes: chosen.append(sizes) or 5
+    )
+    case.run("chunked", *case.tensors())
+    query, key = case.arrays[:2]
+    assert chosen == [(query.shape[1], key.shape[1])]
 
 
 @needs_tensorflow

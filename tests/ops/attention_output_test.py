@@ -13,6 +13,7 @@ from keras_laid.ops import attention_output
 from keras_laid.ops import row_blocks
 from keras_laid.ops.attention_divergence import tiles
 from keras_laid.ops.attention_divergence.definition import log_attention
+from keras_laid.ops.attention_output import chunked
 from tests.ops import kernels
 from tests.ops.kernels import FUSED
 from tests.ops.kernels import IMPLEMENTATION
@@ -342,6 +343,16 @@ def test_kernels_are_refused_where_they_cannot_run(implementation):
         attention_output(
             Attention(query, key, 1.0), value, mask, implementation
         )
+
+
+def test_blocks_are_chosen_by_rows_and_keys(monkeypatch):
+    case, chosen = Case(), []
+    monkeypatch.setattr(
+        chunked, "rows_of_block", lambda *sizes: chosen.append(sizes) or 5
+    )
+    case.run("chunked", *case.tensors())
+    query, key = case.arrays[:2]
+    assert chosen == [(query.shape[1], key.shape[1])]
 
 
 @needs_tensorflow
