@@ -95,7 +95,12 @@ OUTPUT = "tests/ops/attention_output_test.py"
 COMPILED = "tests/ops/compiled_test.py -m extra_large"
 LOGITS = "tests/ops/logits_divergence_test.py"
 SIGNATURES = "tests/signatures_test.py"
-OF_OPS = [SIGNATURES, "tests/bad_input/ops_test.py", "tests/numerics_test.py"]
+OF_OPS = [
+    "tests/ops/chunked_test.py",
+    SIGNATURES,
+    "tests/bad_input/ops_test.py",
+    "tests/numerics_test.py",
+]
 TESTS = {
     "ops/attention_divergence/triton": [
         TILES,

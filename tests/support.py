@@ -160,33 +160,6 @@ def value_and_grads(function, *arrays):
     return value, tuple(tape.gradient(value, arrays))
 
 
-def traced_for_any_size(run, case, jit_compile):
-    """`run()` on TensorFlow, traced before batch and lengths are known.
-
-    `run` takes what `case.tensors()` gives: matrices have known sizes.
-    """
-    import tensorflow as tf
-
-    tensors = case.tensors()
-
-    def spec(tensor):
-        shape = tensor.shape
-        if len(shape) > 2:
-            shape = [None, None, *shape[2:]]
-        return tf.TensorSpec(shape, tensor.dtype)
-
-    def traced(*tensors):
-        case.tensors = lambda: tensors
-        return run()
-
-    function = tf.function(
-        traced,
-        input_signature=[spec(each) for each in tensors],
-        jit_compile=jit_compile,
-    )
-    return function(*tensors)
-
-
 # The most that one rounding changes a number, in shares of it.
 ROUNDING = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
 

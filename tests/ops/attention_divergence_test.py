@@ -18,7 +18,6 @@ from keras_laid.ops import AttentionMask
 from keras_laid.ops import Distance
 from keras_laid.ops import attention_divergence
 from keras_laid.ops import row_blocks
-from keras_laid.ops.attention_divergence import chunked
 from keras_laid.ops.attention_divergence import tiles
 from tests.ops import kernels
 from tests.ops.kernels import BACKEND
@@ -27,12 +26,10 @@ from tests.ops.kernels import IMPLEMENTATION
 from tests.ops.kernels import KERNEL
 from tests.ops.kernels import is_interpretable
 from tests.ops.kernels import needs_jax
-from tests.ops.kernels import needs_tensorflow
 from tests.ops.kernels import needs_triton
 from tests.support import assert_as_good_as
 from tests.support import has_gpu
 from tests.support import to_numpy
-from tests.support import traced_for_any_size
 from tests.support import value_and_grads
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
@@ -429,32 +426,6 @@ def test_teacher_gets_no_gradient(implementation):
     _, (of_query, of_key) = value_and_grads(scalar, query, key)
     assert (to_numpy(of_query) == 0).all()
     assert (to_numpy(of_key) != 0).any()
-
-
-def test_blocks_are_chosen_by_rows_and_keys(monkeypatch):
-    case, chosen = Case("odd"), []
-    monkeypatch.setattr(
-        chunked, "rows_of_block", lambda *sizes: chosen.append(sizes) or 5
-    )
-    case.run("chunked", *case.tensors())
-    query, key = case.arrays[:2]
-    assert chosen == [(query.shape[1], key.shape[1])]
-
-
-@needs_tensorflow
-@pytest.mark.parametrize("jit_compile", [False, True])
-@pytest.mark.parametrize("rows", [5, 128])  # Several blocks, or one.
-def test_sizes_may_be_known_only_later(monkeypatch, rows, jit_compile):
-    monkeypatch.setattr(row_blocks, "ROWS", rows)
-    case = Case("odd")
-    expected = case.value_and_grads("definition")
-    found = traced_for_any_size(
-        lambda: case.value_and_grads("chunked"), case, jit_compile
-    )
-    for one, other in zip(found, expected, strict=True):
-        np.testing.assert_allclose(
-            to_numpy(one), to_numpy(other), rtol=1e-4, atol=1e-5
-        )
 
 
 def test_mask_from_lengths():

@@ -13,17 +13,14 @@ from keras_laid.ops import attention_output
 from keras_laid.ops import row_blocks
 from keras_laid.ops.attention_divergence import tiles
 from keras_laid.ops.attention_divergence.definition import log_attention
-from keras_laid.ops.attention_output import chunked
 from tests.ops import kernels
 from tests.ops.kernels import FUSED
 from tests.ops.kernels import IMPLEMENTATION
 from tests.ops.kernels import KERNEL
 from tests.ops.kernels import is_interpretable
-from tests.ops.kernels import needs_tensorflow
 from tests.support import assert_as_good_as
 from tests.support import has_gpu
 from tests.support import to_numpy
-from tests.support import traced_for_any_size
 from tests.support import value_and_grads
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
@@ -342,30 +339,4 @@ def test_kernels_are_refused_where_they_cannot_run(implementation):
     with pytest.raises(NotImplementedError, match="it (needs|runs on)"):
         attention_output(
             Attention(query, key, 1.0), value, mask, implementation
-        )
-
-
-def test_blocks_are_chosen_by_rows_and_keys(monkeypatch):
-    case, chosen = Case(), []
-    monkeypatch.setattr(
-        chunked, "rows_of_block", lambda *sizes: chosen.append(sizes) or 5
-    )
-    case.run("chunked", *case.tensors())
-    query, key = case.arrays[:2]
-    assert chosen == [(query.shape[1], key.shape[1])]
-
-
-@needs_tensorflow
-@pytest.mark.parametrize("jit_compile", [False, True])
-@pytest.mark.parametrize("rows", [5, 128])  # Several blocks, or one.
-def test_sizes_may_be_known_only_later(monkeypatch, rows, jit_compile):
-    monkeypatch.setattr(row_blocks, "ROWS", rows)
-    case = Case()
-    expected = case.output_and_grads("definition")
-    found = traced_for_any_size(
-        lambda: case.output_and_grads("chunked"), case, jit_compile
-    )
-    for one, other in zip(found, expected, strict=True):
-        np.testing.assert_allclose(
-            to_numpy(one), to_numpy(other), rtol=1e-4, atol=1e-5
         )

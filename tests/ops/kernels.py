@@ -19,9 +19,6 @@ needs_triton = pytest.mark.skipif(
 needs_kernel = pytest.mark.skipif(
     BACKEND != "jax" and not HAS_TRITON, reason="There is no kernel."
 )
-needs_tensorflow = pytest.mark.skipif(
-    BACKEND != "tensorflow", reason="Only TensorFlow traces for any size."
-)
 FUSED = [
     pytest.param("pallas", marks=needs_jax),
     pytest.param("triton", marks=needs_triton),

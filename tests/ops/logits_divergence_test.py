@@ -11,10 +11,8 @@ from keras_laid.ops import TopLogits
 from keras_laid.ops import Unembedding
 from keras_laid.ops import logits_divergence
 from keras_laid.ops.logits_divergence import chunked
-from tests.ops.kernels import needs_tensorflow
 from tests.support import assert_as_good_as
 from tests.support import to_numpy
-from tests.support import traced_for_any_size
 from tests.support import value_and_grads
 
 IMPLEMENTATION = pytest.mark.parametrize(
@@ -251,22 +249,6 @@ def test_chunked_is_as_good_on_any_case(case):
 @pytest.mark.parametrize("length", [4, 8])
 def test_blocks_that_are_all_full(length):
     assert_is_as_good(Case(length=length, counted=1.0))
-
-
-@needs_tensorflow
-@pytest.mark.parametrize("jit_compile", [False, True])
-@pytest.mark.parametrize("rows", [5, 128])  # Several blocks, or one.
-def test_sizes_may_be_known_only_later(monkeypatch, rows, jit_compile):
-    monkeypatch.setattr(chunked, "ROWS", rows)
-    case = Case()
-    expected = case.value_and_grads("definition")
-    found = traced_for_any_size(
-        lambda: case.value_and_grads("chunked"), case, jit_compile
-    )
-    for one, other in zip(found, expected, strict=True):
-        np.testing.assert_allclose(
-            to_numpy(one), to_numpy(other), rtol=1e-4, atol=1e-5
-        )
 
 
 def test_a_block_takes_some_megabytes(monkeypatch):
