@@ -15,7 +15,7 @@ def run_guide(output, *arguments):
     environment = dict(os.environ)
     if "--quick" not in arguments:
         # It runs for minutes, and those of the tests are for short runs.
-        del environment["XLA_FLAGS"]
+        environment.pop("XLA_FLAGS", None)
     process = subprocess.run(
         [sys.executable, str(GUIDE), "--output", str(output), *arguments],
         env=environment,

@@ -3,6 +3,7 @@ import pytest
 from keras_laid.ops import row_blocks
 from keras_laid.ops.attention_divergence import tiles
 from tests.ops.kernels import BACKEND
+from tests.support import has_gpu
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +18,7 @@ def small_tiles():
                 16, 16, 4, 1, by_key=kernel.startswith("key")
             ),
         )
-        if BACKEND == "jax":
+        if BACKEND == "jax" and not has_gpu():
             from keras_laid.ops.attention_divergence import pallas
 
             patch.setattr(pallas, "INTERPRET", True)
