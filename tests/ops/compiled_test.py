@@ -61,11 +61,15 @@ def test_pallas_lowers_to_a_gpus_kernels(op):
 
     call = "__gpu$xla.gpu.triton"
     shapes = [(1, length, heads, 128) for heads in (8, 1, 1)]
-    exported = jax.export.export(
-        jax.jit(jax.grad(loss, (0, 1, 2))),
-        platforms=["cuda"],
-        disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(call)],
-    )(*[jax.ShapeDtypeStruct(shape, "bfloat16") for shape in shapes])
+    # Later than JAX 0.10, lowering asks which GPU.
+    device = jax.sharding.AbstractDevice("NVIDIA H100", None, "gpu")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        exported = jax.export.export(
+            jax.jit(jax.grad(loss, (0, 1, 2))),
+            platforms=["cuda"],
+            disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(call)],
+        )(*[jax.ShapeDtypeStruct(shape, "bfloat16") for shape in shapes])
     calls = re.findall(re.escape(call), exported.mlir_module())
     # Forward, gradient of queries, gradient of keys.
     assert len(calls) == 3
