@@ -20,7 +20,7 @@ REPRODUCED ?= runs/reproduced
 # What failed half-way is no target.
 .DELETE_ON_ERROR:
 .PHONY: guide test test-all test-lowest test-wheel format check docs package extras \
-	reproduce reproduce-all reproduce-gpu
+	reproduce reproduce-all reproduce-gpu test-gpu rows-gpu
 
 guide: $(GUIDE_ENV)/ready
 	$(QUIET) KERAS_BACKEND=jax $(GUIDE_ENV)/bin/python guides/distill_paligemma.py $(ARGS)
@@ -87,37 +87,52 @@ reproduce-all: $(BENCHMARKS:%=$(REPRODUCED)/%.csv)
 			-m benchmarks.window_extension.spectra --config $$study || exit 1; \
 	done
 
-# The rows that need a GPU, each written as it is measured, after the tests of the
-# kernels. `GPU_PYTHON` has Keras, KerasHub, JAX, PyTorch, pytest and hypothesis.
+# The rows that need a GPU, after the tests of its kernels; what matters most comes
+# first, and rows that this commit has are not measured again. `GPU_PYTHON` has Keras,
+# KerasHub, JAX, PyTorch, pytest-xdist and hypothesis.
 GPU_PYTHON ?= python3
-GPU_HEADS := "--heads 8 --head-dim 256" "--heads 16 --head-dim 128"
-GPU_STEP := --dtype bfloat16 --width 2048 --layers 18 --rematerialize --rounds 1
-reproduce-gpu: export RESULTS = $(REPRODUCED)
-reproduce-gpu:
+GPU_DIVERGENCE := benchmarks.attention_divergence --missing --dtype bfloat16 --repeats 10
+GPU_8 := --heads 8 --head-dim 256 --lengths
+GPU_16 := --heads 16 --head-dim 128 --lengths
+GPU_STEP := benchmarks.training_step --missing --dtype bfloat16 --width 2048 \
+	--layers 18 --rematerialize --rounds 1
+GPU_BOTH := --methods keras_laid without_attention --tokens 8192 --linear_memory
+GPU_OURS := --methods keras_laid --tokens 32768 --linear_memory
+TRITON := --implementations triton dot_product_attention
+PALLAS := --implementations pallas dot_product_attention
+GPU_ROWS := \
+	"torch $(GPU_DIVERGENCE) $(GPU_8) 8192 32768 65536 $(TRITON)" \
+	"torch $(GPU_DIVERGENCE) $(GPU_16) 65536 32768 8192 $(TRITON)" \
+	"torch $(GPU_DIVERGENCE) $(GPU_8) 8192 --implementations definition \
+		--definition-up-to 8192" \
+	"jax $(GPU_DIVERGENCE) $(GPU_8) 8192 32768 $(PALLAS)" \
+	"jax $(GPU_DIVERGENCE) $(GPU_16) 8192 32768 $(PALLAS)" \
+	"jax $(GPU_STEP) $(GPU_BOTH) pallas" \
+	"torch $(GPU_STEP) $(GPU_BOTH) triton" \
+	"jax $(GPU_STEP) $(GPU_OURS) pallas" \
+	"torch $(GPU_STEP) $(GPU_OURS) triton" \
+	"torch $(GPU_DIVERGENCE) $(GPU_8) 32768 --implementations attention_output/triton" \
+	"jax $(GPU_DIVERGENCE) $(GPU_8) 32768 --implementations attention_output/pallas"
+reproduce-gpu: test-gpu rows-gpu
+
+test-gpu: export XLA_PYTHON_CLIENT_PREALLOCATE = false
+test-gpu:
+	failed=0; \
 	for backend in torch jax; do \
-		KERAS_BACKEND=$$backend $(GPU_PYTHON) -m pytest -q \
+		KERAS_BACKEND=$$backend $(GPU_PYTHON) -m pytest -q -n 8 \
 			tests/ops/attention_divergence_test.py \
-			tests/ops/attention_output_test.py || exit 1; \
-	done
-	for heads in $(GPU_HEADS); do \
-		for backend in "torch triton" "jax pallas"; do \
-			set -- $$backend; \
-			KERAS_BACKEND=$$1 $(GPU_PYTHON) -m benchmarks.attention_divergence \
-				--dtype bfloat16 --repeats 10 $$heads --lengths 8192 32768 65536 \
-				--implementations $$2 attention_output/$$2 \
-				dot_product_attention || exit 1; \
-		done; \
-		KERAS_BACKEND=torch $(GPU_PYTHON) -m benchmarks.attention_divergence \
-			--dtype bfloat16 --repeats 3 $$heads --lengths 8192 \
-			--implementations definition --definition-up-to 8192 || exit 1; \
-	done
-	for tokens in 8192 "32768 --linear_memory"; do \
-		for backend in jax torch; do \
-			KERAS_BACKEND=$$backend $(GPU_PYTHON) -m benchmarks.training_step \
-				--tokens $$tokens $(GPU_STEP) \
-				--methods keras_laid without_attention || exit 1; \
-		done; \
-	done
+			tests/ops/attention_output_test.py || failed=1; \
+	done; \
+	exit $$failed
+
+rows-gpu: export RESULTS = $(REPRODUCED)
+rows-gpu:
+	failed=0; \
+	for row in $(GPU_ROWS); do \
+		set -- $$row; backend=$$1; shift; \
+		KERAS_BACKEND=$$backend $(GPU_PYTHON) -m "$$@" || failed=1; \
+	done; \
+	exit $$failed
 
 format: $(TEST_ENV)/ready
 	$(TEST_ENV)/bin/ruff check --fix .

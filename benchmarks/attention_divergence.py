@@ -171,6 +171,9 @@ def main():
     )
     parser.add_argument("--one", help="measure this one here, and print it")
     parser.add_argument(
+        "--missing", action="store_true", help="no row of this commit again"
+    )
+    parser.add_argument(
         "--draw", action="store_true", help="only draw the rows there are"
     )
     args = parser.parse_args()
@@ -191,10 +194,13 @@ def main():
                 "heads": args.heads,
                 "head_dim": args.head_dim,
                 "dtype": args.dtype,
-                **measure_apart(name, length, args),
-                "repeats": args.repeats,
-                **measuring.provenance(),
             }
+            names = [*row, "device", "commit"]
+            provenance = measuring.provenance()
+            if args.missing and rows.is_done(PATH, row | provenance, names):
+                continue
+            row |= measure_apart(name, length, args)
+            row |= {"repeats": args.repeats, **provenance}
             rows.append_row(PATH, row)
             print(row)
     draw()

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -14,6 +15,8 @@ import numpy as np
 from benchmarks import rows
 
 BACKEND = keras.backend.backend()
+# What a process takes of a GPU before it needs it, others cannot have.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 def make_step(loss, trained, others):
@@ -109,8 +112,7 @@ def measure(loss, trained, others, repeats, replay=False):
 
     The gradients themselves do not count.
     """
-    peak_bytes()  # What making the inputs took is past.
-    before = peak_bytes()
+    before = held_bytes()
     step, temporary = make_step(loss, trained, others)
     step()
     if temporary is None:
@@ -126,24 +128,39 @@ def measure(loss, trained, others, repeats, replay=False):
     return row
 
 
-def peak_bytes():
-    """The most memory in use since the last call: a GPU's, or the process's."""
+def held_bytes():
+    """The memory in use now, a GPU's or the process's; peaks before are past.
+
+    But for JAX on a GPU, which knows of one peak since the process began.
+    """
     if BACKEND == "torch":
         import torch
 
         if torch.cuda.is_available():
-            peak = torch.cuda.max_memory_allocated()
-            torch.cuda.reset_peak_memory_stats()  # To what is held now.
-            return peak
+            torch.cuda.reset_peak_memory_stats()
+            return torch.cuda.memory_allocated()
     if BACKEND == "jax":
         import jax
 
-        statistics = jax.devices()[0].memory_stats()
-        if statistics:  # Of a GPU: since the process began.
+        if statistics := jax.devices()[0].memory_stats():
+            return statistics["bytes_in_use"]
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    return peak_bytes()
+
+
+def peak_bytes():
+    """The most memory in use since `held_bytes`."""
+    if BACKEND == "torch":
+        import torch
+
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated()
+    if BACKEND == "jax":
+        import jax
+
+        if statistics := jax.devices()[0].memory_stats():  # Of a GPU.
             return statistics["peak_bytes_in_use"]
-    process = pathlib.Path("/proc/self")
-    status = (process / "status").read_text()
-    (process / "clear_refs").write_text("5")
+    status = pathlib.Path("/proc/self/status").read_text()
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])
 
 

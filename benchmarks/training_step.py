@@ -2,7 +2,8 @@
 
     KERAS_BACKEND=jax python -m benchmarks.training_step
     KERAS_BACKEND=jax python -m benchmarks.training_step --dtype bfloat16 \\
-        --width 2048 --layers 18 --tokens 8192 --rematerialize  # On a GPU.
+        --width 2048 --layers 18 --tokens 8192 --rematerialize \\
+        --linear_memory pallas  # On a GPU.
 
 Appends rows to `benchmarks/results/training_step.csv`: the time of a step and
 what it takes of memory beyond weights and optimizer, for a student and a
@@ -29,6 +30,7 @@ import numpy as np
 import keras_laid
 from benchmarks import measuring
 from benchmarks import rows
+from keras_laid.ops.attention_output import IMPLEMENTATIONS
 
 PATH = rows.RESULTS / "training_step.csv"
 BACKEND = keras.backend.backend()
@@ -149,7 +151,10 @@ def make_step(method, args):
             ),
             attention_weight=0.03 if method == "keras_laid" else 0.0,
             rematerialize=args.rematerialize,
-            linear_memory=args.linear_memory,
+            # `True`, `False`, or a name.
+            linear_memory={"True": True, "False": False}.get(
+                args.linear_memory, args.linear_memory
+            ),
         )
         trained.compile(optimizer)
     optimizer.build(trained.trainable_variables)
@@ -192,8 +197,7 @@ def measure(method, args):
     """Milliseconds of a step and its mebibytes, in this process."""
     keras.config.set_dtype_policy(args.dtype)
     step = make_step(method, args)
-    measuring.peak_bytes()  # What making the models took is past.
-    before = measuring.peak_bytes()
+    before = measuring.held_bytes()
     step()
     step_bytes = measuring.peak_bytes() - before
     return {
@@ -217,10 +221,20 @@ def main():
     parser.add_argument("--vocabulary", type=int, default=257152)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rematerialize", action="store_true")
-    parser.add_argument("--linear_memory", action="store_true")
+    parser.add_argument(
+        "--linear_memory",
+        nargs="?",
+        const="True",
+        default="False",
+        choices=["True", "False", *(i.name for i in IMPLEMENTATIONS)],
+        help="by which implementation, if not by its own choice",
+    )
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--one", help="measure this one here, and print it")
+    parser.add_argument(
+        "--missing", action="store_true", help="no row of this commit again"
+    )
     args = parser.parse_args()
     if args.one:
         print(json.dumps(measure(args.one, args)))
@@ -237,14 +251,32 @@ def main():
             "repeats",
         )
     }
-    switches = {
-        name: getattr(args, name) for name in ("rematerialize", "linear_memory")
-    }
     flags = [
         part for name in settings for part in (f"--{name}", settings[name])
     ]
-    flags += [f"--{name}" for name, is_on in switches.items() if is_on]
-    measured = {method: [] for method in args.methods}
+    flags += ["--linear_memory", args.linear_memory]
+    if args.rematerialize:
+        flags.append("--rematerialize")
+    provenance = measuring.provenance()
+    of_method = {
+        method: {
+            "backend": BACKEND,
+            "method": method,
+            **settings,
+            # The others have none.
+            "rematerialize": args.rematerialize and method in OURS,
+            "linear_memory": method in OURS and args.linear_memory,
+        }
+        for method in args.methods
+    }
+    measured = {
+        method: []
+        for method, row in of_method.items()
+        if not (
+            args.missing
+            and rows.is_done(PATH, row | provenance, [*row, "device", "commit"])
+        )
+    }
     for _ in range(args.rounds):
         for method, rounds in measured.items():
             rounds.append(
@@ -258,20 +290,12 @@ def main():
             float(np.median([each[name] for each in rounds]))
             for name in ("ms", "peak_mib")
         )
-        provenance = measuring.provenance()
         per_second = operations(method, args) / ms * 1e3
         peak = next(
             (PEAK[name] for name in PEAK if name in provenance["device"]), None
         )
         row = {
-            "backend": BACKEND,
-            "method": method,
-            **settings,
-            # The others have none.
-            **{
-                name: is_on and method in OURS
-                for name, is_on in switches.items()
-            },
+            **of_method[method],
             "rounds": args.rounds,
             "ms": ms,
             "peak_mib": peak_mib,

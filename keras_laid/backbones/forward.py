@@ -8,11 +8,13 @@ import keras
 from keras_laid.backbones import decoder
 from keras_laid.backbones.attention_capture import captured_attention
 from keras_laid.backbones.linear_memory import linear_blocks
+from keras_laid.backbones.linear_memory import named
 from keras_laid.backbones.rematerialization import rematerialized
 from keras_laid.backbones.rotary_positions import rotary_positions
 from keras_laid.backbones.unembedding import hidden_states_for_logits
 from keras_laid.backbones.unembedding import unembedding
 from keras_laid.ops.attention import Attention
+from keras_laid.ops.attention_output import Name
 from keras_laid.ops.unembedding import Unembedding
 from keras_laid.typing import Tensor
 
@@ -23,7 +25,7 @@ def forward(
     layers: Collection[int] = (),
     training: bool | None = False,
     rematerialize: bool = False,
-    linear_memory: bool = False,
+    linear_memory: bool | Name = False,
 ) -> tuple[Unembedding, dict[int, Attention]]:
     """Runs a model once.
 
@@ -36,7 +38,7 @@ def forward(
         rematerialize: Boolean, whether its blocks run once more in the backward
             pass and keep less for it.
         linear_memory: Boolean, whether attention is computed as in
-            `keras_laid.linear_memory_attention`.
+            `keras_laid.linear_memory_attention`, or by which implementation.
 
     Returns:
         A tuple of its `keras_laid.ops.Unembedding` and a dictionary from layer
@@ -51,7 +53,7 @@ def forward(
     inputs = {name: inputs[name] for name in decoder.input_names(model)}
     with contextlib.ExitStack() as scopes:
         if linear_memory:
-            scopes.enter_context(linear_blocks(model))
+            scopes.enter_context(linear_blocks(model, named(linear_memory)))
         attention = scopes.enter_context(captured_attention(model, layers))
         scopes.enter_context(rotary_positions(model, positions))
         scopes.enter_context(hidden_states_for_logits(model))

@@ -17,7 +17,10 @@ from keras_laid.backbones.families import AttentionLayer
 from keras_laid.backbones.families import attention_layers
 from keras_laid.ops.attention import Attention
 from keras_laid.ops.attention import AttentionMask
+from keras_laid.ops.attention_output import IMPLEMENTATIONS
+from keras_laid.ops.attention_output import Name
 from keras_laid.ops.attention_output import attention_output
+from keras_laid.ops.dispatch import check_requested
 from keras_laid.typing import Tensor
 
 # What families call the method of a block that makes its mask.
@@ -27,7 +30,9 @@ MASKS = ("padding_mask", "response_mask", "vision_mask", "attention_mask")
 
 
 @contextlib.contextmanager
-def linear_memory_attention(model: keras.Model) -> Iterator[None]:
+def linear_memory_attention(
+    model: keras.Model, implementation: Name | None = None
+) -> Iterator[None]:
     """Scope in which a model's decoder makes no tensor of length squared.
 
     KerasHub makes a mask of shape `(batch, length, length)` in every decoder
@@ -48,10 +53,15 @@ def linear_memory_attention(model: keras.Model) -> Iterator[None]:
         model: A KerasHub model of a family that
             `keras_laid.backbones.attention_layers` knows, except Gemma 4, and
             Qwen with a sliding window.
+        implementation: Of `keras_laid.ops.attention_output`. Defaults to
+            `None`.
 
     Raises:
+        NotImplementedError: On a call of the model, if the named
+            `implementation` cannot run there.
         ValueError: On entry, if the family is another, the model has dropout in
-            its attention, or `keras_laid.self_extend` is active.
+            its attention, `keras_laid.self_extend` is active, or
+            `implementation` is unknown.
 
     Example:
 
@@ -62,22 +72,26 @@ def linear_memory_attention(model: keras.Model) -> Iterator[None]:
 
     The distiller's `linear_memory=True` does this for teacher and student.
     """
+    check_requested("attention_output", IMPLEMENTATIONS, implementation)
     check_linear_memory(model)
     with contextlib.ExitStack() as stack:
         stack.callback(decoder.forget_compiled, model)
-        stack.enter_context(linear_blocks(model))
+        stack.enter_context(linear_blocks(model, implementation))
         decoder.forget_compiled(model)
         yield
 
 
 @contextlib.contextmanager
 def linear_blocks(
-    model: keras.Model, indices: Collection[int] | None = None
+    model: keras.Model,
+    implementation: Name | None = None,
+    indices: Collection[int] | None = None,
 ) -> Iterator[None]:
     """The same, for a call inside of a function that is being compiled.
 
     Args:
         model: A model that `check_linear_memory` does not refuse.
+        implementation: Of `keras_laid.ops.attention_output`.
         indices: Sequence of integers, of which blocks. Defaults to all.
     """
     blocks = decoder.backbone_of(model).transformer_layers
@@ -89,7 +103,7 @@ def linear_blocks(
                 continue
             block = blocks[layer.index]
             name = next(n for n in MASK_METHODS if hasattr(block, n))
-            linear = LinearBlock(block, name, layer)
+            linear = LinearBlock(block, name, layer, implementation)
             for part, method, function in (
                 (block, name, linear.make_mask),
                 (layer.layer, "_compute_attention", linear.attend),
@@ -98,6 +112,22 @@ def linear_blocks(
                     decoder.replaced_method(part, method, function)
                 )
         yield
+
+
+def check_choice_of_memory(linear_memory: bool | Name) -> None:
+    """Refuses what `linear_memory=` of the distiller cannot be."""
+    if not isinstance(linear_memory, (bool, str)):
+        raise TypeError(
+            "`linear_memory` must be `True`, `False` or the name of an "
+            "implementation of `keras_laid.ops.attention_output`. "
+            f"Received: linear_memory={linear_memory!r:.80}"
+        )
+    check_requested("attention_output", IMPLEMENTATIONS, named(linear_memory))
+
+
+def named(linear_memory: bool | Name) -> Name | None:
+    """The implementation that `linear_memory=` asks for, if it does."""
+    return None if isinstance(linear_memory, bool) else linear_memory
 
 
 def check_linear_memory(model: keras.Model) -> None:
@@ -140,12 +170,17 @@ class LinearBlock:
     """A block's mask and attention, which belong together."""
 
     def __init__(
-        self, block: keras.layers.Layer, name: str, layer: AttentionLayer
+        self,
+        block: keras.layers.Layer,
+        name: str,
+        layer: AttentionLayer,
+        implementation: Name | None,
     ) -> None:
         self.make_whole_mask = getattr(block, name)
         # Of the family's own: it tells what arguments are.
         self.signature = inspect.signature(getattr(type(block), name))
         self.layer = layer
+        self.implementation = implementation
         self.attend_whole = layer.layer._compute_attention
         self.mask: AttentionMask | None = None
 
@@ -212,4 +247,6 @@ class LinearBlock:
         if self.mask is None:
             return self.attend_whole(query, key, value, *args, **kwargs)
         attention = Attention(query, key, self.layer.scale, self.layer.soft_cap)
-        return attention_output(attention, value, self.mask)
+        return attention_output(
+            attention, value, self.mask, self.implementation
+        )

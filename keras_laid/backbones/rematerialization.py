@@ -13,8 +13,10 @@ from keras_laid.backbones.attention_capture import captured_attention
 from keras_laid.backbones.decoder import backbone_of
 from keras_laid.backbones.decoder import replaced_method
 from keras_laid.backbones.linear_memory import linear_blocks
+from keras_laid.backbones.linear_memory import named
 from keras_laid.backbones.rotary_positions import rotary_positions
 from keras_laid.ops.attention import Attention
+from keras_laid.ops.attention_output import Name
 from keras_laid.typing import Tensor
 
 # What families call the list of a vision encoder's blocks.
@@ -27,7 +29,7 @@ def rematerialized(
     positions: Tensor | None,
     layers: Collection[int],
     captured: dict[int, Attention],
-    linear_memory: bool,
+    linear_memory: bool | Name,
 ) -> Iterator[None]:
     """Scope in which each block keeps what it is given, and no more.
 
@@ -40,7 +42,8 @@ def rematerialized(
         positions: Those of the outer `rotary_positions`, or `None`.
         layers: Those of the outer `captured_attention`.
         captured: Its dictionary.
-        linear_memory: Boolean, whether there is an outer `linear_blocks`.
+        linear_memory: Boolean, whether there is an outer `linear_blocks`, or
+            the name of its implementation.
     """
     backbone = backbone_of(model)
     with contextlib.ExitStack() as stack:
@@ -52,6 +55,7 @@ def rematerialized(
                 positions,
                 layers=[index] if index in layers else [],
                 linear=[index] if linear_memory else [],
+                implementation=named(linear_memory),
             )
             call = recomputing(block.call, scopes, captured)
             stack.enter_context(replaced_method(block, "call", call))
@@ -67,10 +71,11 @@ def scopes_of_block(
     positions: Tensor | None,
     layers: Collection[int],
     linear: Collection[int],
+    implementation: Name | None,
 ) -> Iterator[dict[int, Attention]]:
     """Those that change what a block of the decoder does."""
     with (
-        linear_blocks(model, linear),
+        linear_blocks(model, implementation, linear),
         rotary_positions(model, positions),
         captured_attention(model, layers) as captured,
     ):

@@ -17,6 +17,7 @@ from keras_laid.arguments import check_switch
 from keras_laid.backbones.attention_capture import attention_mask
 from keras_laid.backbones.attention_capture import text_rows
 from keras_laid.backbones.forward import forward
+from keras_laid.backbones.linear_memory import check_choice_of_memory
 from keras_laid.backbones.linear_memory import check_linear_memory
 from keras_laid.distillation import checks
 from keras_laid.distillation.description import Description
@@ -28,6 +29,7 @@ from keras_laid.ops.attention import Attention
 from keras_laid.ops.attention import Distance
 from keras_laid.ops.attention_divergence import IMPLEMENTATIONS
 from keras_laid.ops.attention_divergence import attention_divergence
+from keras_laid.ops.attention_output import Name
 from keras_laid.ops.dispatch import check_requested
 from keras_laid.ops.logits_divergence import logits_divergence
 from keras_laid.ops.query_key_distance import query_key_distance
@@ -108,7 +110,8 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
             block in place of all. Defaults to `False`.
         linear_memory: Boolean, whether both models' attention is computed as in
             `keras_laid.linear_memory_attention`, for prompts whose masks and
-            maps would not fit. Defaults to `False`.
+            maps would not fit; or the name of the implementation of
+            `keras_laid.ops.attention_output` that does. Defaults to `False`.
         implementation: Of `keras_laid.ops.attention_divergence`. Defaults to
             `None`.
         **kwargs: Passed to `keras.Model`.
@@ -158,7 +161,7 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         mixer_sharpness: float = 0.0,
         vocabulary: Literal["same", "shared"] = "same",
         rematerialize: bool = False,
-        linear_memory: bool = False,
+        linear_memory: bool | Name = False,
         implementation: Literal["pallas", "triton", "chunked", "definition"]
         | None = None,
         **kwargs: Any,
@@ -182,7 +185,7 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         check_number("mixer_sharpness", mixer_sharpness, "(-inf, inf)")
         check_choice("vocabulary", vocabulary, ("same", "shared"))
         check_switch("rematerialize", rematerialize)
-        check_switch("linear_memory", linear_memory)
+        check_choice_of_memory(linear_memory)
         check_requested("attention_divergence", IMPLEMENTATIONS, implementation)
         checks.check_task("student", student)
         is_stored = isinstance(teacher, StoredTeacher)

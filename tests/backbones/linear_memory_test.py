@@ -6,6 +6,8 @@ import pytest
 
 import keras_laid
 from keras_laid import linear_memory_attention
+from keras_laid.backbones import linear_memory
+from keras_laid.ops import attention_output
 from keras_laid.ops import row_blocks
 from tests.backbones import small_models
 from tests.backbones.small_models import make_inputs
@@ -109,6 +111,34 @@ def test_students_learn_the_same(family):
             )
         for one, other in zip(weights, same_weights, strict=True):
             np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+@pytest.mark.parametrize("rematerialize", [False, True])
+def test_a_named_implementation_computes_both_models(
+    monkeypatch, rematerialize
+):
+    names = []
+
+    def noted(*arguments):
+        names.append(arguments[-1])
+        return attention_output(*arguments)
+
+    monkeypatch.setattr(linear_memory, "attention_output", noted)
+    one_step(
+        small_models.pali_gemma,
+        linear_memory="definition",
+        rematerialize=rematerialize,
+    )
+    assert len(names) >= 4  # Two layers of each.
+    assert set(names) == {"definition"}
+
+
+def test_an_implementation_that_cannot_run_is_refused_on_a_call():
+    model = make_model(small_models.pali_gemma)
+    other = "triton" if BACKEND == "jax" else "pallas"
+    with linear_memory_attention(model, other):
+        with pytest.raises(NotImplementedError, match="it needs"):
+            model(make_inputs(model))
 
 
 def test_generation_is_the_same():

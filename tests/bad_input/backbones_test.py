@@ -49,8 +49,8 @@ def extend(model, **changes):
         pass
 
 
-def linear(model):
-    with keras_laid.linear_memory_attention(model):
+def linear(model, **changes):
+    with keras_laid.linear_memory_attention(model, **changes):
         pass
 
 
@@ -187,6 +187,13 @@ ROWS = [
             ("attach", ATTACH),
         )
     ],
+    refused(
+        "linear memory of an unknown implementation",
+        lambda m: linear(m.plain, implementation="fast"),
+        ValueError,
+        "Unknown `implementation` for `attention_output`",
+        "'fast'",
+    ),
     *[
         refused(
             f"{name} twice",

@@ -238,16 +238,27 @@ CONSTRUCTOR = [
             ("vocabulary", ["same"]),
         )
     ],
-    *[
-        refused(
-            f"{name}={value!r}",
-            lambda g, name=name, value=value: make(g, **{name: value}),
-            TypeError,
-            f"`{name}` must be `True` or `False`",
-            f"{name}={value!r}",
-        )
-        for name, value in (("rematerialize", "no"), ("linear_memory", 1))
-    ],
+    refused(
+        "rematerialize='no'",
+        lambda g: make(g, rematerialize="no"),
+        TypeError,
+        "`rematerialize` must be `True` or `False`",
+        "rematerialize='no'",
+    ),
+    refused(
+        "linear_memory=1",
+        lambda g: make(g, linear_memory=1),
+        TypeError,
+        "`linear_memory` must be `True`, `False` or the name",
+        "linear_memory=1",
+    ),
+    refused(
+        "linear_memory='fast'",
+        lambda g: make(g, linear_memory="fast"),
+        ValueError,
+        "Unknown `implementation` for `attention_output`. Expected one of",
+        "'fast'",
+    ),
     refused(
         "a number for a weighting",
         lambda g: make(g, distance_weighting=4.0),

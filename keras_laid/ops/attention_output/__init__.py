@@ -14,6 +14,8 @@ from keras_laid.ops.dispatch import Implementation
 from keras_laid.ops.dispatch import select
 from keras_laid.typing import Tensor
 
+Name = Literal["chunked", "definition", "pallas", "triton"]
+
 
 def inputs(
     attention: Attention, value: Tensor, mask: AttentionMask
@@ -33,8 +35,7 @@ def attention_output(
     attention: Attention,
     value: Tensor,
     mask: AttentionMask,
-    implementation: Literal["chunked", "definition", "pallas", "triton"]
-    | None = None,
+    implementation: Name | None = None,
 ) -> Tensor:
     """Mean of the values that each row attends, weighted by its attention.
 
