@@ -119,7 +119,8 @@ test-gpu: export XLA_PYTHON_CLIENT_PREALLOCATE = false
 test-gpu:
 	failed=0; \
 	for backend in torch jax; do \
-		KERAS_BACKEND=$$backend $(GPU_PYTHON) -m pytest -q -n 8 \
+		KERAS_BACKEND=$$backend $(GPU_PYTHON) -m pytest -q -n 12 \
+			-k "triton or pallas or fill_a_gpu" \
 			tests/ops/attention_divergence_test.py \
 			tests/ops/attention_output_test.py || failed=1; \
 	done; \

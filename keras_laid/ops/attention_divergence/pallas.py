@@ -702,7 +702,7 @@ def choose_tiles(kernel, own, width, item_size, mixed):
     chosen = tiles.choose_tiles(kernel, width, count, item_size, mixed)
     if chosen.in_registers:
         # Pallas cannot: there the tile takes the place of a stage's.
-        chosen = chosen._replace(stages=chosen.stages - 1)
+        chosen = chosen._replace(stages=max(chosen.stages - 1, 1))
     return chosen
 
 
