@@ -18,6 +18,7 @@ def store_bounds(bounds, visited):
 
 @triton.jit
 def bounds_of_rows(bounds, places, rows, form: tl.constexpr):
+    rows = kernels.filled(rows)
     row = tl.program_id(0) * form.tiles.rows
     visited = tiles_of_keys(places, tl.program_id(1), row, rows, form)
     store_bounds(bounds, visited)
@@ -26,6 +27,7 @@ def bounds_of_rows(bounds, places, rows, form: tl.constexpr):
 @triton.jit
 def bounds_of_keys(bounds, places, first_rows, rows, keys, form: tl.constexpr):
     tile, batch = tl.program_id(0), tl.program_id(1)
+    rows, keys = kernels.filled(rows), kernels.filled(keys)
     store_bounds(
         bounds,
         tiles_of_rows(places, first_rows, batch, tile, rows, keys, form),
@@ -35,7 +37,10 @@ def bounds_of_keys(bounds, places, first_rows, rows, keys, form: tl.constexpr):
 def find_bounds(mask, distance, tiles, batch):
     """For tiles of rows and of keys, as from `tiles.row_bounds`."""
     places = kernels.find_places(mask, distance, batch)
-    rows, keys = len(places.row_index), places.kinds.shape[1]
+    rows, keys = (
+        positions.shape[1]
+        for positions in (distance.row_positions, distance.key_positions)
+    )
     form = kernels.Form(None, None, mask.window, 1.0, tiles, False)
     of_rows, of_keys = (
         places.kinds.new_empty(

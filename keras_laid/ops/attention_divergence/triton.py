@@ -4,6 +4,9 @@ Maps exist only as tiles on the chip; README.md derives the sums. Queries and
 keys are laid out (batch, length, heads, width) and read through descriptors,
 which give 0 outside. Logarithms are of base 2, whose power the chip computes.
 In names, `rows` and `keys` are lengths, `row` and `key` where a tile starts.
+Numbers of rows and keys are stored for multiples of 16, since kernels are
+smaller and faster where lengths are: what fills up is a row like the last,
+whose gradient is 0, or a key that is padding.
 """
 
 from typing import Any
@@ -26,6 +29,7 @@ FLOAT32 = tl.constexpr("tf32x3")
 # Slopes are made so many times larger for float16: those of long rows would be
 # too small for it.
 LIFT = tl.constexpr(1024.0)
+FILLED = tl.constexpr(16)  # What stored lengths are a multiple of.
 BYTES = 16  # Descriptors want rows that are multiples of so many.
 
 
@@ -69,6 +73,12 @@ def tile_width(width):
 
 
 @triton.jit
+def filled(length):
+    """The length that is stored; its compiler knows what divides it."""
+    return tl.cdiv(length, FILLED) * FILLED
+
+
+@triton.jit
 def places_kernel(
     bidirectional,
     causal,
@@ -99,7 +109,8 @@ def places_kernel(
         for_all = tl.load(bidirectional + where, mask=inside, other=0) != 0
         for_later = tl.load(causal + where, mask=inside, other=0) != 0
         kind = tl.where(for_all, 1, tl.where(for_later, 2, 0))
-        tl.store(places.kinds + batch * keys + index, kind, mask=inside)
+        where = places.kinds + batch * filled(keys) + index
+        tl.store(where, kind, mask=index < filled(keys))
         after = index + 1
         padding = tl.where((kind == 0) & inside, index, keys)
         first_padding = tl.minimum(first_padding, padding)
@@ -127,14 +138,14 @@ def places_kernel(
         index = start + tl.arange(0, SIZE)
         where = key_positions + batch * key_stride + index
         share = tl.load(where, mask=index < keys, other=0).to(tl.float32) * unit
-        where = places.key_share + batch * keys + index
-        tl.store(where, share, mask=index < keys)
+        where = places.key_share + batch * filled(keys) + index
+        tl.store(where, share, mask=index < filled(keys))
     for start in range(0, rows, SIZE):
         index = start + tl.arange(0, SIZE)
         where = row_positions + batch * row_stride + index
         share = tl.load(where, mask=index < rows, other=0).to(tl.float32) * unit
-        where = places.row_share + batch * rows + index
-        tl.store(where, share, mask=index < rows)
+        where = places.row_share + batch * filled(rows) + index
+        tl.store(where, share, mask=index < filled(rows))
 
 
 @triton.jit
@@ -540,6 +551,7 @@ def normalizer_kernel(
     query_values = load_own(
         query, batch, head, row, rows, ROWS, spec.heads, spec.width, form
     )
+    rows, keys = filled(rows), filled(keys)
     state = (
         tl.full([ROWS], LEAST, tl.float32),
         tl.zeros([ROWS, 8], tl.float32),
@@ -711,6 +723,7 @@ def forward_kernel(
         teacher_values = None
         # Maps are normalised: their highest logit is 0, sum e^t is 1.
         state = (least, zeros, zeros, least * 0, zeros + 0.125, zeros, zeros)
+    rows, keys = filled(rows), filled(keys)
     visited = tiles_of_keys(places, batch, row, rows, form)
     for part in tl.static_range(3):
         if part != 0 or form.window is not None:
@@ -944,6 +957,7 @@ def query_gradient_kernel(
             teacher_spec.width,
             form,
         )
+    rows, keys = filled(rows), filled(keys)
     of_row = load_rows(upstream, batch, head, row, rows, spec.heads, form, True)
     teacher_head = tl.arange(0, triton.next_power_of_2(TEACHER_HEADS))
     state = (
@@ -1088,6 +1102,8 @@ def key_gradient_kernel(
         form,
     )
     of_key = tl.zeros(key_values.shape, tl.float32)
+    length = keys
+    rows, keys = filled(rows), filled(keys)
     visited = tiles_of_rows(places, first_rows, batch, tile, rows, keys, form)
     for head in range(key_head * group, key_head * group + group):
         teacher_values = None
@@ -1097,7 +1113,7 @@ def key_gradient_kernel(
                 batch,
                 head // (teacher_spec.heads // teacher_spec.key_heads),
                 key,
-                keys,
+                length,
                 KEYS,
                 teacher_spec.key_heads,
                 teacher_spec.width,
@@ -1217,7 +1233,7 @@ class Divergence(torch.autograd.Function):
         normalizers = normalizer, teacher_normalizer
         ctx.save_for_backward(*sides, *normalizers, mixture, center)
         ctx.call = call
-        return divergence
+        return divergence[..., :rows]
 
     @staticmethod
     def backward(ctx, upstream):
@@ -1227,7 +1243,7 @@ class Divergence(torch.autograd.Function):
         )
         batch, rows = sides[0].shape[:2]
         keys = sides[1].shape[1]
-        upstream = upstream.contiguous()
+        upstream = fill(upstream)
         models = (
             normalizer,
             teacher_normalizer,
@@ -1295,7 +1311,22 @@ def first_rows(places, form, keys):
 
 def of_each_row(query):
     batch, rows, heads, _ = query.shape
-    return query.new_empty((batch, heads, rows), dtype=torch.float32)
+    return query.new_empty(
+        (batch, heads, rows + missing(rows)), dtype=torch.float32
+    )
+
+
+def missing(length):
+    """What a length lacks to be filled."""
+    return -length % FILLED.value
+
+
+def fill(numbers):
+    """Numbers of each row, and 0 for those that fill up."""
+    extra = missing(numbers.shape[-1])
+    if extra:
+        numbers = torch.nn.functional.pad(numbers, (0, extra))
+    return numbers.contiguous()
 
 
 def descriptors(form, mixture, sides):
@@ -1340,15 +1371,19 @@ def find_places(mask, distance, batch):
     if not isinstance(strength, torch.Tensor):
         strength = torch.full((), strength, device=device)
 
-    def empty(*shape, dtype):
-        return torch.empty(shape, dtype=dtype, device=device)
+    def empty(length, dtype):
+        return torch.empty((batch, length), dtype=dtype, device=device)
 
+    index = mask.row_index
+    if missing(rows):
+        index = torch.cat([index, index[-1:].expand(missing(rows))])
+    filled_keys = keys + missing(keys)
     places = Places(
-        empty(batch, keys, dtype=torch.int8),
-        mask.row_index.contiguous(),
-        empty(batch, rows, dtype=torch.float32),
-        empty(batch, keys, dtype=torch.float32),
-        empty(batch, 4, dtype=torch.int32),
+        empty(filled_keys, torch.int8),
+        index.contiguous(),
+        empty(len(index), torch.float32),
+        empty(filled_keys, torch.float32),
+        empty(4, torch.int32),
     )
     masks = torch.broadcast_tensors(mask.bidirectional, mask.causal)
     tensors = [
@@ -1372,9 +1407,9 @@ def find_places(mask, distance, batch):
 
 def readable(tensor):
     """The tensor with rows as descriptors want them."""
-    missing = -tensor.shape[-1] % (BYTES // tensor.element_size())
-    if missing:
-        tensor = torch.nn.functional.pad(tensor, (0, missing))
+    extra = -tensor.shape[-1] % (BYTES // tensor.element_size())
+    if extra:
+        tensor = torch.nn.functional.pad(tensor, (0, extra))
     return tensor.contiguous()
 
 

@@ -98,6 +98,7 @@ def forward_kernel(
     query_values = kernels.load_own(
         query, batch, head, row, rows, ROWS, spec.heads, spec.width, form
     )
+    rows, keys = kernels.filled(rows), kernels.filled(keys)
     width: tl.constexpr = kernels.tile_width(form.value_width)
     state = (
         tl.full([ROWS], kernels.LEAST, tl.float32),
@@ -267,6 +268,7 @@ def query_gradient_kernel(
         form.value_width,
         form,
     )
+    rows, keys = kernels.filled(rows), kernels.filled(keys)
     of_query = tl.zeros(query_values.shape, tl.float32)
     visited = kernels.tiles_of_keys(places, batch, row, rows, form)
     for part in tl.static_range(3):
@@ -386,6 +388,7 @@ def key_gradient_kernel(
         tl.zeros(key_values.shape, tl.float32),
         tl.zeros(values.shape, tl.float32),
     )
+    rows, keys = kernels.filled(rows), kernels.filled(keys)
     visited = kernels.tiles_of_rows(
         places, first_rows, batch, tile, rows, keys, form
     )
@@ -477,10 +480,10 @@ class Output(torch.autograd.Function):
         call = ctx.call
         batch, rows, heads, _ = query.shape
         keys, key_heads = key.shape[1:3]
-        mean = torch.einsum("bihd,bihd->bhi", upstream, output).contiguous()
+        mean = torch.einsum("bihd,bihd->bhi", upstream, output)
         # It was rounded to that dtype before.
         upstream = upstream.to(value.dtype).contiguous()
-        numbers = normalizer, mean, call.scale, call.places
+        numbers = normalizer, kernels.fill(mean), call.scale, call.places
         form = call.form("query", query)
         of_query = torch.empty_like(query)
         kernels.launch(
