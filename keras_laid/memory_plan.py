@@ -1,9 +1,11 @@
 """Computes what distilling one model into another takes of each device."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Sequence
 
 import keras
@@ -153,7 +155,8 @@ def plan(
     Args:
         teacher: A KerasHub model, the name or folder of a preset, or a function
             without arguments that returns a model or a backbone; the latter
-            two are built without weights, with the dtypes below.
+            two are built without weights, with the dtypes below, and models
+            are not compiled.
         student: Likewise.
         image_tokens: Integer, tokens of all images of an example.
         text_tokens: Integer, tokens of its text.
@@ -298,11 +301,23 @@ def blueprint(
     # some later, but only to those of the same thread.
     def build() -> Blueprint:
         keras.config.set_dtype_policy(dtype)
-        with keras.StatelessScope(initialize_variables=False):
+        with keras.StatelessScope(initialize_variables=False), uncompiled():
             return blueprint_of_built(model(), image_tokens, text_tokens)
 
     with concurrent.futures.ThreadPoolExecutor(max_workers=1) as thread:
         return thread.submit(build).result()
+
+
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """Scope in which new tasks get no optimizer, which would need values."""
+    task = keras_hub.models.CausalLM
+    compile_task = task.compile
+    task.compile = lambda self, *args, **kwargs: None
+    try:
+        yield
+    finally:
+        task.compile = compile_task
 
 
 def blueprint_of_built(
@@ -315,7 +330,7 @@ def blueprint_of_built(
     decoder = Stack(
         layers=len(layers),
         width=backbone.hidden_dim,
-        inner=2 * heads + 3 * backbone.intermediate_dim,
+        inner=2 * heads + 3 * feedforward_units(backbone, last.index),
         tokens=image_tokens + text_tokens,
     )
     return Blueprint(
@@ -330,6 +345,17 @@ def blueprint_of_built(
         width=backbone.hidden_dim,
         captured=heads,
     )
+
+
+def feedforward_units(backbone: keras.Model, index: int) -> int:
+    """How many a block has: families differ in what `intermediate_dim` is."""
+    block = backbone.transformer_layers[index]
+    widths = [
+        v.shape[1]
+        for v in block.variables
+        if len(v.shape) == 2 and v.shape[0] == backbone.hidden_dim
+    ]
+    return max(widths, default=backbone.intermediate_dim)
 
 
 def vision_stacks(backbone: keras.Model, image_tokens: int) -> list[Stack]:

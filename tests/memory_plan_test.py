@@ -45,6 +45,18 @@ def test_live_models_and_presets_are_the_same(tmp_path):
     assert plan(str(tmp_path), model, **dtype).parts == expected.parts
 
 
+def test_a_function_may_make_a_task():
+    compile_task = keras_hub.models.CausalLM.compile
+
+    def task():
+        return keras_hub.models.PaliGemmaCausalLM(
+            backbone=build(), preprocessor=None
+        )
+
+    assert plan(task, task).parts == plan().parts
+    assert keras_hub.models.CausalLM.compile is compile_task
+
+
 def test_frozen_weights_have_no_gradient():
     model = build()
     model.trainable = False
@@ -58,7 +70,8 @@ def test_activations_by_hand():
     decoder, vision = 2 * 16 * (8 + 14), 1 * 8 * 8  # Layers, width, tokens.
     assert parts["student: what blocks are given"] == 2 * 4 * (decoder + vision)
     heads = (8 + 1) * 8
-    inside = 22 * (2 * 16 + 2 * heads + 3 * 24)
+    # Of Gemma's `intermediate_dim`, half are the gate's.
+    inside = 22 * (2 * 16 + 2 * heads + 3 * 24 // 2)
     assert parts["one block at work"] == 2 * 2 * 4 * inside
     assert parts["queries and keys that are matched"] == 2 * 22 * 2 * heads * 4
     half = plan(batch_size=4, mesh_shape=(2, 2), student_dtype="float32").parts
