@@ -73,10 +73,6 @@ REASONS = {
         "(128, -1, Tiles(64, 64, 4, 3, in_registers=True)),",
     ): "no count is less than 0",
     (
-        "ops/attention_divergence/triton",
-        "empty(batch, 5, dtype=torch.int32),",
-    ): "how much memory is set aside",
-    (
         "ops/attention_output/triton",
         "if part != -1 or form.window is not None:",
     ): "a range without a tile where there is no window",
