@@ -103,8 +103,8 @@ CHOICES = {
         (256, 0, Tiles(32, 32, 4, 2, by_key=True)),
     ],
 }
-# For float32, and for tiles of several heads at once: rows of so many bytes. Not
-# measured: larger ones of 1,024 spill tens of kilobytes a thread.
+# For float32, and for tiles of several heads at once: rows of so many bytes.
+# Not measured: larger ones of 1,024 spill tens of kilobytes a thread.
 SMALL = [(512, Tiles(64, 32, 4, 1)), (1024, Tiles(16, 32, 8, 1))]
 
 
