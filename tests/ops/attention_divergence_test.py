@@ -335,6 +335,21 @@ def test_each_tile_of_rows_has_a_program(monkeypatch):
         assert pallas.own_rows(form) == (tile, 16 * tile, program[2])
 
 
+@needs_jax
+@pytest.mark.parametrize(("stages", "left"), [(3, 2), (1, 1)])
+def test_a_tile_that_pallas_keeps_takes_a_stages_place(
+    monkeypatch, stages, left
+):
+    # GPUs' compilers refuse 0, and the interpreter does not look.
+    from keras_laid.ops.attention_divergence import pallas
+
+    kept = tiles.Tiles(32, 16, 4, stages, in_registers=True)
+    monkeypatch.setattr(tiles, "choose_tiles", lambda *_: kept)
+    own = np.zeros((1, 32, 1, 16))
+    chosen = pallas.choose_tiles("forward", own, 16, 2, False)
+    assert chosen == kept._replace(stages=left)
+
+
 @needs_triton
 def test_lifting_slopes_rounds_nothing():
     from keras_laid.ops.attention_divergence import triton
