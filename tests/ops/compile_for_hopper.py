@@ -26,7 +26,7 @@ from keras_laid.ops.attention_divergence.triton import attention_divergence
 from keras_laid.ops.attention_output.triton import attention_output
 
 BIN = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
-LENGTHS = 2**14, 2**14 - 1  # Compilers do better by the first.
+LENGTHS = 2**14, 2**14 - 1  # By the second, addresses are not aligned.
 
 
 class Hopper:

@@ -104,7 +104,7 @@ CHOICES = {
     ],
 }
 # For float32, and for tiles of several heads at once: rows of so many bytes.
-# Not measured: larger ones of 1,024 spill tens of kilobytes a thread.
+# Not measured: larger ones of 1,024 leave too few registers.
 SMALL = [(512, Tiles(64, 32, 4, 1)), (1024, Tiles(16, 32, 8, 1))]
 
 

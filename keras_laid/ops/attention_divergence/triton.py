@@ -4,9 +4,9 @@ Maps exist only as tiles on the chip; README.md derives the sums. Queries and
 keys are laid out (batch, length, heads, width) and read through descriptors,
 which give 0 outside. Logarithms are of base 2, whose power the chip computes.
 In names, `rows` and `keys` are lengths, `row` and `key` where a tile starts.
-Numbers of rows and keys are stored for multiples of 16, since kernels are
-smaller and faster where lengths are: what fills up is a row like the last,
-whose gradient is 0, or a key that is padding.
+Numbers of rows and keys are stored for multiples of 16, so that addresses are
+aligned at any length: what fills up is a row like the last, whose gradient is
+0, or a key that is padding.
 """
 
 from typing import Any
