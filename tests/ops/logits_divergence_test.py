@@ -251,6 +251,23 @@ def test_blocks_that_are_all_full(length):
     assert_is_as_good(Case(length=length, counted=1.0))
 
 
+@IMPLEMENTATION
+def test_a_scaled_loss_has_scaled_gradients(implementation):
+    case = Case()
+    _, expected = value_and_grads(
+        lambda *tensors: case.run("definition", *tensors).loss,
+        *case.tensors(),
+    )
+    _, found = value_and_grads(
+        lambda *tensors: -2.5 * case.run(implementation, *tensors).loss,
+        *case.tensors(),
+    )
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(
+            to_numpy(one), -2.5 * to_numpy(other), rtol=1e-5, atol=1e-6
+        )
+
+
 def test_a_block_takes_some_megabytes(monkeypatch):
     monkeypatch.setattr(chunked, "ELEMENTS", ELEMENTS)
     monkeypatch.setattr(chunked, "ROWS", ROWS)

@@ -124,16 +124,25 @@ def logits_divergence(student, teacher, labels, counted, shares, temperature):
     )
     place = ops.argsort(order, axis=1)  # Of each token among the blocks.
     *of_tokens, of_hidden = [tokens_at(column, place) for column in columns]
-    loss = sum(
-        ops.sum(share * each)
-        for share, each in zip(shares, of_tokens[:2], strict=True)
-    )
-    # Adds 0 to the loss, and to the gradients what is known of them.
-    gradients = of_hidden, of_kernel
-    for tensor, gradient in zip(trained, gradients, strict=True):
-        nothing = ops.cast(tensor - ops.stop_gradient(tensor), "float32")
-        loss = loss + ops.sum(nothing * ops.cast(gradient, "float32"))
-    return loss, *of_tokens
+
+    @ops.custom_gradient
+    def loss(hidden, kernel):
+        value = sum(
+            ops.sum(share * each)
+            for share, each in zip(shares, of_tokens[:2], strict=True)
+        )
+
+        def gradients(*arguments, upstream=None):
+            if upstream is None:  # Only torch gives it by name.
+                (upstream,) = arguments
+            return (
+                ops.cast(ops.multiply(upstream, of_hidden), hidden.dtype),
+                ops.cast(upstream * of_kernel, kernel.dtype),
+            )
+
+        return value, gradients
+
+    return loss(*trained), *of_tokens
 
 
 def rows_of_block(batch, length, vocabulary):
