@@ -5,6 +5,7 @@ TEST_ENV := .venv
 DOCS_ENV := .venv-docs
 PACKAGE_ENV := .venv-package
 LOWEST_ENV := .venv-lowest
+NEWEST_ENV := .venv-newest
 WHEEL_ENV := .venv-wheel
 EXTRA_ENV := .venv-extra
 EXTRAS := jax,tensorflow,torch,haystacks,test
@@ -19,8 +20,8 @@ REPRODUCED ?= runs/reproduced
 
 # What failed half-way is no target.
 .DELETE_ON_ERROR:
-.PHONY: guide test test-all test-lowest test-wheel format check docs package extras \
-	reproduce reproduce-all reproduce-gpu test-gpu rows-gpu
+.PHONY: guide test test-all test-lowest test-newest test-wheel format check docs \
+	package extras reproduce reproduce-all reproduce-gpu test-gpu rows-gpu
 
 guide: $(GUIDE_ENV)/ready
 	$(QUIET) KERAS_BACKEND=jax $(GUIDE_ENV)/bin/python guides/distill_paligemma.py $(ARGS)
@@ -39,10 +40,10 @@ test-all: test
 			-m "extra_large or hypothesis" || exit 1; \
 	done
 
-# With the lowest versions that pyproject.toml allows.
-test-lowest: $(LOWEST_ENV)/ready
+# With the lowest, and the newest, versions that pyproject.toml allows.
+test-lowest test-newest: test-%: .venv-%/ready
 	for backend in $(BACKENDS); do \
-		$(QUIET) KERAS_BACKEND=$$backend $(LOWEST_ENV)/bin/python \
+		$(QUIET) KERAS_BACKEND=$$backend .venv-$*/bin/python \
 			-m pytest -n 2 || exit 1; \
 	done
 
@@ -198,4 +199,9 @@ $(LOWEST_ENV)/ready: pyproject.toml
 		--output-file $(LOWEST_ENV)/constraints.txt
 	$(LOWEST_ENV)/bin/pip install --quiet -c $(LOWEST_ENV)/constraints.txt \
 		-e ".[$(EXTRAS)]"
+	touch $@
+
+$(NEWEST_ENV)/ready: pyproject.toml
+	$(PYTHON) -m venv $(NEWEST_ENV)
+	$(NEWEST_ENV)/bin/pip install --quiet -e ".[$(EXTRAS)]"
 	touch $@

@@ -6,9 +6,11 @@ import math
 import os
 import sys
 
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 "
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),  # The tests' own.
+        "--xla_force_host_platform_device_count=8",
+    ]
 )
 
 import jax

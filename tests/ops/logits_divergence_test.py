@@ -268,6 +268,33 @@ def test_a_scaled_loss_has_scaled_gradients(implementation):
         )
 
 
+@IMPLEMENTATION
+def test_float16_keeps_the_gradients_of_small_shares(implementation):
+    # Scaled up, they are those of large shares to the bit.
+    case = Case(dtype="float16")
+    unembed = ops.convert_to_tensor(case.arrays[3], "float16")
+    targets = ops.convert_to_tensor(case.arrays[2], "float16")
+    gradients = [
+        value_and_grads(
+            lambda hidden, kernel, share=share: (
+                logits_divergence(
+                    Unembedding(hidden, kernel),
+                    Unembedding(targets, unembed),
+                    divergence_weight=share,
+                    vocabulary="shared",
+                    implementation=implementation,
+                ).loss
+                / share
+            ),
+            *case.tensors(),
+        )[1]
+        for share in (1.0, 2.0**-30)
+    ]
+    for one, other in zip(*gradients, strict=True):
+        np.testing.assert_array_equal(to_numpy(one), to_numpy(other))
+        assert np.any(to_numpy(one))
+
+
 def test_a_block_takes_some_megabytes(monkeypatch):
     monkeypatch.setattr(chunked, "ELEMENTS", ELEMENTS)
     monkeypatch.setattr(chunked, "ROWS", ROWS)

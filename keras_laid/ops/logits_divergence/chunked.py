@@ -8,6 +8,7 @@ as many matrix products as in the plain form, and nothing is kept for later.
 
 from typing import NamedTuple
 
+import numpy as np
 from keras import ops
 
 from keras_laid.ops.logits_divergence import definition
@@ -18,6 +19,7 @@ from keras_laid.typing import Tensor
 
 ELEMENTS = 2**22  # About how many logits of one model a block has.
 ROWS = 16  # The fewest tokens a block has.
+UNITS = (2.0 ** np.arange(-100, 101)).astype("float32")
 
 
 class Block(NamedTuple):
@@ -78,7 +80,14 @@ def logits_divergence(student, teacher, labels, counted, shares, temperature):
     trained = student.hidden, student.kernel
     hidden, kernel = map(ops.stop_gradient, trained)
     student = student._replace(hidden=hidden, kernel=kernel)
-    every = Block(student, teacher, labels, shares)
+    unit = unit_of(
+        [
+            share
+            for share, of in zip(shares, (teacher, labels), strict=True)
+            if of is not None
+        ]
+    )
+    every = Block(student, teacher, labels, [each / unit for each in shares])
     counted = ops.cast(counted, "int32")
     count = ops.sum(counted, axis=1, keepdims=True)
     # In each example, those that count come first.
@@ -135,9 +144,10 @@ def logits_divergence(student, teacher, labels, counted, shares, temperature):
         def gradients(*arguments, upstream=None):
             if upstream is None:  # Only torch gives it by name.
                 (upstream,) = arguments
+            scale = upstream * unit
             return (
-                ops.cast(ops.multiply(upstream, of_hidden), hidden.dtype),
-                ops.cast(upstream * of_kernel, kernel.dtype),
+                ops.cast(ops.multiply(scale, of_hidden), hidden.dtype),
+                ops.cast(scale * of_kernel, kernel.dtype),
             )
 
         return value, gradients
@@ -149,6 +159,16 @@ def rows_of_block(batch, length, vocabulary):
     """Tokens of each example in a block."""
     rows = max(ROWS, ELEMENTS // vocabulary)
     return clip(rows // clip(batch, 1, rows), 1, length)
+
+
+def unit_of(shares):
+    """What gradients of hidden states are held in: about the largest share.
+
+    Float16 may not hold them by themselves. Powers of 2 round nothing.
+    """
+    largest = ops.max(ops.stack(shares))
+    units = ops.convert_to_tensor(UNITS)
+    return ops.max(ops.where(units <= largest, units, units[0]))
 
 
 def tokens_at(tensor, index):
