@@ -58,6 +58,20 @@ class Haystack:
     needles: tuple[int, ...]
     images: Images
 
+    def __eq__(self, other: object) -> bool:
+        """Whether all is the same, images pixel by pixel."""
+        if not isinstance(other, Haystack):
+            return NotImplemented
+        return (
+            len(self.images) == len(other.images)
+            and all(map(np.array_equal, self.images, other.images))
+            and all(
+                getattr(self, field.name) == getattr(other, field.name)
+                for field in dataclasses.fields(self)
+                if field.name != "images"
+            )
+        )
+
     def __post_init__(self) -> None:
         if not isinstance(self.question, str) or not hasattr(
             self.images, "__len__"

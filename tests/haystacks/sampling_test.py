@@ -1,6 +1,7 @@
 """Haystacks of images that are their labels, checked from the images alone."""
 
 import collections
+import dataclasses
 import re
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from keras_laid.haystacks import Haystack
 from keras_laid.haystacks import PairSource
 from keras_laid.haystacks import draw_haystacks
 
@@ -125,14 +127,28 @@ def test_haystacks_may_be_long():
 
 def test_same_seed_same_haystacks():
     one, two, other = (
-        [
-            np.asarray(h.images)
-            for h in draw_haystacks(Labels(9), 8, (4,), seed=s)
-        ]
-        for s in (1, 1, (1, 2))
+        list(draw_haystacks(Labels(9), 8, (4,), seed=s)) for s in (1, 1, (1, 2))
     )
-    np.testing.assert_array_equal(one, two)
-    assert (np.asarray(one) != np.asarray(other)).any()
+    assert one == two
+    assert one != other
+
+
+@pytest.mark.parametrize(
+    "images", [["1.jpg", "2.jpg"], np.zeros((2, 4, 4, 3), "uint8")]
+)
+def test_haystacks_are_equal_where_all_is(images):
+    one = Haystack("Q?", "yes", "a", "b", (0,), images)
+    assert one == dataclasses.replace(one, images=list(images))
+    for changes in (
+        {"question": "R?"},
+        {"answer": "no"},
+        {"needles": (1,)},
+        {"images": images[:1]},
+        {"images": [images[0], np.ones((4, 4, 3), "uint8")]},
+        {"images": [images[0], "3.jpg"]},
+    ):
+        assert one != dataclasses.replace(one, **changes)
+    assert one != "Q?"
 
 
 @pytest.mark.parametrize(
