@@ -100,20 +100,21 @@ GPU_STEP := benchmarks.training_step --missing --dtype bfloat16 --width 2048 \
 GPU_BOTH := --methods keras_laid without_attention --tokens 8192 --linear_memory
 GPU_OURS := --methods keras_laid --tokens 32768 --linear_memory
 TRITON := --implementations triton dot_product_attention
-PALLAS := --implementations pallas dot_product_attention
+PALLAS := --implementations pallas
+DEFINITION := --implementations definition --definition-up-to 8192
 GPU_ROWS := \
-	"torch $(GPU_DIVERGENCE) $(GPU_8) 8192 32768 65536 $(TRITON)" \
-	"torch $(GPU_DIVERGENCE) $(GPU_16) 65536 32768 8192 $(TRITON)" \
-	"torch $(GPU_DIVERGENCE) $(GPU_8) 8192 --implementations definition \
-		--definition-up-to 8192" \
-	"jax $(GPU_DIVERGENCE) $(GPU_8) 8192 32768 $(PALLAS)" \
-	"jax $(GPU_DIVERGENCE) $(GPU_16) 8192 32768 $(PALLAS)" \
+	"torch $(GPU_DIVERGENCE) $(GPU_8) 32768 8192 65536 2048 $(TRITON)" \
+	"torch $(GPU_DIVERGENCE) $(GPU_16) 65536 32768 8192 2048 $(TRITON)" \
+	"torch $(GPU_DIVERGENCE) $(GPU_8) 8192 $(DEFINITION)" \
+	"torch $(GPU_DIVERGENCE) $(GPU_16) 8192 $(DEFINITION)" \
+	"jax $(GPU_DIVERGENCE) $(GPU_8) 32768 8192 $(PALLAS)" \
+	"jax $(GPU_DIVERGENCE) $(GPU_16) 32768 8192 $(PALLAS)" \
+	"torch $(GPU_DIVERGENCE) $(GPU_8) 32768 --implementations attention_output/triton" \
+	"jax $(GPU_DIVERGENCE) $(GPU_8) 32768 --implementations attention_output/pallas" \
 	"jax $(GPU_STEP) $(GPU_BOTH) pallas" \
 	"torch $(GPU_STEP) $(GPU_BOTH) triton" \
 	"jax $(GPU_STEP) $(GPU_OURS) pallas" \
-	"torch $(GPU_STEP) $(GPU_OURS) triton" \
-	"torch $(GPU_DIVERGENCE) $(GPU_8) 32768 --implementations attention_output/triton" \
-	"jax $(GPU_DIVERGENCE) $(GPU_8) 32768 --implementations attention_output/pallas"
+	"torch $(GPU_STEP) $(GPU_OURS) triton"
 reproduce-gpu: test-gpu rows-gpu
 
 test-gpu: export XLA_PYTHON_CLIENT_PREALLOCATE = false
