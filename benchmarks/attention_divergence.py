@@ -6,9 +6,9 @@ Appends rows to `benchmarks/results/attention_divergence.csv`: value and
 gradients of student queries and keys, for every implementation that runs here,
 beside the platform's own attention, forward and backward, at the same shape.
 Ours, `keras_laid.ops.attention_output`, is measured likewise where it is named,
-as `attention_output/triton`. Each measurement has a process of its own, so that
-its peak memory is its own. Then draws all rows, a picture for each backend and
-device.
+as `attention_output/triton`. On a CPU each measurement has a process of its
+own, so that its peak memory is its own. Then draws all rows, a picture for each
+backend and device.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def make_inputs(length, heads, head_dim, dtype):
     rng = np.random.default_rng(0)
     shape = (1, length, heads, head_dim)
     return [
-        ops.convert_to_tensor(rng.standard_normal(shape).astype("f4"), dtype)
+        ops.convert_to_tensor(rng.standard_normal(shape, "float32"), dtype)
         for _ in range(4)
     ]
 
@@ -93,7 +93,7 @@ def measure(implementation, length, args):
 
 
 def measure_apart(implementation, length, args):
-    """The same in a process of its own."""
+    """The same in a process of its own, for the peak memory of a process."""
     return measuring.in_new_process(
         "benchmarks.attention_divergence",
         [
@@ -183,6 +183,8 @@ def main():
     if args.one:
         print(json.dumps(measure(args.one, args.lengths[0], args)))
         return
+    on_cpu = measuring.device() == "cpu"
+    measure_one = measure_apart if on_cpu else measure
     for length in args.lengths:
         for name in args.implementations:
             if name == "definition" and length > args.definition_up_to:
@@ -199,7 +201,7 @@ def main():
             provenance = measuring.provenance()
             if args.missing and rows.is_done(PATH, row | provenance, names):
                 continue
-            row |= measure_apart(name, length, args)
+            row |= measure_one(name, length, args)
             row |= {"repeats": args.repeats, **provenance}
             rows.append_row(PATH, row)
             print(row)

@@ -179,7 +179,9 @@ def key_bounds(places: Places, tiles: Tiles, window: int | None) -> Tensor:
     least, most = ops.min(kinds, axis=-1), ops.max(kinds, axis=-1)
 
     def first_row(at_least: Tensor) -> Tensor:
-        return ops.cast(ops.searchsorted(index, at_least), "int32")
+        # On JAX, `searchsorted` is a loop of small kernels.
+        before = index[None] < at_least[:, None]
+        return ops.sum(ops.cast(before, "int32"), axis=1)
 
     start = ops.where(ops.any(kinds == 1, axis=-1), 0, first_row(lowest))
     full_start = ops.where(most == 1, 0, first_row(highest))
