@@ -110,6 +110,7 @@ GPU_ROWS := \
 	"jax $(GPU_DIVERGENCE) $(GPU_8) 32768 8192 $(PALLAS)" \
 	"jax $(GPU_DIVERGENCE) $(GPU_16) 32768 8192 $(PALLAS)" \
 	"torch $(GPU_DIVERGENCE) $(GPU_8) 32768 --implementations attention_output/triton" \
+	"torch $(GPU_DIVERGENCE) $(GPU_16) 32768 --implementations attention_output/triton" \
 	"jax $(GPU_DIVERGENCE) $(GPU_8) 32768 --implementations attention_output/pallas" \
 	"jax $(GPU_STEP) $(GPU_BOTH) pallas" \
 	"torch $(GPU_STEP) $(GPU_BOTH) triton" \

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import re
@@ -117,7 +118,7 @@ def measure(loss, trained, others, repeats, replay=False):
     step()
     if temporary is None:
         gradients = sum(
-            np.prod(tensor.shape) * (2 if "16" in str(tensor.dtype) else 4)
+            math.prod(tensor.shape) * (2 if "16" in str(tensor.dtype) else 4)
             for tensor in trained
         )
         temporary = peak_bytes() - before - gradients

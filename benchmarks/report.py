@@ -27,6 +27,7 @@ TEXTS = (
     "benchmarks/window_extension.md",
     "keras_laid/distillation/README.md",
     "keras_laid/ops/attention_divergence/README.md",
+    "keras_laid/ops/attention_output/README.md",
     "keras_laid/ops/logits_divergence/README.md",
     "keras_laid/presets/digits_student/README.md",
     "keras_laid/presets/digits_teacher/README.md",

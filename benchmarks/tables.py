@@ -127,27 +127,41 @@ def attention_divergence_cpu():
     return markdown_table(header, lines)
 
 
+GPU_SHAPES = ((16, 128), (8, 256))
+
+
+def read_gpu(implementation, backend="torch", **wanted):
+    """The rows of attention on a GPU, by length."""
+    found = read(
+        "attention_divergence",
+        backend=backend,
+        implementation=implementation,
+        dtype="bfloat16",
+        **wanted,
+    )
+    return sorted(found, key=lambda row: int(row["length"]))
+
+
 def attention_divergence_gpu():
     """The Triton kernels against torch's flash attention."""
     lines = []
-    for heads, head_dim in ((16, 128), (8, 256)):
+    for heads, head_dim in GPU_SHAPES:
         shape = {"heads": heads, "head_dim": head_dim}
-        found = read("attention_divergence", implementation="triton", **shape)
         label = f"{heads} heads of {head_dim}"
-        for row in sorted(found, key=lambda row: int(row["length"])):
-            attention = read(
-                "attention_divergence",
-                implementation="dot_product_attention",
-                length=row["length"],
-                **shape,
+        for row in read_gpu("triton", **shape):
+            (attention,) = read_gpu(
+                "dot_product_attention", length=row["length"], **shape
             )
-            cells = [label, f"{int(row['length']):,}", milliseconds(row)]
-            if attention:
-                ratio_of_times = ratio("device_ms", row, attention[0])
-                cells += [milliseconds(attention[0]), f"{ratio_of_times:.2f}"]
-            else:
-                cells += ["", ""]
-            lines.append([*cells, f"{float(row['peak_mib']):.1f} MiB"])
+            lines.append(
+                [
+                    label,
+                    f"{int(row['length']):,}",
+                    milliseconds(row, "device_ms"),
+                    milliseconds(attention, "device_ms"),
+                    f"{ratio('device_ms', row, attention):.2f}",
+                    f"{float(row['peak_mib']):.1f} MiB",
+                ]
+            )
             label = ""
     header = [
         "",
@@ -160,6 +174,54 @@ def attention_divergence_gpu():
     return markdown_table(header, lines)
 
 
+def attention_divergence_pallas():
+    """The Pallas kernels against those of Triton."""
+    lines = []
+    for heads, head_dim in GPU_SHAPES:
+        shape = {"heads": heads, "head_dim": head_dim}
+        label = f"{heads} heads of {head_dim}"
+        for row in read_gpu("pallas", "jax", **shape):
+            (triton,) = read_gpu("triton", length=row["length"], **shape)
+            over_gpu = float(row["ms"]) / float(triton["device_ms"])
+            lines.append(
+                [
+                    label,
+                    f"{int(row['length']):,}",
+                    milliseconds(row, "ms"),
+                    milliseconds(triton, "ms"),
+                    f"{ratio('ms', row, triton):.2f}",
+                    f"{over_gpu:.2f}",
+                ]
+            )
+            label = ""
+    header = [
+        "",
+        "length",
+        "Pallas",
+        "Triton",
+        "ratio",
+        "over Triton's time of the GPU",
+    ]
+    return markdown_table(header, lines)
+
+
+def attention_output_gpu():
+    """The kernels of what attention puts out, against flash attention."""
+    lines = []
+    for heads, head_dim in GPU_SHAPES:
+        shape = {"heads": heads, "head_dim": head_dim, "length": 32768}
+        cells = [f"{heads} heads of {head_dim}"]
+        for name, backend in (
+            ("dot_product_attention", "torch"),
+            ("attention_output/triton", "torch"),
+            ("attention_output/pallas", "jax"),
+        ):
+            found = read_gpu(name, backend, **shape)
+            cells.append(milliseconds(found[0], "ms") if found else "")
+        lines.append(cells)
+    return markdown_table(["", "flash attention", "Triton", "Pallas"], lines)
+
+
 def preset_scores(name):
     """Accuracy of an embedded preset by haystack size."""
     row = only("preset_scores", preset=name)
@@ -167,9 +229,9 @@ def preset_scores(name):
     return markdown_table(["images", *SIZES], [["accuracy", *accuracy]])
 
 
-def milliseconds(row):
+def milliseconds(row, column):
     """Three digits or more."""
-    value = float(row["device_ms"])
+    value = float(row[column])
     return f"{value:.{3 if value < 1 else 2 if value < 10 else 1}f} ms"
 
 
@@ -314,6 +376,8 @@ TABLES = (
     few_labels,
     attention_divergence_cpu,
     attention_divergence_gpu,
+    attention_divergence_pallas,
+    attention_output_gpu,
     logits_divergence,
     training_step,
     linear_memory,

@@ -1,5 +1,6 @@
 """Every number in the project's texts is one that rows or settings give."""
 
+import itertools
 import re
 
 import numpy as np
@@ -65,9 +66,10 @@ def ratios_of_feeders():
     return ends([float(row["ratio_to_prepared"]) for row in found])
 
 
-def gpu(implementation, length, head_dim=128):
+def gpu(implementation, length, head_dim, backend="torch"):
     return only(
         "attention_divergence",
+        backend=backend,
         implementation=implementation,
         length=length,
         head_dim=head_dim,
@@ -76,7 +78,7 @@ def gpu(implementation, length, head_dim=128):
 
 
 def called_from_python():
-    shapes = ((8192, 128), (32768, 128), (2048, 128), (2048, 256))
+    shapes = ((2048, 128), (2048, 256), (8192, 128), (8192, 256))
     return [
         float(gpu(name, *shape)["ms"])
         for shape in shapes
@@ -85,7 +87,7 @@ def called_from_python():
 
 
 def ratios_to_attention():
-    shapes = ((2048, 128), (8192, 128), (32768, 128), (2048, 256))
+    shapes = itertools.product((2048, 8192, 32768, 65536), (128, 256))
     return ends(
         [
             float(gpu("triton", *shape)["device_ms"])
@@ -95,14 +97,26 @@ def ratios_to_attention():
     )
 
 
-def definition_on_a_gpu():
-    definition = gpu("definition", 8192)
-    milliseconds = float(definition["ms"])
-    return (
-        milliseconds,
-        float(definition["peak_mib"]) / 1024,
-        milliseconds / float(gpu("triton", 8192)["ms"]),
+def ratios_of_pallas():
+    shapes = itertools.product((8192, 32768), (128, 256))
+    return ends(
+        [
+            float(gpu("pallas", *shape, "jax")["ms"])
+            / float(gpu("triton", *shape)["ms"])
+            for shape in shapes
+        ]
     )
+
+
+def definition_on_a_gpu():
+    numbers = []
+    for head_dim in (128, 256):
+        definition = gpu("definition", 8192, head_dim)
+        milliseconds = float(definition["ms"])
+        triton = float(gpu("triton", 8192, head_dim)["ms"])
+        gibibytes = float(definition["peak_mib"]) / 1024
+        numbers += [milliseconds, gibibytes, milliseconds / triton]
+    return numbers
 
 
 def mean_accuracy(config, method):
@@ -168,20 +182,25 @@ SENTENCES = [
     ),
     (
         "README.md",
-        "The Triton kernels took {:.2f} to {:.2f} of the time of torch's flash",
+        "took {:.2f} to {:.2f} of the time of torch's flash",
         ratios_to_attention,
     ),
     (
+        "README.md",
+        "Pallas kernels {:.2f} to {:.2f} of that of Triton's",
+        ratios_of_pallas,
+    ),
+    (
         "keras_laid/ops/attention_divergence/README.md",
-        "takes {:.2f} ms at 8,192 (attention: {:.2f}) and {:.1f} ms at 32,768 "
-        "({:.1f}); at 2,048 starting the kernels takes longer than they do "
-        "({:.1f} ms against {:.1f}, and {:.1f} against {:.1f}).",
+        "starting the kernels takes longer than they do at 2,048 ({:.1f} ms "
+        "against {:.1f}, and {:.1f} against {:.1f}); at 8,192 it is {:.2f} ms "
+        "against {:.2f}, and {:.2f} against {:.2f}.",
         called_from_python,
     ),
     (
         "keras_laid/ops/attention_divergence/README.md",
         "The definition takes {:.1f} ms and {:.0f} GiB at 8,192, {:.0f} times "
-        "as long.",
+        "as long, and {:.1f} ms and {:.0f} GiB, {:.0f} times.",
         definition_on_a_gpu,
     ),
     (

@@ -23,7 +23,8 @@ def inputs(
     return [attention.query, value], mask
 
 
-# In order of preference. The kernels have yet to run on a GPU: only by name.
+# In order of preference. Not all tests of the kernels have run on a GPU: only
+# by name.
 IMPLEMENTATIONS = (
     Implementation("chunked", chunked.attention_output),
     Implementation("definition", definition.attention_output),
@@ -50,8 +51,7 @@ def attention_output(
             a time, in the backward pass too), or one of `"definition"` (holds
             all of them), `"pallas"` (fused, JAX) and `"triton"` (fused, torch).
             The kernels need an NVIDIA GPU of compute capability 9 or 10, such
-            as the H100, and a mask without `block`; so far they have run in
-            interpreters alone.
+            as the H100, and a mask without `block`.
 
     Returns:
         A tensor of shape `(batch, rows, heads, value_dim)`, of the dtype of
