@@ -101,6 +101,7 @@ GPU_BOTH := --methods keras_laid without_attention --tokens 8192 --linear_memory
 GPU_OURS := --methods keras_laid --tokens 32768 --linear_memory
 TRITON := --implementations triton dot_product_attention
 PALLAS := --implementations pallas
+ATTENTION := --implementations dot_product_attention
 DEFINITION := --implementations definition --definition-up-to 8192
 GPU_ROWS := \
 	"torch $(GPU_DIVERGENCE) $(GPU_8) 32768 8192 65536 2048 $(TRITON)" \
@@ -112,6 +113,8 @@ GPU_ROWS := \
 	"torch $(GPU_DIVERGENCE) $(GPU_8) 32768 --implementations attention_output/triton" \
 	"torch $(GPU_DIVERGENCE) $(GPU_16) 32768 --implementations attention_output/triton" \
 	"jax $(GPU_DIVERGENCE) $(GPU_8) 32768 --implementations attention_output/pallas" \
+	"jax $(GPU_DIVERGENCE) $(GPU_8) 32768 8192 $(ATTENTION)" \
+	"jax $(GPU_DIVERGENCE) $(GPU_16) 32768 8192 $(ATTENTION)" \
 	"jax $(GPU_STEP) $(GPU_BOTH) pallas" \
 	"torch $(GPU_STEP) $(GPU_BOTH) triton" \
 	"jax $(GPU_STEP) $(GPU_OURS) pallas" \

@@ -10,6 +10,7 @@ from benchmarks.window_extension import tables as study
 BACKENDS = {"jax": "JAX", "tensorflow": "TensorFlow", "torch": "PyTorch"}
 PRESETS = ("digits_student", "digits_teacher")
 SIZES = study.SIZES
+TIMES = ("ms", "device_ms")  # Called from Python, and of the GPU alone.
 
 
 def read(name, **wanted):
@@ -127,99 +128,73 @@ def attention_divergence_cpu():
     return markdown_table(header, lines)
 
 
-GPU_SHAPES = ((16, 128), (8, 256))
+def gpu_rows(implementation, backend="torch"):
+    """Rows of a GPU, each after what a table's line starts with."""
+    for heads, head_dim in ((16, 128), (8, 256)):
+        found = read(
+            "attention_divergence",
+            backend=backend,
+            implementation=implementation,
+            heads=heads,
+            head_dim=head_dim,
+            dtype="bfloat16",
+        )
+        label = f"{heads} heads of {head_dim}"
+        for row in sorted(found, key=lambda row: int(row["length"])):
+            yield [label, f"{int(row['length']):,}"], row
+            label = ""
 
 
-def read_gpu(implementation, backend="torch", **wanted):
-    """The rows of attention on a GPU, by length."""
-    found = read(
+def beside(row, implementation):
+    """Torch's row of the same shape."""
+    names = ("length", "heads", "head_dim", "dtype")
+    return only(
         "attention_divergence",
-        backend=backend,
+        backend="torch",
         implementation=implementation,
-        dtype="bfloat16",
-        **wanted,
+        **{name: row[name] for name in names},
     )
-    return sorted(found, key=lambda row: int(row["length"]))
 
 
 def attention_divergence_gpu():
     """The Triton kernels against torch's flash attention."""
     lines = []
-    for heads, head_dim in GPU_SHAPES:
-        shape = {"heads": heads, "head_dim": head_dim}
-        label = f"{heads} heads of {head_dim}"
-        for row in read_gpu("triton", **shape):
-            (attention,) = read_gpu(
-                "dot_product_attention", length=row["length"], **shape
-            )
-            lines.append(
-                [
-                    label,
-                    f"{int(row['length']):,}",
-                    milliseconds(row, "device_ms"),
-                    milliseconds(attention, "device_ms"),
-                    f"{ratio('device_ms', row, attention):.2f}",
-                    f"{float(row['peak_mib']):.1f} MiB",
-                ]
-            )
-            label = ""
-    header = [
-        "",
-        "length",
-        "Triton",
-        "attention",
-        "ratio",
-        "memory beyond gradients",
-    ]
-    return markdown_table(header, lines)
+    for start, row in gpu_rows("triton"):
+        attention = beside(row, "dot_product_attention")
+        cells = [milliseconds(each, "device_ms") for each in (row, attention)]
+        over_attention = f"{ratio('device_ms', row, attention):.2f}"
+        memory = f"{float(row['peak_mib']):.1f} MiB"
+        lines.append([*start, *cells, over_attention, memory])
+    header = ["", "length", "Triton", "attention", "ratio"]
+    return markdown_table([*header, "memory beyond gradients"], lines)
 
 
 def attention_divergence_pallas():
     """The Pallas kernels against those of Triton."""
     lines = []
-    for heads, head_dim in GPU_SHAPES:
-        shape = {"heads": heads, "head_dim": head_dim}
-        label = f"{heads} heads of {head_dim}"
-        for row in read_gpu("pallas", "jax", **shape):
-            (triton,) = read_gpu("triton", length=row["length"], **shape)
-            over_gpu = float(row["ms"]) / float(triton["device_ms"])
-            lines.append(
-                [
-                    label,
-                    f"{int(row['length']):,}",
-                    milliseconds(row, "ms"),
-                    milliseconds(triton, "ms"),
-                    f"{ratio('ms', row, triton):.2f}",
-                    f"{over_gpu:.2f}",
-                ]
-            )
-            label = ""
-    header = [
-        "",
-        "length",
-        "Pallas",
-        "Triton",
-        "ratio",
-        "over Triton's time of the GPU",
-    ]
-    return markdown_table(header, lines)
+    for start, row in gpu_rows("pallas", "jax"):
+        triton = beside(row, "triton")
+        cells = [milliseconds(each, "ms") for each in (row, triton)]
+        ratios = (float(row["ms"]) / float(triton[n]) for n in TIMES)
+        lines.append([*start, *cells, *(f"{each:.2f}" for each in ratios)])
+    header = ["", "length", "Pallas", "Triton", "ratio"]
+    return markdown_table([*header, "over Triton's time of the GPU"], lines)
 
 
 def attention_output_gpu():
     """The kernels of what attention puts out, against flash attention."""
+    pallas = {
+        (row["heads"], row["length"]): milliseconds(row, "ms")
+        for _, row in gpu_rows("attention_output/pallas", "jax")
+    }
     lines = []
-    for heads, head_dim in GPU_SHAPES:
-        shape = {"heads": heads, "head_dim": head_dim, "length": 32768}
-        cells = [f"{heads} heads of {head_dim}"]
-        for name, backend in (
-            ("dot_product_attention", "torch"),
-            ("attention_output/triton", "torch"),
-            ("attention_output/pallas", "jax"),
-        ):
-            found = read_gpu(name, backend, **shape)
-            cells.append(milliseconds(found[0], "ms") if found else "")
-        lines.append(cells)
-    return markdown_table(["", "flash attention", "Triton", "Pallas"], lines)
+    for start, row in gpu_rows("attention_output/triton"):
+        attention = beside(row, "dot_product_attention")
+        cells = [milliseconds(each, "ms") for each in (attention, row)]
+        key = row["heads"], row["length"]
+        lines.append([*start, *cells, pallas.get(key, "")])
+    header = ["", "length", "flash attention", "Triton", "Pallas"]
+    return markdown_table(header, lines)
 
 
 def preset_scores(name):

@@ -180,8 +180,7 @@ def key_bounds(places: Places, tiles: Tiles, window: int | None) -> Tensor:
 
     def first_row(at_least: Tensor) -> Tensor:
         # On JAX, `searchsorted` is a loop of small kernels.
-        before = index[None] < at_least[:, None]
-        return ops.sum(ops.cast(before, "int32"), axis=1)
+        return ops.count_nonzero(index[None] < at_least[:, None], axis=1)
 
     start = ops.where(ops.any(kinds == 1, axis=-1), 0, first_row(lowest))
     full_start = ops.where(most == 1, 0, first_row(highest))
