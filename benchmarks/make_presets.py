@@ -89,6 +89,15 @@ RECIPES = {
             Stage(Haystacks, (1, 2, 3, 5), 2500, 64, 1e-3),
         ),
     ),
+    "digits_single_image": Recipe(
+        hidden_dim=64,
+        num_query_heads=2,
+        intermediate_dim=256,
+        stages=(
+            Stage(Captions, (1,), 800, 64, 1e-3),
+            Stage(Haystacks, (1,), 2000, 64, 1e-3),
+        ),
+    ),
     "digits_teacher": Recipe(
         hidden_dim=128,
         num_query_heads=4,
