@@ -12,6 +12,7 @@ from keras_laid.backbones.linear_memory import linear_memory_attention
 from keras_laid.backbones.multi_image_pali_gemma import (
     MultiImagePaliGemmaCausalLM,
 )
+from keras_laid.backbones.retrieval_heads import find_retrieval_heads
 from keras_laid.backbones.rotary_positions import rotary_positions
 from keras_laid.backbones.self_extend import self_extend
 from keras_laid.backbones.yarn import yarn
@@ -22,6 +23,7 @@ from keras_laid.distillation.distiller import (
 from keras_laid.distillation.group_optimizer import group_optimizer
 from keras_laid.distillation.position_stretching import PositionStretching
 from keras_laid.distillation.resumable_training import ResumableTraining
+from keras_laid.distillation.retrieval_matching import RetrievalMatching
 from keras_laid.distillation.store_teacher import store_teacher
 from keras_laid.distillation.stored_teacher import StoredTeacher
 from keras_laid.distribution import ModelParallel
@@ -52,12 +54,14 @@ __all__ = [
     "MultiImagePaliGemmaCausalLM",
     "PositionStretching",
     "ResumableTraining",
+    "RetrievalMatching",
     "StoredTeacher",
     "attach_gain_modulation",
     "draw_haystacks",
     "effective_window",
     "effective_window_interval",
     "evaluate_haystacks",
+    "find_retrieval_heads",
     "fold_gain_modulation",
     "group_optimizer",
     "linear_memory_attention",

@@ -33,10 +33,10 @@ TUNING_SEED = 100
 KEY = ("config", "method", "seed", "split", "learning_rate", "steps")
 
 
-def measure(student, split, seed, output, scope):
+def measure(student, split, seed, output, scope, sizes=SIZES):
     """Accuracy by size, on questions that depend on the seed alone."""
     accuracy = {}
-    for size in SIZES:
+    for size in sizes:
         haystacks = draw_haystacks(
             keras_laid.Digits(split),
             QUESTIONS,
@@ -73,9 +73,12 @@ def run(settings, name, seed, split, learning_rate, missing):
 
     def append_row(steps, scope=study.untouched):
         seconds = round(time.time() - began)
-        found = measure(student, split, seed, output / str(steps), scope)
+        sizes = SIZES
+        if steps < settings.steps:
+            sizes = settings.measured_sizes or SIZES
+        found = measure(student, split, seed, output / str(steps), scope, sizes)
         row = key | dict(steps=steps, commit=commit, seconds_training=seconds)
-        row |= {f"accuracy_{size}": value for size, value in found.items()}
+        row |= {f"accuracy_{size}": found.get(size, "") for size in SIZES}
         row |= dict(
             questions=QUESTIONS,
             keras_laid=keras_laid.__version__,
@@ -105,6 +108,7 @@ def best_learning_rate(settings, method):
         return 0.0
     if settings.tuned_as:
         return best_learning_rate(read_settings(settings.tuned_as), method)
+    method = settings.tuned_methods.get(method, method)
     tried = {
         float(row["learning_rate"]): sum(
             float(row[f"accuracy_{size}"]) for size in SIZES
@@ -140,7 +144,9 @@ def main():
             (name, TUNING_SEED, "validation", rate)
             for rate in settings.learning_rates
             for name in names
-            if name in study.METHODS and not settings.tuned_as
+            if name in study.METHODS
+            and name not in settings.tuned_methods
+            and not settings.tuned_as
         ]
     else:
         runs = [

@@ -22,7 +22,7 @@ def make_data(settings, preprocessor, uses_unlabelled, stretching, seed):
     kinds = []  # How many in all, and how many of a batch.
     if settings.labelled:
         kinds.append((settings.labelled, labelled_in_batch))
-    if settings.unlabelled and uses_unlabelled:
+    if settings.unlabelled and (uses_unlabelled or not settings.labelled):
         rest = settings.batch_size - (labelled_in_batch if joined else 0)
         kinds.append((settings.unlabelled, rest))
     parts = [
@@ -38,7 +38,7 @@ def make_data(settings, preprocessor, uses_unlabelled, stretching, seed):
         for number, (count, batch_size) in enumerate(kinds)
     ]
     if not settings.labelled:
-        return Unlabelled(parts[0])
+        return Unlabelled(parts[0]) if uses_unlabelled else parts[0]
     if len(parts) == 1:
         return parts[0]
     return PartlyLabelled(parts[0], Unlabelled(parts[1]))

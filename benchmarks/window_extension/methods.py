@@ -8,7 +8,11 @@ import keras
 import keras_hub
 
 import keras_laid
+from benchmarks.window_extension import retrieval_methods
 from benchmarks.window_extension.data import make_data
+from benchmarks.window_extension.method import kd
+from benchmarks.window_extension.method import laid
+from benchmarks.window_extension.method import sft
 from benchmarks.window_extension.settings import RUNS
 
 WINDOW = 150  # Stretched positions range over so many images.
@@ -18,65 +22,6 @@ ORIGINAL_LENGTH = 36
 NEIGHBOR_WINDOW = 24
 PRIOR_SEED = 1000
 PRIOR_RATE = 7e-4
-
-
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """One way to train a student; the whole of LAid where nothing is said.
-
-    Attributes:
-        stretching: Boolean, whether positions are stretched.
-        gains: Boolean, whether rotary frequencies have trainable gains.
-        strength: Float, of the distance weighting.
-        yarn: Boolean, whether the student is trained and used with positions
-            interpolated by YaRN, by one factor for the whole window.
-        lora_rank: Integer, or `None` to train all weights. With LoRA, four
-            times the learning rate is taken: it wants a larger one.
-        terms: Dictionary of further arguments of
-            `keras_laid.DistanceWeightedAttentionDistillation`.
-    """
-
-    stretching: bool = True
-    gains: bool = True
-    yarn: bool = False
-    lora_rank: int | None = None
-    strength: float = 4.0
-    terms: dict = dataclasses.field(default_factory=dict)
-
-    @property
-    def has_teacher(self):
-        return any(
-            self.terms.get(f"{term}_weight", 1.0)
-            for term in ("attention", "query_key", "logits")
-        )
-
-
-def laid(stretching=True, gains=True, strength=4.0, yarn=False, **terms):
-    """LAid with some of its parts changed."""
-    defaults = {"attention_weight": 0.3, "query_key_weight": 0.1}
-    return Method(
-        stretching=stretching,
-        gains=gains,
-        strength=strength,
-        yarn=yarn,
-        terms=defaults | terms,
-    )
-
-
-def kd(stretching, yarn=False):
-    return laid(
-        stretching,
-        gains=False,
-        yarn=yarn,
-        attention_weight=0.0,
-        query_key_weight=0.0,
-    )
-
-
-def sft(stretching, yarn=False, lora_rank=None):
-    method = kd(stretching, yarn)
-    terms = method.terms | {"logits_weight": 0.0}
-    return dataclasses.replace(method, lora_rank=lora_rank, terms=terms)
 
 
 # Untrained, and at their best: a factor and a group size for each length.
@@ -160,12 +105,14 @@ METHODS = {
     # Other layers than the last ones: all of them, and the teacher's sharpest.
     "all_layers": laid(layer_map="uniform"),
     "sharpest_layer": laid(layer_map=[(2, 1)]),
+    # LAid by retrieval, without gains, and what it is compared with.
+    **retrieval_methods.METHODS,
 }
 
 
 def prior_student(settings):
     """The student that every method of a config starts from."""
-    student = load(keras_laid.presets.STUDENT)
+    student = load(getattr(keras_laid.presets, settings.student))
     if not settings.prior_steps:
         return student
     weights = RUNS / settings.name / "prior.weights.h5"
@@ -220,12 +167,12 @@ def train(method, settings, seed, learning_rate, student, callbacks=()):
         student.backbone.enable_lora(method.lora_rank)
     if method.gains:
         keras_laid.attach_gain_modulation(student)
-    supervised_weight = 1.0 if settings.labelled else 0.0
+    has_labels = settings.labelled or not method.has_teacher
     distiller = keras_laid.DistanceWeightedAttentionDistillation(
         teacher=several_images(teacher),
         student=several_images(student),
         distance_weighting=keras_laid.DistanceWeighting(method.strength),
-        supervised_weight=supervised_weight,
+        supervised_weight=1.0 if has_labels else 0.0,
         **method.terms,
     )
     steps = settings.steps

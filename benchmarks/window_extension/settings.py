@@ -20,7 +20,8 @@ class Settings:
             with a part left out or changed.
         labelled: Integer, training questions with their answer.
         unlabelled: Integer, further training questions without. Methods that
-            have a teacher use them too; the others cannot.
+            have a teacher use them too; the others cannot. Where `labelled` is
+            0, methods without a teacher are given all answers to these.
         sizes: List of integers, images in a training haystack.
         steps: Integer, training steps of every method.
         batch_size: Integer, questions a step, of every method.
@@ -29,12 +30,18 @@ class Settings:
         learning_rates: List of floats, tried for every method.
         tuned_as: String, the name of another config whose choice of learning
             rates is taken. Defaults to `None`: each method tries them here.
+        tuned_methods: Dictionary from a method to another whose learning rate
+            it takes: a variant to what it varies.
         prior_steps: Integer, supervised steps on `prior_sizes` images that the
             student has behind it before any method starts. Defaults to 0: the
             embedded student.
         prior_sizes: List of integers.
         measured_at: List of integers, steps of training after which students
             are measured too. After the last step all are.
+        measured_sizes: List of integers, images in the haystacks that are
+            measured on the way. Defaults to all sizes.
+        student: String, the name in `keras_laid.presets` of the student that
+            every method starts from.
     """
 
     name: str
@@ -49,9 +56,12 @@ class Settings:
     labelled_in_batch: int | None = None
     learning_rates: tuple = (7e-4, 1.5e-3)
     tuned_as: str | None = None
+    tuned_methods: dict = dataclasses.field(default_factory=dict)
     prior_steps: int = 0
     prior_sizes: tuple = ()
     measured_at: tuple = ()
+    measured_sizes: tuple = ()
+    student: str = "STUDENT"
 
 
 def read_settings(name):

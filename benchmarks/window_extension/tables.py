@@ -36,7 +36,11 @@ def read_steps():
     for row in sorted(rows.read_rows(ROWS), key=lambda row: int(row["steps"])):
         if row["split"] == "test":
             key = row["config"], row["method"], int(row["steps"])
-            accuracy = {s: float(row[f"accuracy_{s}"]) for s in SIZES}
+            accuracy = {
+                size: float(row[f"accuracy_{size}"])
+                for size in SIZES
+                if row[f"accuracy_{size}"]
+            }
             found[key][int(row["seed"])] = accuracy
     return found
 

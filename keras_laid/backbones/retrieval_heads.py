@@ -119,7 +119,7 @@ def find_retrieval_heads(
     row_kinds: Sequence[Literal["text", "image"]] = ("text",),
     num_segments: int | None = None,
     ablate: bool = False,
-) -> RetrievalHeads:
+) -> RetrievalHeads | None:
     """Finds the attention heads by which a model retrieves.
 
     A retrieval head looks sharply at one image (or other segment of the
@@ -159,12 +159,11 @@ def find_retrieval_heads(
             heads. Defaults to `False`.
 
     Returns:
-        A `RetrievalHeads`.
+        A `RetrievalHeads`, or `None` if no prompt has two segments or more.
 
     Raises:
         TypeError: If an argument is of another kind.
-        ValueError: If an argument is out of range, there are no batches, or no
-            prompt has two segments or more.
+        ValueError: If an argument is out of range.
 
     Example:
 
@@ -195,11 +194,7 @@ def find_retrieval_heads(
         ]
         parts = [part for part in parts if part is not None]
         if not parts:
-            raise ValueError(
-                "Retrieval heads are found on prompts with two segments or "
-                "more, such as images. Received: data without any. Add images, "
-                'or `"segments"` to the inputs.'
-            )
+            return None
         by_rows[kind] = HeadStatistics(
             **{
                 field.name: np.mean([getattr(p, field.name) for p in parts], 0)

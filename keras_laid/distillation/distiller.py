@@ -1,12 +1,17 @@
 """Trains a small model to attend over a long window as a large one does."""
 
+import contextlib
+import logging
+import warnings
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Sequence
 from typing import Any
 from typing import Literal
-from typing import TypeAlias
+from typing import NamedTuple
 
 import keras
+import numpy as np
 from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule
 
@@ -14,15 +19,29 @@ from keras_laid.arguments import check_choice
 from keras_laid.arguments import check_kind
 from keras_laid.arguments import check_number
 from keras_laid.arguments import check_switch
-from keras_laid.backbones.attention_capture import attention_mask
-from keras_laid.backbones.attention_capture import text_rows
 from keras_laid.backbones.forward import forward
 from keras_laid.backbones.linear_memory import check_choice_of_memory
 from keras_laid.backbones.linear_memory import check_linear_memory
+from keras_laid.backbones.linear_memory import linear_blocks
+from keras_laid.backbones.linear_memory import named
+from keras_laid.backbones.retrieval_heads import RetrievalHeads
+from keras_laid.backbones.retrieval_heads import find_retrieval_heads
+from keras_laid.backbones.retrieval_heads import matters
+from keras_laid.backbones.segments import Segments
+from keras_laid.backbones.segments import segments_of
 from keras_laid.distillation import checks
 from keras_laid.distillation.description import Description
 from keras_laid.distillation.distance_weighting import DistanceWeighting
+from keras_laid.distillation.first_batches import first_batches
 from keras_laid.distillation.layer_map import resolve_layer_map
+from keras_laid.distillation.matched_rows import MatchedRows
+from keras_laid.distillation.matched_rows import matched_rows
+from keras_laid.distillation.retrieval_matching import Heads
+from keras_laid.distillation.retrieval_matching import RetrievalMatching
+from keras_laid.distillation.retrieval_matching import Target
+from keras_laid.distillation.retrieval_matching import layers_of
+from keras_laid.distillation.retrieval_matching import log_shares_of_heads
+from keras_laid.distillation.retrieval_matching import segment_distance
 from keras_laid.distillation.stored_teacher import StoredTeacher
 from keras_laid.layers.head_mixer import HeadMixer
 from keras_laid.ops.attention import Attention
@@ -45,9 +64,24 @@ elif keras.backend.backend() == "torch":
 else:
     from keras_laid.distillation.tensorflow_steps import Steps  # type: ignore[assignment]
 
-# What a run of the teacher gives: see `run_teacher`.
-Targets: TypeAlias = tuple[Unembedding | TopLogits | None, dict[int, Attention]]
-TERMS = ("attention", "query_key", "logits", "supervised")
+TERMS = ("retrieval", "attention", "query_key", "logits", "supervised")
+HEADS = "retrieval_heads"  # Their name in weight files.
+logger = logging.getLogger("keras_laid")
+
+
+class Targets(NamedTuple):
+    """What a run of the teacher gives.
+
+    Attributes:
+        tokens: Its `Unembedding`, its `TopLogits`, or `None`.
+        attention: Dictionary from layer to `keras_laid.ops.Attention`.
+        log_shares: Dictionary from layer to the mean over its retrieval heads
+            of what `keras_laid.ops.segment_attention` returns.
+    """
+
+    tokens: Unembedding | TopLogits | None
+    attention: dict[int, Attention]
+    log_shares: dict[int, Tensor]
 
 
 class DistanceWeightedAttentionDistillation(Steps, keras.Model):
@@ -55,9 +89,13 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
 
     A training step runs the student once and the teacher once, and minimises
 
-    `attention_weight * attention + query_key_weight * query_key
-    + logits_weight * logits + supervised_weight * supervised`:
+    `retrieval_weight * retrieval + attention_weight * attention
+    + query_key_weight * query_key + logits_weight * logits
+    + supervised_weight * supervised`:
 
+    - `retrieval`: `keras_laid.ops.retrieval_divergence` of where the student's
+      heads look among the images, or other segments of a prompt, from where
+      the teacher's retrieval heads look, weighted by distance.
     - `attention`: `keras_laid.ops.attention_divergence` of the student's maps
       from mixed maps of the teacher, weighted by distance, averaged over heads
       and rows.
@@ -86,15 +124,23 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
             `keras_laid.StoredTeacher`, to train without it in memory.
         student: Another, of the same tokenizer and with the same tokens for an
             image; of any size, and of any family that reads the same inputs.
-        distance_weighting: A `keras_laid.DistanceWeighting`. Defaults to
-            `DistanceWeighting()`.
-        attention_weight: Float, 0 or more, or a
+        distance_weighting: A `keras_laid.DistanceWeighting`, of the retrieval
+            and attention terms. Defaults to `DistanceWeighting()`.
+        retrieval_weight: Float, 0 or more, or a
             `keras.optimizers.schedules.LearningRateSchedule` of training steps,
-            to fade the term in or out; so are the next three. Defaults to
-            `0.03`, after `benchmarks/window_extension.md`.
-        query_key_weight: Defaults to `0.0`; keep it small.
-        logits_weight: Defaults to `1.0`.
-        supervised_weight: Defaults to `1.0`.
+            to fade the term in or out. Defaults to `1.0`. Where prompts have
+            less than two images or segments, the term is 0.
+        attention_weight: Float or schedule, like `retrieval_weight`. Defaults
+            to `0.0`.
+        query_key_weight: Float or schedule, like `retrieval_weight`. Defaults
+            to `0.0`; keep it small.
+        logits_weight: Float or schedule, like `retrieval_weight`. Defaults to
+            `1.0`.
+        supervised_weight: Float or schedule, like `retrieval_weight`. Defaults
+            to `1.0`.
+        retrieval: A `keras_laid.RetrievalMatching`: which heads of the teacher
+            are matched, by which layers of the student, and how. Defaults to
+            `RetrievalMatching()`.
         temperature: Float greater than 0, of the logits term. Defaults to
             `1.0`.
         layer_map: `"last"`, `"uniform"`, or pairs of indices
@@ -150,10 +196,12 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         teacher: keras.Model | StoredTeacher,
         student: keras.Model,
         distance_weighting: DistanceWeighting | None = None,
-        attention_weight: float | LearningRateSchedule = 0.03,
+        retrieval_weight: float | LearningRateSchedule = 1.0,
+        attention_weight: float | LearningRateSchedule = 0.0,
         query_key_weight: float | LearningRateSchedule = 0.0,
         logits_weight: float | LearningRateSchedule = 1.0,
         supervised_weight: float | LearningRateSchedule = 1.0,
+        retrieval: RetrievalMatching | None = None,
         temperature: float = 1.0,
         layer_map: Literal["last", "uniform"]
         | Sequence[tuple[int, int]] = "last",
@@ -167,6 +215,7 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         **kwargs: Any,
     ) -> None:
         self.term_weights = dict(
+            retrieval=retrieval_weight,
             attention=attention_weight,
             query_key=query_key_weight,
             logits=logits_weight,
@@ -180,6 +229,14 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
             distance_weighting,
             DistanceWeighting,
             "a `keras_laid.DistanceWeighting`",
+        )
+        if retrieval is None:
+            retrieval = RetrievalMatching()
+        check_kind(
+            "retrieval",
+            retrieval,
+            RetrievalMatching,
+            "a `keras_laid.RetrievalMatching`",
         )
         check_choice("rows", rows, ("text", "all"))
         check_number("mixer_sharpness", mixer_sharpness, "(-inf, inf)")
@@ -209,15 +266,22 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
             if not is_stored:
                 check_linear_memory(teacher)
         matches = attention_weight or query_key_weight
+        heads = retrieval.resolve(of_student, of_teacher)
         if is_stored:
             layers = [t for _, t in layer_pairs] if matches else []
             teacher.check(layers, rows, logits_weight, temperature)
+            if retrieval_weight:
+                heads = teacher.check_retrieval(heads)
 
         super().__init__(**kwargs)
         self.student = student
         # Past Keras's tracking: the teacher is neither trained nor saved.
         self.__dict__["teacher"] = teacher
+        self.descriptions = (of_student, of_teacher)
         self.distance_weighting = distance_weighting
+        self.retrieval = retrieval
+        # `None` until they are found; without any, the term is 0.
+        self.retrieval_heads: Heads | None = heads if retrieval_weight else ()
         self.temperature = temperature
         self.layer_map = layer_map
         self.layer_pairs = layer_pairs
@@ -237,6 +301,11 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
                 )
                 for s, t in layer_pairs
             ]
+        self.head_pooling = None
+        if retrieval_weight and retrieval.pooling != "none":
+            layers = retrieval.pooled_layers(of_student)
+            count = sum(of_student.layers[s].num_query_heads for s in layers)
+            self.head_pooling = HeadMixer(1, count, name="mixer_retrieval")
         # Training steps done, and in all: they drive `progress` as tensors, so
         # that a step is never compiled anew.
         self.step = self.add_weight(
@@ -256,7 +325,7 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         names = [name for name in TERMS if self.term_weights[name]]
         if logits_weight:
             names.append("kl")
-        if self.mixers:
+        if self.mixers or retrieval_weight:
             names.append("progress")
         self.trackers = {name: keras.metrics.Mean(name=name) for name in names}
         self.built = True
@@ -320,22 +389,133 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
             or self._compile_metrics is not None
         )
 
+    def find_heads(self, data: Iterable[Any]) -> RetrievalHeads | None:
+        """Finds the teacher's retrieval heads, and matches these from now on.
+
+        `fit`, `evaluate` and their kin on single batches do so on the first
+        batches that they get, unless the heads are known. Call it where these
+        are not typical, or can be read only once.
+
+        Args:
+            data: Iterable of batches, as in `keras_laid.find_retrieval_heads`.
+
+        Returns:
+            What `keras_laid.find_retrieval_heads` found, or `None` if no prompt
+            has two images or segments: the term is 0 then.
+        """
+        with contextlib.ExitStack() as scopes:
+            if self.linear_memory:
+                scopes.enter_context(
+                    linear_blocks(self.teacher, named(self.linear_memory))
+                )
+            found = find_retrieval_heads(
+                self.teacher, data, num_segments=self.retrieval.num_segments
+            )
+        if found is None:
+            warnings.warn(
+                "The retrieval term is 0: the first batches have no prompt with "
+                'two images or `"segments"`. Pass `retrieval_weight=0` to leave '
+                "it out.",
+                stacklevel=2,
+            )
+        self.set_heads(found.heads if found else ())
+        logger.info(
+            "Retrieval heads (layer, head) of the teacher: %s",
+            self.retrieval_heads,
+        )
+        return found
+
+    def set_heads(self, heads: Heads) -> None:
+        self.retrieval_heads = heads
+        # What was compiled without them.
+        self.train_function = self.test_function = None
+
+    def find_heads_once(self, *data: Any, batch_size: int | None = None) -> None:
+        if self.retrieval_heads is None:
+            self.find_heads(first_batches(*data, batch_size=batch_size))
+
+    @property
+    def retrieval_targets(self) -> tuple[Target, ...]:
+        """Which layer of the student learns from which heads."""
+        if self.retrieval_heads is None:
+            raise ValueError(
+                "The teacher's retrieval heads must be known before a step. "
+                "Received: a step outside of `fit`. Call "
+                "`distiller.find_heads(batches)` first."
+            )
+        return self.retrieval.targets(self.retrieval_heads, *self.descriptions)
+
+    def save_own_variables(self, store: Any) -> None:
+        super().save_own_variables(store)
+        if self.retrieval_heads:
+            store[HEADS] = np.asarray(self.retrieval_heads, "int32")
+
+    def load_own_variables(self, store: Any) -> None:
+        if HEADS in store.keys() and self.term_weights["retrieval"]:
+            self.set_heads(tuple(map(tuple, np.asarray(store[HEADS]).tolist())))
+        super().load_own_variables(
+            {name: store[name] for name in store.keys() if name != HEADS}
+        )
+
     def fit(
         self,
+        x: Any = None,
+        y: Any = None,
+        batch_size: int | None = None,
         *args: Any,
+        sample_weight: Any = None,
         callbacks: Sequence[keras.callbacks.Callback]
         | keras.callbacks.Callback
         | None = None,
         initial_epoch: int = 0,
         **kwargs: Any,
     ) -> keras.callbacks.History:
+        self.find_heads_once(x, y, sample_weight, batch_size=batch_size)
         callbacks = [
             *keras.tree.flatten(callbacks or []),
             TotalSteps(initial_epoch),
         ]
         return super().fit(
-            *args, callbacks=callbacks, initial_epoch=initial_epoch, **kwargs
+            x,
+            y,
+            batch_size,
+            *args,
+            sample_weight=sample_weight,
+            callbacks=callbacks,
+            initial_epoch=initial_epoch,
+            **kwargs,
         )
+
+    def evaluate(
+        self,
+        x: Any = None,
+        y: Any = None,
+        batch_size: int | None = None,
+        verbose: Any = "auto",
+        sample_weight: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        self.find_heads_once(x, y, sample_weight, batch_size=batch_size)
+        return super().evaluate(
+            x,
+            y,
+            batch_size,
+            verbose,
+            sample_weight=sample_weight,
+            **kwargs,
+        )
+
+    def train_on_batch(
+        self, x: Any, y: Any = None, sample_weight: Any = None, **kwargs: Any
+    ) -> Any:
+        self.find_heads_once([(x, y, sample_weight)])
+        return super().train_on_batch(x, y, sample_weight, **kwargs)
+
+    def test_on_batch(
+        self, x: Any, y: Any = None, sample_weight: Any = None, **kwargs: Any
+    ) -> Any:
+        self.find_heads_once([(x, y, sample_weight)])
+        return super().test_on_batch(x, y, sample_weight, **kwargs)
 
     def call(
         self, inputs: dict[str, Tensor], training: bool | None = None
@@ -354,18 +534,46 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         )
 
     def run_teacher(self, x: dict[str, Tensor]) -> Targets | None:
-        """The teacher's `Unembedding`, or `TopLogits`, and attention.
-
-        `None` if no term needs it.
-        """
-        if not (self.mixers or self.term_weights["logits"]):
+        """What the terms need of the teacher; `None` if they need nothing."""
+        heads = self.retrieval_heads if self.retrieval_targets else ()
+        if not (heads or self.mixers or self.term_weights["logits"]):
             return None
-        layers = {t for _, t in self.layer_pairs} if self.mixers else ()
+        matched = {t for _, t in self.layer_pairs} if self.mixers else set()
+        retrieving = layers_of(heads)
         if isinstance(self.teacher, StoredTeacher):
-            return self.teacher.targets(x, layers)
-        return forward(
-            self.teacher, x, layers, linear_memory=self.linear_memory
+            return Targets(*self.teacher.targets(x, matched, retrieving))
+        tokens, attention = forward(
+            self.teacher,
+            x,
+            sorted({*matched, *retrieving}),
+            linear_memory=self.linear_memory,
         )
+        log_shares = {}
+        if heads:
+            key_length = ops.shape(attention[retrieving[0]].key)[1]
+            rows = matched_rows(self.student, x, key_length, "text")
+            log_shares = log_shares_of_heads(
+                {layer: rows.of(attention[layer]) for layer in retrieving},
+                heads,
+                rows.mask,
+                self.segments(x, key_length),
+            )
+        attention = {layer: attention[layer] for layer in matched}
+        return Targets(tokens, attention, log_shares)
+
+    def segments(
+        self, x: dict[str, Tensor], key_length: int | Tensor
+    ) -> Segments:
+        """The segments of a batch, which must have some."""
+        count = self.retrieval.num_segments
+        segments = segments_of(self.student, x, key_length, count)
+        if segments is None:
+            raise ValueError(
+                "The retrieval term needs prompts with images or segments. "
+                f"Received: inputs with {sorted(x)}. Add "
+                '`"segments"` to the inputs, or pass `retrieval_weight=0`.'
+            )
+        return segments
 
     def unpack(self, data: Any) -> tuple[Any, Any, Any]:
         """A batch as `(x, y, sample_weight)`, checked."""
@@ -398,11 +606,12 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
             takes them, and a dictionary of scalars: the terms in use,
             unweighted, and `"loss"`.
         """
-        layers = [s for s, _ in self.layer_pairs] if self.mixers else ()
+        layers = {s for s, _ in self.layer_pairs} if self.mixers else set()
+        layers |= {target.student_layer for target in self.retrieval_targets}
         student, attention = forward(
             self.student,
             x,
-            layers,
+            sorted(layers),
             training,
             self.rematerialize,
             self.linear_memory,
@@ -417,9 +626,18 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         terms, loss = {}, sum(self.losses)
         if self.mixers:
             terms.update(
-                self.attention_terms(x, sample_weight, attention, targets[1])
+                self.attention_terms(
+                    x, sample_weight, attention, targets.attention
+                )
             )
-        for name in ("attention", "query_key"):
+        if self.term_weights["retrieval"]:
+            terms["progress"] = self.progress()
+            terms["retrieval"] = ops.zeros(())
+        if self.retrieval_targets:
+            terms["retrieval"] = self.retrieval_term(
+                x, sample_weight, attention, targets.log_shares
+            )
+        for name in ("retrieval", "attention", "query_key"):
             if name in terms:
                 loss = loss + self.weight_now(name) * terms[name]
         if self.supervised_loss and self.term_weights["supervised"]:
@@ -439,6 +657,48 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         weight = self.term_weights[name]
         return weight(self.step) if callable(weight) else weight
 
+    def progress(self) -> Tensor:
+        return self.distance_weighting.progress(self.step, self.total_steps)
+
+    def rows_of(
+        self,
+        x: dict[str, Tensor],
+        attention: dict[int, Attention],
+        rows: Literal["text", "all"],
+    ) -> MatchedRows:
+        key = next(iter(attention.values())).key
+        return matched_rows(self.student, x, ops.shape(key)[1], rows)
+
+    def retrieval_term(
+        self,
+        x: dict[str, Tensor],
+        sample_weight: Tensor,
+        student: dict[int, Attention],
+        log_shares: dict[int, Tensor],
+    ) -> Tensor:
+        """Mean divergence of rows, each weighted by the teacher's retrieval."""
+        rows = self.rows_of(x, student, "text")
+        segments = self.segments(x, ops.shape(rows.attended)[1])
+        # What stands after the last marked token is part of no answer.
+        counted = ops.logical_and(rows.counted, matters(sample_weight))
+        divergence, weight = self.retrieval.divergence(
+            self.retrieval_targets,
+            student,
+            log_shares,
+            rows._replace(counted=counted),
+            x,
+            segments,
+            segment_distance(
+                segments,
+                rows.row_positions,
+                rows.key_positions,
+                self.distance_weighting.strength * self.progress(),
+                self.distance_weighting.exponent,
+            ),
+            self.head_pooling and self.head_pooling.mixture()[0],
+        )
+        return weighted_mean(divergence, weight * ops.max(sample_weight, axis=1))
+
     def attention_terms(
         self,
         x: dict[str, Tensor],
@@ -447,47 +707,27 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         teacher: dict[int, Attention],
     ) -> dict[str, Tensor]:
         """Attention and query/key terms, averaged over the layer pairs."""
-        student_layer, _ = self.layer_pairs[0]
-        key_length = ops.shape(student[student_layer].key)[1]
-        length = ops.shape(x["token_ids"])[1]
-        num_rows = length if self.rows == "text" else key_length
-        first_row = key_length - num_rows
-        row_index = ops.arange(first_row, key_length)
-        mask = attention_mask(self.student, x, key_length, row_index)
-        attended = ops.logical_or(mask.bidirectional, mask.causal)
-        counted = attended[:, first_row:]
-        if self.rows == "text":
-            # What a token of an image sees does not matter then.
-            mask = mask._replace(block=None)
-            counted = ops.logical_and(counted, text_rows(x))
-        positions = x.get("positions")
-        if positions is None:
-            positions = ops.arange(key_length)[None]
-        elif len(positions.shape) == 3:
-            positions = positions[:, 0]  # M-RoPE's channel of text.
-        progress = self.distance_weighting.progress(self.step, self.total_steps)
+        rows = self.rows_of(x, student, self.rows)
+        progress = self.progress()
         distance = Distance(
-            row_positions=positions[:, first_row:],
-            key_positions=positions,
+            row_positions=rows.row_positions,
+            key_positions=rows.key_positions,
             strength=self.distance_weighting.strength * progress,
             exponent=self.distance_weighting.exponent,
         )
         # [batch, 1]: an example counts as much as its most weighty token.
         example_weight = ops.max(sample_weight, axis=1, keepdims=True)
-        row_weight = example_weight * ops.cast(counted, "float32")
+        row_weight = example_weight * ops.cast(rows.counted, "float32")
         divergences, distances = [], []
         for mixer, (s, t) in zip(self.mixers, self.layer_pairs, strict=True):
             # A stored teacher has no other rows.
-            of_student, of_teacher = (
-                attention._replace(query=attention.query[:, -num_rows:])
-                for attention in (student[s], teacher[t])
-            )
+            of_student, of_teacher = rows.of(student[s]), rows.of(teacher[t])
             mixture = mixer.mixture()
             if self.term_weights["attention"]:
                 divergence = attention_divergence(
                     of_student,
                     of_teacher,
-                    mask,
+                    rows.mask,
                     distance,
                     mixture,
                     implementation=self.implementation,
@@ -500,8 +740,8 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
                     of_student,
                     of_teacher,
                     mixture,
-                    row_mask=counted,
-                    key_mask=attended,
+                    row_mask=rows.counted,
+                    key_mask=rows.attended,
                 )
                 distances.append(weighted_mean(of_heads, example_weight))
         terms = {"progress": progress}
@@ -519,7 +759,7 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         sample_weight: Tensor,
     ) -> dict[str, Tensor]:
         """The terms of next tokens, and `"loss"`, their weighted sum."""
-        teacher = targets[0] if self.term_weights["logits"] else None
+        teacher = targets.tokens if self.term_weights["logits"] else None
         labels = y
         if self.supervised_loss or not self.term_weights["supervised"]:
             labels = None

@@ -48,8 +48,12 @@ def resolve_layer_map(
         raise refusal(layer_map)
     pairs = tuple(
         (
-            resolve_index("student", student, of_student, student_layer),
-            resolve_index("teacher", teacher, of_teacher, teacher_layer),
+            resolve_index(
+                "layer_map", "student", student, of_student, student_layer
+            ),
+            resolve_index(
+                "layer_map", "teacher", teacher, of_teacher, teacher_layer
+            ),
         )
         for student_layer, teacher_layer in layer_map
     )
@@ -82,13 +86,17 @@ def refusal(layer_map: object) -> ValueError:
 
 
 def resolve_index(
-    name: str, model: Description, allowed: Sequence[int], index: int
+    argument: str,
+    name: str,
+    model: Description,
+    allowed: Sequence[int],
+    index: int,
 ) -> int:
     count = len(model.layers)
     resolved = index + count if index < 0 else index
     if resolved not in allowed:
         raise ValueError(
-            f"`layer_map` must name {name} layers with full attention, of "
+            f"`{argument}` must name {name} layers with full attention, of "
             f"{allowed}. Received: {name} layer {index}"
         )
     return resolved

@@ -1,5 +1,6 @@
 """What the student's retrieval is matched with: heads, layers and form."""
 
+import math
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
@@ -11,12 +12,14 @@ import keras
 from keras import ops
 
 from keras_laid.arguments import check_choice
+from keras_laid.arguments import check_indices
 from keras_laid.arguments import check_integer
 from keras_laid.backbones.decoder import indices_of_global
 from keras_laid.backbones.segments import Segments
 from keras_laid.distillation.description import Description
 from keras_laid.distillation.layer_map import is_pairs
 from keras_laid.distillation.layer_map import resolve_index
+from keras_laid.distillation.matched_rows import MatchedRows
 from keras_laid.ops.attention import Attention
 from keras_laid.ops.attention import AttentionMask
 from keras_laid.ops.attention import Distance
@@ -56,11 +59,11 @@ class RetrievalMatching:
             `keras_laid.find_retrieval_heads` finds on the first batches; or
             pairs of integers `(layer, head)`, where a negative layer counts
             from the last. Defaults to `"auto"`.
-        student_layers: Which layers of the student learn. `"matched"`: for each
-            layer of the teacher with retrieval heads, the student's layer at
-            the same relative depth learns from these heads. `"all"`: every
-            layer with full attention learns from all of them. A sequence of
-            integers: these layers do. Defaults to `"matched"`.
+        student_layers: Optional sequence of integers, the layers of the student
+            that learn from all of these heads. Defaults to `None`: without
+            pooling, the student's layer at the same relative depth learns from
+            the heads of each layer of the teacher; with pooling, every layer
+            with full attention takes part.
         pooling: `"none"`: every head of those layers must look where the
             teacher does. `"heads"`: a mean of the heads with learned weights
             must. `"rows"`: the mean over heads and rows must; nothing says
@@ -77,7 +80,7 @@ class RetrievalMatching:
     def __init__(
         self,
         teacher_heads: Literal["auto"] | Sequence[tuple[int, int]] = "auto",
-        student_layers: Literal["matched", "all"] | Sequence[int] = "matched",
+        student_layers: Sequence[int] | None = None,
         pooling: Literal["none", "heads", "rows"] = "none",
         num_segments: int | None = None,
     ) -> None:
@@ -86,6 +89,8 @@ class RetrievalMatching:
                 '`teacher_heads` must be "auto" or pairs of indices (layer, '
                 f"head). Received: teacher_heads={teacher_heads!r:.80}"
             )
+        if student_layers is not None:
+            check_indices("student_layers", student_layers)
         check_choice("pooling", pooling, POOLINGS)
         if num_segments is not None:
             check_integer("num_segments", num_segments)
@@ -106,31 +111,118 @@ class RetrievalMatching:
     def from_config(cls, config: dict[str, Any]) -> Self:
         return cls(**config)
 
+    def resolve(self, student: Description, teacher: Description) -> Heads | None:
+        """The teacher's heads, if they are named; refuses what is not there."""
+        if self.student_layers is not None:
+            self.pooled_layers(student)
+        if self.teacher_heads == "auto":
+            return None
+        allowed = indices_of_global(teacher.layers, teacher.model)
+        heads = []
+        for layer, head in self.teacher_heads:
+            index = resolve_index(
+                "teacher_heads", "teacher", teacher, allowed, layer
+            )
+            count = teacher.layers[index].num_query_heads
+            if not 0 <= head < count:
+                raise ValueError(
+                    f"`teacher_heads` must name heads from 0 to {count - 1} of "
+                    f"layer {layer}. Received: head {head}"
+                )
+            heads.append((index, head))
+        return tuple(dict.fromkeys(heads))
+
+    def pooled_layers(self, student: Description) -> list[int]:
+        """The layers that are named, or else all with full attention."""
+        allowed = indices_of_global(student.layers, student.model)
+        if self.student_layers is None:
+            return allowed
+        return [
+            resolve_index("student_layers", "student", student, allowed, index)
+            for index in self.student_layers
+        ]
+
     def targets(
         self, heads: Heads, student: Description, teacher: Description
     ) -> tuple[Target, ...]:
-        """Which layer of the student learns from which heads.
-
-        Args:
-            heads: Pairs `(layer, head)` of the teacher.
-            student: The student's `Description`.
-            teacher: The teacher's.
-        """
-        if self.student_layers in ("matched", "all"):
-            of_student = indices_of_global(student.layers, student.model)
-        else:
-            of_student = [
-                resolve_index("student_layers", "student", student, index)
-                for index in self.student_layers
-            ]
-        if self.student_layers != "matched":
-            return tuple(Target(layer, heads) for layer in of_student)
+        """Which layer of the student learns from which heads."""
+        if not heads:
+            return ()
+        if self.student_layers is not None or self.pooling != "none":
+            layers = self.pooled_layers(student)
+            return tuple(Target(layer, heads) for layer in layers)
+        allowed = indices_of_global(student.layers, student.model)
         groups: dict[int, list[tuple[int, int]]] = {}
-        for layer, head in heads:
+        for layer, head in sorted(heads):
             depth = (layer + 0.5) / len(teacher.layers) * len(student.layers)
-            nearest = min(of_student, key=lambda s: abs(s + 0.5 - depth))
+            nearest = min(allowed, key=lambda s: abs(s + 0.5 - depth))
             groups.setdefault(nearest, []).append((layer, head))
         return tuple(Target(s, tuple(of)) for s, of in sorted(groups.items()))
+
+    def teacher_retrieval(
+        self,
+        log_shares: Mapping[int, Tensor],
+        heads: Heads,
+        x: Mapping[str, Tensor],
+    ) -> Retrieval:
+        """Where the teacher looks; a subclass may set other targets.
+
+        Args:
+            log_shares: Dictionary from layer to what `log_shares_of_heads`
+                returns.
+            heads: Pairs `(layer, head)` whose mean is taken.
+            x: The batch's inputs.
+        """
+        layers = layers_of(heads)
+        counts = [sum(of == layer for of, _ in heads) for layer in layers]
+        stacked = ops.stack([log_shares[layer] for layer in layers], axis=1)
+        weight = [count / len(heads) for count in counts]
+        return retrieval(stacked, ops.convert_to_tensor(weight, "float32"))
+
+    def divergence(
+        self,
+        targets: Sequence[Target],
+        student: Mapping[int, Attention],
+        log_shares: Mapping[int, Tensor],
+        rows: MatchedRows,
+        x: Mapping[str, Tensor],
+        segments: Segments,
+        distance: Distance,
+        head_weight: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The divergence of each example and its weight, as the op returns them.
+
+        Without pooling, the mean over the student's layers; otherwise one
+        divergence of all their heads together.
+        """
+        found = {
+            target.student_layer: segment_attention(
+                rows.of(student[target.student_layer]), rows.mask, *segments
+            )
+            for target in targets
+        }
+        if self.pooling != "none":
+            (heads,) = {target.teacher_heads for target in targets}
+            return retrieval_divergence(
+                ops.concatenate(list(found.values()), axis=1),
+                self.teacher_retrieval(log_shares, heads, x),
+                rows.counted,
+                distance,
+                head_weight,
+                self.pooling,
+            )
+        by_layer = [
+            retrieval_divergence(
+                found[target.student_layer],
+                self.teacher_retrieval(log_shares, target.teacher_heads, x),
+                rows.counted,
+                distance,
+            )
+            for target in targets
+        ]
+        weight = sum(each for _, each in by_layer)
+        total = sum(divergence * each for divergence, each in by_layer)
+        return total / ops.maximum(weight, keras.backend.epsilon()), weight
 
 
 def layers_of(heads: Heads) -> list[int]:
@@ -157,9 +249,7 @@ def log_shares_of_heads(
         log_shares = segment_attention(
             only_heads(attention[layer], chosen), mask, *segments
         )
-        means[layer] = ops.logsumexp(log_shares, axis=1) - ops.log(
-            float(len(chosen))
-        )
+        means[layer] = ops.logsumexp(log_shares, axis=1) - math.log(len(chosen))
     return means
 
 
@@ -170,17 +260,6 @@ def only_heads(attention: Attention, heads: Sequence[int]) -> Attention:
         query=ops.take(attention.query, heads, axis=2),
         key=ops.take(attention.key, [h // repeats for h in heads], axis=2),
     )
-
-
-def teacher_retrieval(
-    log_shares: Mapping[int, Tensor], heads: Heads
-) -> Retrieval:
-    """Where the teacher looks, by the mean over `heads`."""
-    layers = layers_of(heads)
-    counts = [sum(of == layer for of, _ in heads) for layer in layers]
-    stacked = ops.stack([log_shares[layer] for layer in layers], axis=1)
-    weight = [count / len(heads) for count in counts]
-    return retrieval(stacked, ops.convert_to_tensor(weight, "float32"))
 
 
 def segment_distance(
@@ -203,49 +282,3 @@ def segment_distance(
         count > 0, total / ops.maximum(count, 1.0), middle[:, None]
     )
     return Distance(row_positions, mean, strength, exponent)
-
-
-def matched_divergence(
-    targets: Sequence[Target],
-    student: Mapping[int, Attention],
-    log_shares: Mapping[int, Tensor],
-    mask: AttentionMask,
-    segments: Segments,
-    row_mask: Tensor,
-    distance: Distance,
-    pooling: Literal["none", "heads", "rows"],
-    head_weight: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """The divergence of each example and its weight, as the op returns them.
-
-    Without pooling, the mean over the student's layers; otherwise one
-    divergence of all their heads together.
-    """
-    found = {
-        target.student_layer: segment_attention(
-            student[target.student_layer], mask, *segments
-        )
-        for target in targets
-    }
-    if pooling != "none":
-        heads = sum((target.teacher_heads for target in targets), ())
-        return retrieval_divergence(
-            ops.concatenate(list(found.values()), axis=1),
-            teacher_retrieval(log_shares, tuple(dict.fromkeys(heads))),
-            row_mask,
-            distance,
-            head_weight,
-            pooling,
-        )
-    by_layer = [
-        retrieval_divergence(
-            found[target.student_layer],
-            teacher_retrieval(log_shares, target.teacher_heads),
-            row_mask,
-            distance,
-        )
-        for target in targets
-    ]
-    weight = sum(each[1] for each in by_layer)
-    total = sum(divergence * each for divergence, each in by_layer)
-    return total / ops.maximum(weight, keras.backend.epsilon()), weight

@@ -133,8 +133,11 @@ class StoredTeacher:
                 )
 
     def targets(
-        self, x: Mapping[str, Tensor], layers: Collection[int]
-    ) -> tuple[TopLogits | None, dict[int, Attention]]:
+        self,
+        x: Mapping[str, Tensor],
+        layers: Collection[int],
+        retrieving: Collection[int] = (),
+    ) -> tuple[TopLogits | None, dict[int, Attention], dict[int, Tensor]]:
         """What a run of the teacher would give, from a batch with targets.
 
         Args:
@@ -172,7 +175,11 @@ class StoredTeacher:
                 layer.scale,
                 layer.soft_cap,
             )
-        return top, attention
+        log_shares = {layer: x[f"teacher_shares_{layer}"] for layer in retrieving}
+        return top, attention, log_shares
+
+    def check_retrieval(self, heads):
+        raise NotImplementedError
 
     def names(self) -> list[str]:
         """Names of the targets among the inputs."""

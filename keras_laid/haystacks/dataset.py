@@ -55,7 +55,8 @@ class Haystacks(keras.utils.PyDataset):
     Each batch is a tuple `(x, y, sample_weight)` as PaliGemma's preprocessor
     makes it: `x` has `"images"` of shape `(batch, size, height, width, 3)`,
     `"token_ids"`, `"padding_mask"` and `"response_mask"` of shape
-    `(batch, length)`; `y` holds the next tokens and `sample_weight` marks those
+    `(batch, length)`, and `"needle"` of shape `(batch,)`, the needle's place
+    from 0, which `keras_laid.find_retrieval_heads` reads; `y` holds the next tokens and `sample_weight` marks those
     of the answer.
 
     Raises:
@@ -188,6 +189,7 @@ class Haystacks(keras.utils.PyDataset):
         rows = self._rows[which]
         x = {name: values[rows] for name, values in self._text.items()}
         x["images"] = images
+        x["needle"] = needles.astype("int32")
         if self.stretching is not None:
             x["positions"] = self.stretching.positions(
                 batch=len(which),

@@ -36,40 +36,29 @@ class Block(NamedTuple):
         """Of queries and keys, in float32."""
         # b = batch, h = head, i = row, j = key, g = segment, d = head dim
         attention = self.attention
-        logits = ops.where(
-            self.mask.allowed(), attention.logits(), MASKED
-        )  # [b, h, i, j]
-        normalizer = ops.logsumexp(logits, axis=-1, keepdims=True)
-        log_maps = logits - normalizer
-        is_member = definition.membership(self.segments, self.num_segments)
+        allowed = self.mask.allowed()
+        logits = ops.where(allowed, attention.logits(), MASKED)
+        log_a = ops.where(allowed, ops.log_softmax(logits), MASKED)
+        segments = definition.known_segments(self.segments, self.num_segments)
         upstream = ops.where(log_shares > MASKED, upstream, 0.0)
-
-        def of_keys(of_segments):
-            # What each key's segment has; 0 where there is none.
-            return ops.einsum(
-                "bhig,bjg->bhij", of_segments, ops.cast(is_member, "float32")
-            )
-
-        has_segment = ops.any(is_member, axis=-1)[:, None, None]
-        log_within = ops.where(
-            has_segment, log_maps - of_keys(log_shares), MASKED
-        )
+        within = ops.exp(log_a - definition.of_keys(log_shares, segments))
+        slope = within * definition.of_keys(upstream, segments)
         total = ops.sum(upstream, axis=-1, keepdims=True)
-        slope = of_keys(upstream) * ops.exp(ops.minimum(log_within, 0.0))
-        slope = (slope - ops.exp(log_maps) * total) * attention.scale
+        slope = (slope - ops.exp(log_a) * total) * attention.scale
         if attention.soft_cap is not None:
             # Masked logits are far below minus the cap.
             share = ops.maximum(logits / attention.soft_cap, -1.0)
             slope = slope * (1.0 - ops.square(share))
         query = ops.cast(attention.query, "float32")
-        query_gradient = ops.einsum(
-            "bhij,bjhd->bhid", slope, attention.key_of_each_head()
+        key = attention.key_of_each_head()
+        return (
+            ops.einsum("bhij,bjhd->bihd", slope, key),
+            ops.einsum("bhij,bihd->bjhd", slope, query),
         )
-        return query_gradient, ops.einsum("bihd,bhij->bhdj", query, slope)
 
 
 def segment_attention(attention, mask, segments, num_segments):
-    batch, rows, heads, width = ops.shape(attention.query)
+    batch, rows, heads, _ = ops.shape(attention.query)
     size = rows_of_block(rows, ops.shape(attention.key)[1])
     if isinstance(size, int) and rows <= size:
         return definition.segment_attention(
@@ -77,20 +66,32 @@ def segment_attention(attention, mask, segments, num_segments):
         )
     blocks = RowBlocks(rows, size)
 
+    # Mask and segments come as arguments too, as floats, which have gradients:
+    # JAX takes no tensors from outside where it differentiates later.
+    described = {
+        name: ops.cast(tensor, "float32")
+        for name, tensor in mask._asdict().items()
+        if name != "window" and tensor is not None
+    }
+
     @ops.custom_gradient
-    def log_shares_of(query, key):
+    def run(query, key, segments, *description):
         every = Block(
-            attention._replace(query=query, key=ops.cast(key, "float32")),
-            mask,
+            attention._replace(query=query, key=key),
+            mask._replace(
+                **{
+                    name: ops.cast(tensor, getattr(mask, name).dtype)
+                    for name, tensor in zip(described, description, strict=True)
+                }
+            ),
             segments,
             num_segments,
         ).of_rows(blocks.fill)
 
-        def put_shares(number, found):
+        def put_shares(number, log_shares):
             block = every.of_rows(blocks.of(number))
-            return blocks.put(
-                found, number, 2, definition.segment_attention(*block)
-            )
+            found = definition.segment_attention(*block)
+            return blocks.put(log_shares, number, 2, found)
 
         log_shares = ops.fori_loop(
             0,
@@ -107,40 +108,39 @@ def segment_attention(attention, mask, segments, num_segments):
 
             def add_gradients(number, gradients):
                 rows_of = blocks.of(number)
-                query_gradient, key_gradient = every.of_rows(rows_of).gradients(
+                of_query, of_key = every.of_rows(rows_of).gradients(
                     rows_of(upstream, 2), rows_of(log_shares, 2)
                 )
                 queries, keys = gradients
-                return [
-                    blocks.put(queries, number, 2, query_gradient),
-                    keys + key_gradient,
-                ]
+                queries = blocks.put(queries, number, 1, of_query)
+                return [queries, keys + of_key]
 
-            key_length = ops.shape(key)[1]
-            query_gradient, key_gradient = ops.fori_loop(
+            key_shape, width = ops.shape(key)[:3], query.shape[3]
+            of_query, of_key = ops.fori_loop(
                 0,
                 blocks.count,
                 add_gradients,
                 [
-                    ops.zeros((batch, heads, blocks.filled, width)),
-                    ops.zeros((batch, heads, width, key_length)),
+                    ops.zeros((batch, blocks.filled, heads, width)),
+                    ops.zeros((batch, key_shape[1], heads, width)),
                 ],
             )
-            query_gradient = query_gradient[:, :, :rows]
             # Heads that read one key head add up.
-            key_gradient = ops.reshape(
-                key_gradient, (batch, key.shape[2], -1, width, key_length)
+            of_key = ops.sum(
+                ops.reshape(of_key, (*key_shape, -1, width)), axis=3
             )
             return (
-                ops.cast(
-                    ops.transpose(query_gradient, (0, 2, 1, 3)), query.dtype
-                ),
-                ops.cast(
-                    ops.transpose(ops.sum(key_gradient, axis=2), (0, 3, 1, 2)),
-                    key.dtype,
-                ),
+                ops.cast(of_query[:, :rows], query.dtype),
+                ops.cast(of_key, key.dtype),
+                ops.zeros_like(segments),
+                *[ops.zeros_like(each) for each in description],
             )
 
         return log_shares[:, :, :rows], gradients
 
-    return log_shares_of(attention.query, attention.key)
+    return run(
+        attention.query,
+        attention.key,
+        ops.cast(segments, "float32"),
+        *described.values(),
+    )

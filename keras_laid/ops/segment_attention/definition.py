@@ -18,15 +18,21 @@ def segment_attention(
     # b = batch, h = head, i = row, j = key, g = segment
     allowed = mask.allowed()
     log_a = ops.where(allowed, log_attention(attention, allowed), MASKED)
-    numbers = ops.arange(1, num_segments + 1)
+    is_member = ops.cast(membership(segments, num_segments), "float32")
     segments = known_segments(segments, num_segments)
-    is_member = ops.cast(segments[:, :, None] == numbers, "float32")
     # Each segment has a maximum of its own: next to a segment that gets almost
     # all attention, the others would be rounded to 0.
     largest = ops.stop_gradient(maxima(log_a, segments, num_segments))
     relative = ops.exp(log_a - of_keys(largest, segments))  # [b, h, i, j]
     sums = ops.einsum("bhij,bjg->bhig", relative, is_member)
     return ops.log(ops.where(largest > MASKED, sums, 1.0)) + largest
+
+
+def membership(segments: Tensor, num_segments: int | Tensor) -> Tensor:
+    """Whether a key is in a segment: `(batch, keys, num_segments)`."""
+    numbers = ops.arange(1, num_segments + 1)
+    segments = ops.cast(segments, numbers.dtype)
+    return ops.equal(segments[:, :, None], numbers)
 
 
 def known_segments(segments: Tensor, num_segments: int | Tensor) -> Tensor:

@@ -1,0 +1,105 @@
+"""Matching retrieval: its forms, and the controls that could explain it away."""
+
+import random
+
+from keras import ops
+
+import keras_laid
+from benchmarks.window_extension.method import kd
+from benchmarks.window_extension.method import laid
+from benchmarks.window_extension.method import sft
+
+LAYERS, HEADS = range(4), range(4)  # Of the embedded teacher.
+RETRIEVING = [(1, 1), (1, 2), (1, 3)]
+OTHERS = [
+    (layer, head)
+    for layer in LAYERS
+    for head in HEADS
+    if (layer, head) not in RETRIEVING
+]
+
+
+def matching(stretching=False, yarn=False, strength=4.0, gains=False, **terms):
+    """LAid by retrieval: the default distiller, without labels."""
+    defaults = {
+        "retrieval_weight": 1.0,
+        "attention_weight": 0.0,
+        "query_key_weight": 0.0,
+    }
+    return laid(stretching, gains, strength, yarn, **defaults | terms)
+
+
+def form(**arguments):
+    return keras_laid.RetrievalMatching(**arguments)
+
+
+def dense(**terms):
+    """Whole attention maps, as in the paper."""
+    return laid(
+        stretching=False,
+        gains=False,
+        query_key_weight=0.0,
+        **{"attention_weight": 1.0, **terms},
+    )
+
+
+class WrongHeads(keras_laid.RetrievalMatching):
+    """As many heads as retrieve, drawn at random from all others."""
+
+    def resolve(self, student, teacher):
+        # Keras has seeded this generator with the seed of the run.
+        return tuple(random.sample(OTHERS, len(RETRIEVING)))
+
+
+class AllRowsAlike(keras_laid.RetrievalMatching):
+    """Every counted row weighs the same, whatever the teacher does there."""
+
+    def teacher_retrieval(self, log_shares, heads, x):
+        found = super().teacher_retrieval(log_shares, heads, x)
+        ones = ops.ones_like(found.mass)
+        return found._replace(mass=ones, sharpness=ones)
+
+
+class TrueNeedle(keras_laid.RetrievalMatching):
+    """Every row must look at the needle, where the teacher's rows are sure."""
+
+    def teacher_retrieval(self, log_shares, heads, x):
+        found = super().teacher_retrieval(log_shares, heads, x)
+        segments = ops.shape(found.shares)[-1]
+        needle = ops.equal(x["needle"][:, None], ops.arange(segments))
+        needle = ops.cast(needle, "float32")[:, None]
+        return found._replace(shares=needle + ops.zeros_like(found.shares))
+
+
+METHODS = {
+    "all_labels": sft(stretching=False),
+    "all_labels_stretched": sft(stretching=True),
+    "logits": kd(stretching=False),
+    "logits_stretched": kd(stretching=True),
+    "logits_yarn": kd(stretching=False, yarn=True),
+    "retrieval": matching(),
+    "retrieval_stretched": matching(stretching=True),
+    "retrieval_yarn": matching(yarn=True),
+    "retrieval_gains_stretched": matching(stretching=True, gains=True),
+    # Other forms of the term.
+    "retrieval_heads": matching(retrieval=form(pooling="heads")),
+    "retrieval_rows": matching(retrieval=form(pooling="rows")),
+    "retrieval_every_layer": matching(
+        retrieval=form(student_layers=tuple(LAYERS))
+    ),
+    "retrieval_layer_2": matching(retrieval=form(student_layers=(2,))),
+    # Without a part.
+    "retrieval_without_logits": matching(logits_weight=0.0),
+    "retrieval_without_distance": matching(strength=0.0),
+    "retrieval_without_row_weights": matching(retrieval=AllRowsAlike()),
+    "retrieval_without_choice": matching(
+        retrieval=form(teacher_heads=[(1, head) for head in HEADS])
+    ),
+    # Controls: other targets.
+    "wrong_heads": matching(retrieval=WrongHeads()),
+    "true_needle": matching(retrieval=TrueNeedle()),
+    # Whole maps: the paper's form, the layer that retrieves, all layers.
+    "last_layer": dense(attention_weight=0.3),
+    "dense_layer_1": dense(layer_map=[(1, 1)]),
+    "dense_every_layer": dense(layer_map="uniform"),
+}

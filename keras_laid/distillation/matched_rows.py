@@ -1,0 +1,75 @@
+"""The rows whose attention is compared, and where they and their keys stand."""
+
+from collections.abc import Mapping
+from typing import Literal
+from typing import NamedTuple
+
+import keras
+from keras import ops
+
+from keras_laid.backbones.attention_capture import attention_mask
+from keras_laid.backbones.attention_capture import text_rows
+from keras_laid.ops.attention import Attention
+from keras_laid.ops.attention import AttentionMask
+from keras_laid.typing import Tensor
+
+
+class MatchedRows(NamedTuple):
+    """Rows of attention, a part of a model's sequence.
+
+    Attributes:
+        count: Integer, how many rows, the last ones of the sequence.
+        mask: `keras_laid.ops.AttentionMask` of these rows.
+        counted: Boolean tensor of shape `(batch, rows)`: neither padding nor,
+            with rows of text alone, an image's.
+        attended: Boolean tensor of shape `(batch, keys)`: no padding.
+        row_positions: Integer tensor of shape `(batch or 1, rows)`.
+        key_positions: Integer tensor of shape `(batch or 1, keys)`.
+    """
+
+    count: int | Tensor
+    mask: AttentionMask
+    counted: Tensor
+    attended: Tensor
+    row_positions: Tensor
+    key_positions: Tensor
+
+    def of(self, attention: Attention) -> Attention:
+        """`attention` with queries of these rows alone."""
+        return attention._replace(query=attention.query[:, -self.count :])
+
+
+def matched_rows(
+    model: keras.Model,
+    x: Mapping[str, Tensor],
+    key_length: int | Tensor,
+    rows: Literal["text", "all"],
+) -> MatchedRows:
+    """The rows of a batch.
+
+    Args:
+        model: A KerasHub model.
+        x: Its inputs.
+        key_length: Integer, tokens of images and text.
+        rows: `"text"` or `"all"`.
+    """
+    length = ops.shape(x["token_ids"])[1]
+    count = length if rows == "text" else key_length
+    first_row = key_length - count
+    mask = attention_mask(
+        model, x, key_length, ops.arange(first_row, key_length)
+    )
+    attended = ops.logical_or(mask.bidirectional, mask.causal)
+    counted = attended[:, first_row:]
+    if rows == "text":
+        # What a token of an image sees does not matter then.
+        mask = mask._replace(block=None)
+        counted = ops.logical_and(counted, text_rows(x))
+    positions = x.get("positions")
+    if positions is None:
+        positions = ops.arange(key_length)[None]
+    elif len(positions.shape) == 3:
+        positions = positions[:, 0]  # M-RoPE's channel of text.
+    return MatchedRows(
+        count, mask, counted, attended, positions[:, first_row:], positions
+    )
