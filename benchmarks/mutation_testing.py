@@ -113,6 +113,11 @@ TESTS = {
     "ops/attention_divergence": [DIVERGENCE, *OF_OPS],
     "ops/attention_output/triton": [OUTPUT, COMPILED],
     "ops/attention_output": [OUTPUT, *OF_OPS],
+    "ops/segment_attention": ["tests/ops/segment_attention_test.py", *OF_OPS],
+    "ops/retrieval_divergence": [
+        "tests/ops/retrieval_divergence_test.py",
+        *OF_OPS,
+    ],
     "ops/fused": [DIVERGENCE, OUTPUT],
     "ops/attention": [OUTPUT, DIVERGENCE, *OF_OPS],
     "ops/row_blocks": ["tests/ops/row_blocks_test.py", OUTPUT, DIVERGENCE],

@@ -13,8 +13,10 @@ all methods alternate, and a row is the median of a method's rounds. The
 floating-point operations of a step are counted from the shapes, without what is
 computed twice; their share of what the device can do is its utilisation.
 
-- `keras_laid`: attention, logits and supervised terms; `without_attention`:
-  the last two, to see what the first costs.
+- `keras_laid`: attention, logits and supervised terms; `retrieval`: the
+  retrieval term in place of the first, three heads of the teacher and eight
+  segments of equal length; `without_attention`: logits and supervised alone, to
+  see what the others cost.
 - `keras_distiller`: logits and the features of the last layer, supervised.
 - `sft`: supervised alone, as KerasHub trains; `teacher_forward`: the teacher's
   logits alone. Together they are the least that distillation can cost.
@@ -34,12 +36,14 @@ from keras_laid.ops.attention_output import IMPLEMENTATIONS
 
 PATH = rows.RESULTS / "training_step.csv"
 BACKEND = keras.backend.backend()
-OURS = ("keras_laid", "without_attention")
+OURS = ("keras_laid", "retrieval", "without_attention")
+SEGMENTS = 8
 METHODS = (*OURS, "keras_distiller", "sft", "teacher_forward")
 IMAGE_TOKENS = 256
 # Of the teacher's and the student's forward and backward passes, in forwards.
 PASSES = {
     "keras_laid": 1 + 3,
+    "retrieval": 1 + 3,
     "without_attention": 1 + 3,
     "keras_distiller": 1 + 3,
     "sft": 3,
@@ -92,6 +96,7 @@ def make_batch(args):
         "token_ids": token_ids,
         "padding_mask": np.ones((1, length), "int32"),
         "response_mask": response.astype("int32"),
+        "segments": np.arange(args.tokens)[None] * SEGMENTS // args.tokens + 1,
     }
     return x, token_ids, response.astype("float32")
 
@@ -150,6 +155,11 @@ def make_step(method, args):
                 strength=4.0, schedule="constant"
             ),
             attention_weight=0.03 if method == "keras_laid" else 0.0,
+            retrieval_weight=1.0 if method == "retrieval" else 0.0,
+            retrieval=keras_laid.RetrievalMatching(
+                [(args.layers // 2, head) for head in range(3)],
+                num_segments=SEGMENTS,
+            ),
             rematerialize=args.rematerialize,
             # `True`, `False`, or a name.
             linear_memory={"True": True, "False": False}.get(

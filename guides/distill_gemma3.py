@@ -314,12 +314,10 @@ distiller = keras_laid.DistanceWeightedAttentionDistillation(
     teacher=teacher,
     student=student,
     distance_weighting=keras_laid.DistanceWeighting(strength=4.0),
-    attention_weight=0.3,
 )
 distiller.compile(
     optimizer=keras_laid.group_optimizer(
         student=adamw(args.learning_rate, args.steps),
-        mixer=adamw(10 * args.learning_rate, args.steps),
         gains=adamw(10 * args.learning_rate, args.steps),
     )
 )

@@ -2,7 +2,7 @@
 Title: Distil a long window into a small PaliGemma
 Author: The keras_laid authors
 Date created: 2026/11/22
-Last modified: 2026/11/22
+Last modified: 2026/11/29
 Description: Teach a small vision-language model to find one image among many.
 Accelerator: None
 """
@@ -10,13 +10,16 @@ Accelerator: None
 """
 ## Introduction
 
-A small vision-language model answers questions about one image well. Among
-fifty images it guesses. A larger model of the same family still finds the right
-one. This guide teaches the small model to do so too, from short prompts alone,
-and gets back a plain KerasHub preset that costs nothing extra to serve.
+A small vision-language model that was trained on single images answers
+questions about one image well. Among five images it guesses. A larger model of
+the same family still finds the right one among a hundred. This guide teaches
+the small model to look where the large one looks, from short prompts without
+labels, and returns a plain KerasHub preset that costs nothing extra to serve.
 
 Without arguments it runs in minutes on two CPU cores, with the tiny teacher and
-student that come with keras_laid. The same file takes real presets:
+student that come with keras_laid. `--compare` also trains a student on the
+teacher's logits alone, with the same data and steps. The same file takes real
+presets:
 
 ```shell
 KERAS_BACKEND=jax python guides/distill_paligemma.py \\
@@ -43,18 +46,24 @@ from keras_laid import spectral
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--teacher", default=keras_laid.presets.TEACHER)
-parser.add_argument("--student", default=keras_laid.presets.STUDENT)
+parser.add_argument(
+    "--student", default=keras_laid.presets.SINGLE_IMAGE_STUDENT
+)
 parser.add_argument("--images", type=int, default=20, help="to train on")
 parser.add_argument("--window", type=int, default=150, help="in images")
-parser.add_argument("--questions", type=int, default=5000, help="an epoch")
+parser.add_argument("--questions", type=int, default=4800, help="an epoch")
 parser.add_argument("--epochs", type=int, default=20)
 parser.add_argument("--learning-rate", type=float, default=1.5e-3)
-parser.add_argument("--attention-weight", type=float, default=0.3)
+parser.add_argument("--retrieval-weight", type=float, default=1.0)
 parser.add_argument("--logits-weight", type=float, default=1.0)
+parser.add_argument("--supervised-weight", type=float, default=0.0)
 for part in ("stretching", "gains"):
     parser.add_argument(
         f"--{part}", action=argparse.BooleanOptionalAction, default=True
     )
+parser.add_argument(
+    "--compare", action="store_true", help="train on logits alone too"
+)
 parser.add_argument("--output", default="runs/distill_paligemma")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument(
@@ -65,7 +74,7 @@ args = parser.parse_args()
 sizes = (1, 2, 5, 10, 20, 50, 100, 150)
 test_questions = 512
 if args.quick:
-    args.images, args.window, args.questions, args.epochs = 4, 10, 128, 2
+    args.images, args.window, args.questions, args.epochs = 4, 10, 256, 2
     sizes, test_questions = (1, 4, 10), 64
 
 output = pathlib.Path(args.output)
@@ -84,15 +93,19 @@ The student gets a trainable gain on every rotary frequency of its attention.
 All gains start at 1: nothing changes before training.
 """
 
-teacher = keras_hub.models.PaliGemmaCausalLM.from_preset(args.teacher)
-student = keras_hub.models.PaliGemmaCausalLM.from_preset(args.student)
-preprocessor = student.preprocessor
-image_size = student.backbone.image_size
-image_length = student.backbone.image_sequence_length
+
+def load(preset):
+    return keras_hub.models.PaliGemmaCausalLM.from_preset(preset)
 
 
 def several_images(model):
     return keras_laid.MultiImagePaliGemmaCausalLM.from_causal_lm(model)
+
+
+teacher, student = load(args.teacher), load(args.student)
+preprocessor = student.preprocessor
+image_size = student.backbone.image_size
+image_length = student.backbone.image_sequence_length
 
 
 """
@@ -102,25 +115,28 @@ A haystack is a row of images, each with two handwritten digits. One of them,
 the needle, shows the digit that the question names first: "For the image with
 a seven, is there a three?" Digits of training and test are different drawings.
 
-Each epoch has questions of its own. Training haystacks are short:
-`PositionStretching` spreads their images over
-the positions of a long window, so that the student sees far positions without
-paying for them.
+Training haystacks are short. `PositionStretching` spreads their images over the
+positions of a long window, so that the student sees far positions without
+paying for them. Answers are part of the data, but have no weight in the loss
+unless `--supervised-weight` gives them one.
 """
 
 digits = keras_laid.Digits("train", image_size, augment=True)
 test_digits = keras_laid.Digits("test", image_size)
-train_sizes = {2, args.images // 2, args.images}
+train_sizes = {2, 5, args.images // 2, args.images}
 stretching = keras_laid.PositionStretching(args.window, image_length)
-haystacks = keras_laid.Haystacks(
-    digits,
-    preprocessor,
-    num_questions=args.questions * args.epochs,
-    sizes=sorted(size for size in train_sizes if size >= 2),
-    batch_size=32,
-    stretching=stretching if args.stretching else None,
-    seed=args.seed,
-)
+
+
+def make_haystacks():
+    return keras_laid.Haystacks(
+        digits,
+        preprocessor,
+        num_questions=args.questions * args.epochs,
+        sizes=sorted(size for size in train_sizes if 2 <= size <= args.images),
+        batch_size=32,
+        stretching=stretching if args.stretching else None,
+        seed=args.seed,
+    )
 
 
 def measure(name, model):
@@ -134,46 +150,31 @@ def measure(name, model):
     return results.accuracy
 
 
-sample, _, _ = keras_laid.Haystacks(
-    test_digits,
-    preprocessor,
-    num_questions=8,
-    sizes=(sizes[-2],),
-    batch_size=8,
-    seed=args.seed + 2,
-)[0]
-tokens = sizes[-2] * image_length
-edges = np.unique(np.linspace(0, tokens, 26).round().astype(int)).tolist()
-
-
-def attention_mass(model):
-    return spectral.attention_mass(several_images(model), sample, edges)
-
-
 accuracy = {"teacher": measure("teacher", teacher)}
 accuracy["before"] = measure("student before", student)
-masses = {"teacher": attention_mass(teacher), "before": attention_mass(student)}
+
+"""
+## Where the teacher looks
+
+Few attention heads find the image that a question is about. On questions whose
+needle is known, `find_retrieval_heads` measures for every head how much of its
+attention the needle gets, in the row of text where the head is most certain.
+"""
+
+found = keras_laid.find_retrieval_heads(
+    several_images(teacher), make_haystacks()
+)
+print(found.table())
 
 """
 ## Training
 
-The distiller runs each model once a step. The student learns from the labels,
-from the teacher's answers, and from the teacher's attention, whose distant
-tokens count more and more as training goes on. Mixing weights and gains have
-learning rates of their own. An interrupted run goes on from its last epoch.
+The distiller runs each model once a step. The student learns from the teacher's
+answers, and from where these heads look: its layer at the same relative depth
+must look at the same images. Distant images count more and more as training
+goes on. Gains have a learning rate of their own. An interrupted run resumes
+after its last epoch.
 """
-
-if args.gains:
-    keras_laid.attach_gain_modulation(student)
-distiller = keras_laid.DistanceWeightedAttentionDistillation(
-    teacher=several_images(teacher),
-    student=several_images(student),
-    distance_weighting=keras_laid.DistanceWeighting(strength=4.0),
-    attention_weight=args.attention_weight,
-    logits_weight=args.logits_weight,
-)
-steps_per_epoch = len(haystacks) // args.epochs
-steps = args.epochs * steps_per_epoch
 
 
 def adamw(learning_rate):
@@ -186,20 +187,71 @@ def adamw(learning_rate):
     return keras.optimizers.AdamW(schedule, weight_decay=0.01, clipnorm=1.0)
 
 
-distiller.compile(
-    optimizer=keras_laid.group_optimizer(
-        student=adamw(args.learning_rate),
-        mixer=adamw(10 * args.learning_rate),
-        gains=adamw(10 * args.learning_rate),
+def make_distiller(student, retrieval_weight):
+    distiller = keras_laid.DistanceWeightedAttentionDistillation(
+        teacher=several_images(teacher),
+        student=several_images(student),
+        distance_weighting=keras_laid.DistanceWeighting(strength=4.0),
+        retrieval_weight=retrieval_weight,
+        logits_weight=args.logits_weight,
+        supervised_weight=args.supervised_weight,
+        retrieval=keras_laid.RetrievalMatching(found.heads),
     )
+    distiller.compile(
+        optimizer=keras_laid.group_optimizer(
+            student=adamw(args.learning_rate),
+            gains=adamw(10 * args.learning_rate),
+        )
+    )
+    return distiller
+
+
+def train(distiller, name):
+    return distiller.fit(
+        make_haystacks(),
+        epochs=args.epochs,
+        steps_per_epoch=steps_per_epoch,
+        callbacks=[keras.callbacks.BackupAndRestore(str(output / name))],
+    )
+
+
+steps_per_epoch = len(make_haystacks()) // args.epochs
+steps = args.epochs * steps_per_epoch
+if args.gains:
+    keras_laid.attach_gain_modulation(student)
+distiller = make_distiller(student, args.retrieval_weight)
+
+"""
+Two pictures show what training changes: how much attention the needle gets, by
+layer and head, and how far back the layers that retrieve look.
+"""
+
+sample, _, _ = keras_laid.Haystacks(
+    test_digits,
+    preprocessor,
+    num_questions=32,
+    sizes=(args.images,),
+    batch_size=32,
+    seed=args.seed + 2,
+)[0]
+edges = np.arange(args.images + 1) * image_length
+student_layers = sorted(
+    {target.student_layer for target in distiller.retrieval_targets}
 )
+teacher_layers = sorted({layer for layer, _ in found.heads})
+looks, masses = {}, {}
+
+
+def look(name, model, layers):
+    model = several_images(model)
+    looks[name] = keras_laid.find_retrieval_heads(model, [sample])
+    masses[name] = spectral.attention_mass(model, sample, edges, layers)
+
+
+look("teacher", teacher, teacher_layers)
+look("before", student, student_layers)
 training_started = time.time()
-history = distiller.fit(
-    haystacks,
-    epochs=args.epochs,
-    steps_per_epoch=steps_per_epoch,
-    callbacks=[keras.callbacks.BackupAndRestore(str(output / "backup"))],
-)
+history = train(distiller, "backup")
 training_seconds = time.time() - training_started
 
 """
@@ -214,9 +266,13 @@ if args.gains:
     keras_laid.fold_gain_modulation(student)
 preset = str(output / "student")
 student.save_to_preset(preset)
-reloaded = keras_hub.models.PaliGemmaCausalLM.from_preset(preset)
+reloaded = load(preset)
 accuracy["after"] = measure("student after", reloaded)
-masses["after"] = attention_mass(reloaded)
+look("after", reloaded, student_layers)
+if args.compare:
+    other = load(args.student)
+    train(make_distiller(other, retrieval_weight=0.0), "backup_logits")
+    accuracy["logits"] = measure("student after logits alone", other)
 
 windows = {
     name: keras_laid.effective_window(by_size)
@@ -234,6 +290,10 @@ spectral.plot_terms(output / "terms.png", history.history, steps_per_epoch)
 spectral.plot_attention_mass(
     output / "attention_mass.png", masses, edges, image_length
 )
+spectral.plot_retrieval_heads(
+    output / "retrieval_heads.png",
+    {name: looks[name] for name in ("teacher", "before", "after")},
+)
 results = {
     "accuracy": accuracy,
     "effective_window": {
@@ -241,7 +301,9 @@ results = {
         "after": after,
         "ratio": after / before,
         "after_is_at_least": after_is_at_least,
-    },
+    }
+    | ({"logits": windows["logits"].window} if args.compare else {}),
+    "retrieval_heads": found.heads,
     "history": history.history,
     "settings": vars(args),
     "seed": args.seed,

@@ -6,12 +6,12 @@ import numpy as np
 from benchmarks import rows
 from benchmarks.window_extension.settings import read_settings
 from benchmarks.window_extension.tables import SIZES
-from benchmarks.window_extension.tables import STEPS_SIZES
 from benchmarks.window_extension.tables import UNTOUCHED
 from benchmarks.window_extension.tables import accuracy_over_steps
 from benchmarks.window_extension.tables import interval
 from benchmarks.window_extension.tables import read_runs
 from benchmarks.window_extension.tables import read_spectra
+from benchmarks.window_extension.tables import sizes_over_steps
 
 
 def plot_low_frequency(by_method, path):
@@ -80,14 +80,16 @@ def plot_accuracy(of_config, methods, path):
 
 def plot_steps(of_config, settings, path):
     """Accuracy over steps of training, a panel for each of some sizes."""
+    sizes = sizes_over_steps(settings)
     figure, panels = plt.subplots(
-        ncols=len(STEPS_SIZES),
-        figsize=(10, 3.6),
+        ncols=len(sizes),
+        figsize=(4 + 2 * len(sizes), 3.6),
         sharey=True,
+        squeeze=False,
         layout="constrained",
     )
     untouched = of_config[UNTOUCHED].values()
-    for axes, size in zip(panels, STEPS_SIZES, strict=True):
+    for axes, size in zip(panels[0], sizes, strict=True):
         start = [run[size] for run in untouched]
         for method, by_steps in accuracy_over_steps(settings).items():
             found = [
@@ -104,8 +106,8 @@ def plot_steps(of_config, settings, path):
         axes.axhline(0.5, color="0.8", linewidth=1)
         axes.set(title=f"{size} images", xlabel="steps of training")
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set(ylabel="accuracy (chance 0.5),\n95% interval over seeds")
-    panels[0].legend(frameon=False, fontsize=8, loc="lower right")
+    panels[0, 0].set(ylabel="accuracy (chance 0.5),\n95% interval over seeds")
+    panels[0, 0].legend(frameon=False, fontsize=8, loc="lower right")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

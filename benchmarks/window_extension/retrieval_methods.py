@@ -1,4 +1,4 @@
-"""Matching retrieval: its forms, and the controls that could explain it away."""
+"""Matching retrieval: its forms, and the controls that could refute it."""
 
 import random
 

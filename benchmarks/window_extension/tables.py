@@ -15,7 +15,8 @@ ROWS = rows.RESULTS / "window_extension.csv"
 SPECTRA = rows.RESULTS / "window_extension_spectra.csv"
 SIZES = (1, 2, 5, 10, 20, 50, 100, 150)
 SHORT = (1, 2, 5)
-STEPS_SIZES = (20, 50, 100)  # Those that training over steps is shown at.
+STEPS_SIZES = (20, 50, 100)
+REACHED = 0.9  # How fast methods learn: steps until this accuracy.
 UNTOUCHED = "untouched"
 
 
@@ -116,14 +117,42 @@ def make_steps_table(settings):
     """Accuracy at some sizes after each number of steps that was measured."""
     over_steps = accuracy_over_steps(settings)
     lines = []
-    for size, method in itertools.product(STEPS_SIZES, over_steps):
+    for size, method in itertools.product(
+        sizes_over_steps(settings), over_steps
+    ):
         cells = [
             cell([run[size] for run in of_seeds.values()])
             for of_seeds in over_steps[method].values()
         ]
-        lines.append([size, method, *cells])
+        reached = steps_until(over_steps[method], size)
+        lines.append([size, method, *cells, reached])
     header = ["images", "method", *settings.measured_at, settings.steps]
-    return markdown_table(header, lines)
+    return markdown_table([*header, f"steps to {REACHED}"], lines)
+
+
+def sizes_over_steps(settings):
+    """Those that training over steps is shown at."""
+    return settings.measured_sizes or STEPS_SIZES
+
+
+def steps_until(by_steps, size):
+    """The first measured number of steps at which a seed reaches `REACHED`."""
+    seeds = set.intersection(*({*runs} for runs in by_steps.values()))
+    first = [
+        min(
+            (n for n, runs in by_steps.items() if runs[seed][size] >= REACHED),
+            default=None,
+        )
+        for seed in sorted(seeds)
+    ]
+    found = [steps for steps in first if steps is not None]
+    if not found:
+        return "never"
+    ends = sorted({min(found), max(found)})
+    text = " to ".join(f"{steps:,}" for steps in ends)
+    if len(found) < len(first):
+        text += f" ({len(found)} of {len(first)} seeds)"
+    return text
 
 
 def make_spectra_table(by_method):

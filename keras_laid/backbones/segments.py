@@ -9,6 +9,7 @@ from keras_hub.models import PaliGemmaBackbone
 
 from keras_laid.arguments import check_dtype
 from keras_laid.arguments import check_shape
+from keras_laid.arguments import is_integer
 from keras_laid.backbones.attention_capture import numbered_runs
 from keras_laid.backbones.attention_capture import text_rows
 from keras_laid.backbones.decoder import backbone_of
@@ -44,52 +45,83 @@ def segments_of(
             `(batch, keys)`, numbers segments of any kind from 1, such as
             documents. Without it each image is a segment.
         key_length: Integer, tokens of images and text.
-        count: Optional integer, the largest number of a segment. Needed where
-            it is not the number of images in each prompt.
+        count: Optional integer, the largest number of a segment. Needed for
+            `"segments"`, and for Qwen 3.5, whose inputs do not say how many
+            images a prompt has.
 
     Returns:
         The `Segments`, or `None` if prompts have none: no images, no
         `"segments"`.
 
     Raises:
+        TypeError: If `"segments"` is no integer tensor.
         ValueError: If `count` is needed and not given, or `"segments"` has
             another shape.
     """
-    if "segments" in inputs:
-        numbers = inputs["segments"]
-        check_shape("segments", numbers, batch=None, keys=None)
-        check_dtype("segments", numbers, "int")
-    elif isinstance(backbone_of(model), PaliGemmaBackbone):
-        return pali_gemma_segments(inputs, key_length)
-    elif "vision_mask" in inputs or "vision_indices" in inputs:
-        images = inputs.get("images", inputs.get("pixel_values"))
-        if count is None and images is not None and len(images.shape) >= 4:
-            count = images.shape[1]
-        is_image = ops.logical_not(text_rows(inputs))
-        numbers = numbered_runs(is_image)
-    else:
+    numbers = segment_numbers(model, inputs, key_length)
+    if numbers is None:
         return None
+    if count is None and "segments" not in inputs:
+        count = images_per_prompt(inputs)
     if count is None:
         raise ValueError(
             "The number of segments must be known before a step is compiled. "
             f"Received: inputs with {sorted(inputs)}. Pass the largest number "
             "of a segment as `num_segments`."
         )
-    return Segments(ops.cast(numbers, "int32"), count)
+    return Segments(numbers, count)
 
 
-def pali_gemma_segments(
+def segment_numbers(
+    model: keras.Model,
+    inputs: Mapping[str, Tensor],
+    key_length: int | Tensor,
+) -> Tensor | None:
+    """The number of each key's segment, or `None`; as in `segments_of`."""
+    if "segments" in inputs:
+        numbers = inputs["segments"]
+        keys = key_length if is_integer(key_length) else None
+        batch = inputs["token_ids"].shape[0]
+        check_shape("segments", numbers, batch=batch, keys=keys)
+        check_dtype("segments", numbers, "int")
+    elif isinstance(backbone_of(model), PaliGemmaBackbone):
+        numbers = pali_gemma_numbers(inputs, key_length)
+    elif has_images(inputs):
+        numbers = numbered_runs(ops.logical_not(text_rows(inputs)))
+    else:
+        return None
+    return ops.cast(numbers, "int32")
+
+
+def has_images(inputs: Mapping[str, Tensor]) -> bool:
+    """Whether prompts that hold images among text can have any."""
+    if "vision_mask" not in inputs and "vision_indices" not in inputs:
+        return False
+    count = images_per_prompt(inputs)
+    return not (is_integer(count) and count == 0)
+
+
+def images_per_prompt(inputs: Mapping[str, Tensor]) -> int | Tensor | None:
+    """How many images a prompt can have; `None` if inputs do not say."""
+    if "image_grid_thw" in inputs:
+        # Qwen 3.5 counts patches and images through the batch.
+        return None
+    images = inputs.get("images", inputs.get("pixel_values"))
+    if images is None:
+        return None
+    if "vision_mask" not in inputs and len(images.shape) == 4:
+        return 1  # A plain PaliGemma has no axis of images.
+    count = images.shape[1]
+    return ops.shape(images)[1] if count is None else count
+
+
+def pali_gemma_numbers(
     inputs: Mapping[str, Tensor], key_length: int | Tensor
-) -> Segments:
+) -> Tensor:
     """Images stand before the text, and all have as many tokens."""
-    images = inputs["images"]
-    count = 1 if len(images.shape) == 4 else images.shape[1]
-    if count is None:
-        count = ops.shape(images)[1]
     batch, text_length = ops.shape(inputs["token_ids"])
     image_tokens = key_length - text_length
     index = ops.arange(key_length)
-    numbers = index // (image_tokens // count) + 1
+    numbers = index // (image_tokens // images_per_prompt(inputs)) + 1
     numbers = ops.where(index < image_tokens, numbers, 0)
-    numbers = ops.broadcast_to(numbers[None], (batch, key_length))
-    return Segments(ops.cast(numbers, "int32"), count)
+    return ops.broadcast_to(numbers[None], (batch, key_length))

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,9 +11,13 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_laid.arguments import is_integer
+from keras_laid.backbones.attention_capture import no_gradients
 from keras_laid.backbones.decoder import replaced_method
 from keras_laid.backbones.families import AttentionLayer
 from keras_laid.backbones.families import attention_layers
+from keras_laid.backbones.forward import forward
+from keras_laid.backbones.head_examples import Batch
 from keras_laid.typing import Tensor
 
 
@@ -22,25 +27,30 @@ def without_heads(
 ) -> Iterator[None]:
     """Scope in which some attention heads of a model put out zeros.
 
+    Calls of the model are changed, functions that were compiled before are
+    not. The model is left as it was, also when a call raises.
+
     Args:
         model: A KerasHub model of a family that
             `keras_laid.backbones.attention_layers` knows.
-        heads: Pairs of integers `(layer, query head)`.
+        heads: Pairs of integers `(layer, query head)`, both from 0. Layers with
+            a sliding window may be among them.
 
     Raises:
+        TypeError: If `heads` are no pairs of integers.
         ValueError: If a layer or a head does not exist, or a layer has no
             attention maps.
     """
     layers = attention_layers(model)
+    by_layer: dict[int, list[int]] = {}
+    for index, head in checked_heads(layers, heads):
+        by_layer.setdefault(index, []).append(head)
     with contextlib.ExitStack() as stack:
-        for index in sorted({layer for layer, _ in heads}):
-            chosen = [head for layer, head in heads if layer == index]
-            check_heads(layers, index, chosen)
+        for index, silent in by_layer.items():
             layer = layers[index]
+            function = silencing(layer, silent)
             stack.enter_context(
-                replaced_method(
-                    layer.layer, "_compute_attention", silencing(layer, chosen)
-                )
+                replaced_method(layer.layer, "_compute_attention", function)
             )
         yield
 
@@ -50,27 +60,76 @@ def silencing(
 ) -> Callable[..., Tensor]:
     """The layer's `_compute_attention`, with zeros from some heads."""
     compute_attention = layer.layer._compute_attention
-    kept = np.ones(layer.num_query_heads)
+    kept = np.ones((layer.num_query_heads, 1), "float32")
     kept[list(heads)] = 0.0
 
     def compute_without(*args: Any, **kwargs: Any) -> Tensor:
-        outputs = compute_attention(*args, **kwargs)
         # [batch, rows, heads, head dim]
-        return outputs * ops.cast(kept, outputs.dtype)[:, None]
+        outputs = compute_attention(*args, **kwargs)
+        return outputs * ops.cast(kept, outputs.dtype)
 
     return compute_without
 
 
-def check_heads(
-    layers: Sequence[AttentionLayer], index: int, heads: Sequence[int]
-) -> None:
-    """Refuses a layer without these query heads."""
-    exists = 0 <= index < len(layers) and layers[index].kind != "linear"
-    if not exists or not all(
-        0 <= head < layers[index].num_query_heads for head in heads
-    ):
-        raise ValueError(
-            "Heads must be pairs (layer, head) of layers with attention maps "
-            f"and of their query heads. Received: layer {index}, heads "
-            f"{list(heads)}, of a decoder of {len(layers)} layers"
+def checked_heads(
+    layers: Sequence[AttentionLayer], heads: Sequence[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """Returns pairs `(layer, head)`, of which each must exist."""
+    rule = "`heads` must be pairs of integers (layer, query head)"
+    if not isinstance(heads, Sequence) or not all(map(is_pair, heads)):
+        raise TypeError(
+            f"{rule}. Received: heads={heads!r:.80}. "
+            "Pass a list of tuples, such as `[(1, 3)]`."
         )
+    for index, head in heads:
+        exists = 0 <= index < len(layers) and layers[index].kind != "linear"
+        if not exists or not 0 <= head < layers[index].num_query_heads:
+            raise ValueError(
+                f"{rule} of layers with attention maps. Received: layer "
+                f"{index}, head {head}, of a decoder of {len(layers)} layers "
+                f"with {[layer.num_query_heads or 0 for layer in layers]} heads"
+            )
+    return [(int(index), int(head)) for index, head in heads]
+
+
+def is_pair(value: Any) -> bool:
+    return (
+        isinstance(value, Sequence)
+        and len(value) == 2
+        and all(map(is_integer, value))
+    )
+
+
+def answers_kept(
+    model: keras.Model,
+    batches: Sequence[Batch],
+    ablations: Mapping[str, Sequence[tuple[int, int]]],
+) -> dict[str, float]:
+    """Share of answers that stay the same without some heads or others."""
+    answers = np.concatenate([answers_of(model, b) for b in batches])
+    kept = {}
+    for name, heads in ablations.items():
+        with without_heads(model, heads):
+            changed = np.concatenate([answers_of(model, b) for b in batches])
+        kept[name] = float((changed == answers).mean())
+    return kept
+
+
+def answers_of(model: keras.Model, batch: Batch) -> np.ndarray:
+    """The most likely next tokens, of shape `(answers,)`."""
+    if batch.sample_weight is None:
+        present = ops.convert_to_numpy(batch.x["padding_mask"]).astype("bool")
+        index = np.arange(present.shape[1])
+        last = np.where(present, index, -1).max(axis=1, keepdims=True)
+        marked = index == last
+    else:
+        marked = ops.convert_to_numpy(batch.sample_weight) > 0
+    places = np.flatnonzero(marked)
+
+    def take_marked(hidden: Tensor) -> Tensor:
+        flat = ops.reshape(hidden, (-1, hidden.shape[-1]))
+        return ops.take(flat, places, axis=0)[None]
+
+    with no_gradients():
+        tokens = forward(model, batch.x)[0].map_tokens(take_marked)
+        return ops.convert_to_numpy(ops.argmax(tokens.logits(), axis=-1))[0]

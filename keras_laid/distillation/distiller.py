@@ -20,28 +20,28 @@ from keras_laid.arguments import check_kind
 from keras_laid.arguments import check_number
 from keras_laid.arguments import check_switch
 from keras_laid.backbones.forward import forward
+from keras_laid.backbones.head_examples import matters
 from keras_laid.backbones.linear_memory import check_choice_of_memory
 from keras_laid.backbones.linear_memory import check_linear_memory
 from keras_laid.backbones.linear_memory import linear_blocks
 from keras_laid.backbones.linear_memory import named
 from keras_laid.backbones.retrieval_heads import RetrievalHeads
 from keras_laid.backbones.retrieval_heads import find_retrieval_heads
-from keras_laid.backbones.retrieval_heads import matters
-from keras_laid.backbones.segments import Segments
-from keras_laid.backbones.segments import segments_of
 from keras_laid.distillation import checks
 from keras_laid.distillation.description import Description
 from keras_laid.distillation.distance_weighting import DistanceWeighting
 from keras_laid.distillation.first_batches import first_batches
 from keras_laid.distillation.layer_map import resolve_layer_map
 from keras_laid.distillation.matched_rows import MatchedRows
+from keras_laid.distillation.matched_rows import after_segments
 from keras_laid.distillation.matched_rows import matched_rows
 from keras_laid.distillation.retrieval_matching import Heads
 from keras_laid.distillation.retrieval_matching import RetrievalMatching
 from keras_laid.distillation.retrieval_matching import Target
 from keras_laid.distillation.retrieval_matching import layers_of
-from keras_laid.distillation.retrieval_matching import log_shares_of_heads
 from keras_laid.distillation.retrieval_matching import segment_distance
+from keras_laid.distillation.retrieval_matching import segments_for
+from keras_laid.distillation.retrieval_matching import text_log_shares
 from keras_laid.distillation.stored_teacher import StoredTeacher
 from keras_laid.layers.head_mixer import HeadMixer
 from keras_laid.ops.attention import Attention
@@ -413,9 +413,9 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
             )
         if found is None:
             warnings.warn(
-                "The retrieval term is 0: the first batches have no prompt with "
-                'two images or `"segments"`. Pass `retrieval_weight=0` to leave '
-                "it out.",
+                "The retrieval term is 0: the first batches have no prompt "
+                'with two images or `"segments"`, and text after them. Pass '
+                "`retrieval_weight=0` to leave it out.",
                 stacklevel=2,
             )
         self.set_heads(found.heads if found else ())
@@ -430,9 +430,13 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         # What was compiled without them.
         self.train_function = self.test_function = None
 
-    def find_heads_once(self, *data: Any, batch_size: int | None = None) -> None:
+    def find_heads_once(
+        self, *data: Any, batch_size: int | None = None
+    ) -> None:
         if self.retrieval_heads is None:
-            self.find_heads(first_batches(*data, batch_size=batch_size))
+            self.find_heads(
+                first_batches(*data, batch_size=batch_size, count=4)
+            )
 
     @property
     def retrieval_targets(self) -> tuple[Target, ...]:
@@ -550,30 +554,11 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         )
         log_shares = {}
         if heads:
-            key_length = ops.shape(attention[retrieving[0]].key)[1]
-            rows = matched_rows(self.student, x, key_length, "text")
-            log_shares = log_shares_of_heads(
-                {layer: rows.of(attention[layer]) for layer in retrieving},
-                heads,
-                rows.mask,
-                self.segments(x, key_length),
+            log_shares = text_log_shares(
+                self.student, x, attention, heads, self.retrieval.num_segments
             )
         attention = {layer: attention[layer] for layer in matched}
         return Targets(tokens, attention, log_shares)
-
-    def segments(
-        self, x: dict[str, Tensor], key_length: int | Tensor
-    ) -> Segments:
-        """The segments of a batch, which must have some."""
-        count = self.retrieval.num_segments
-        segments = segments_of(self.student, x, key_length, count)
-        if segments is None:
-            raise ValueError(
-                "The retrieval term needs prompts with images or segments. "
-                f"Received: inputs with {sorted(x)}. Add "
-                '`"segments"` to the inputs, or pass `retrieval_weight=0`.'
-            )
-        return segments
 
     def unpack(self, data: Any) -> tuple[Any, Any, Any]:
         """A batch as `(x, y, sample_weight)`, checked."""
@@ -678,9 +663,18 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
     ) -> Tensor:
         """Mean divergence of rows, each weighted by the teacher's retrieval."""
         rows = self.rows_of(x, student, "text")
-        segments = self.segments(x, ops.shape(rows.attended)[1])
-        # What stands after the last marked token is part of no answer.
+        segments = segments_for(
+            self.student,
+            x,
+            ops.shape(rows.attended)[1],
+            self.retrieval.num_segments,
+        )
+        # Rows between segments see some of them, and what stands after the
+        # last marked token is part of no answer.
         counted = ops.logical_and(rows.counted, matters(sample_weight))
+        counted = ops.logical_and(
+            counted, after_segments(rows, segments.numbers)
+        )
         divergence, weight = self.retrieval.divergence(
             self.retrieval_targets,
             student,
@@ -697,7 +691,9 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
             ),
             self.head_pooling and self.head_pooling.mixture()[0],
         )
-        return weighted_mean(divergence, weight * ops.max(sample_weight, axis=1))
+        return weighted_mean(
+            divergence, weight * ops.max(sample_weight, axis=1)
+        )
 
     def attention_terms(
         self,

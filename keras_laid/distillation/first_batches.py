@@ -34,7 +34,9 @@ def first_batches(
         return [
             keras.tree.map_structure(
                 lambda array: array[start : start + size],  # noqa: B023
-                tuple(part for part in (x, y, sample_weight) if part is not None),
+                tuple(
+                    part for part in (x, y, sample_weight) if part is not None
+                ),
             )
             for start in starts
         ]

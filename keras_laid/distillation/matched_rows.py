@@ -39,6 +39,24 @@ class MatchedRows(NamedTuple):
         return attention._replace(query=attention.query[:, -self.count :])
 
 
+def after_segments(rows: MatchedRows, numbers: Tensor) -> Tensor:
+    """Which rows can attend every segment of their example.
+
+    Args:
+        rows: `MatchedRows`.
+        numbers: Integer tensor of shape `(batch, keys)`, numbers of segments;
+            0 is none.
+
+    Returns:
+        A boolean tensor of shape `(batch, rows)`: rows that stand after the
+        last causal key of any segment.
+    """
+    index = ops.arange(ops.shape(numbers)[1])
+    later = ops.logical_and(rows.mask.causal, numbers > 0)
+    last = ops.max(ops.where(later, index, -1), axis=1, keepdims=True)
+    return ops.cast(rows.mask.row_index, index.dtype) > last
+
+
 def matched_rows(
     model: keras.Model,
     x: Mapping[str, Tensor],

@@ -16,10 +16,12 @@ from keras_laid.arguments import check_indices
 from keras_laid.arguments import check_integer
 from keras_laid.backbones.decoder import indices_of_global
 from keras_laid.backbones.segments import Segments
+from keras_laid.backbones.segments import segments_of
 from keras_laid.distillation.description import Description
 from keras_laid.distillation.layer_map import is_pairs
 from keras_laid.distillation.layer_map import resolve_index
 from keras_laid.distillation.matched_rows import MatchedRows
+from keras_laid.distillation.matched_rows import matched_rows
 from keras_laid.ops.attention import Attention
 from keras_laid.ops.attention import AttentionMask
 from keras_laid.ops.attention import Distance
@@ -111,7 +113,9 @@ class RetrievalMatching:
     def from_config(cls, config: dict[str, Any]) -> Self:
         return cls(**config)
 
-    def resolve(self, student: Description, teacher: Description) -> Heads | None:
+    def resolve(
+        self, student: Description, teacher: Description
+    ) -> Heads | None:
         """The teacher's heads, if they are named; refuses what is not there."""
         if self.student_layers is not None:
             self.pooled_layers(student)
@@ -137,10 +141,16 @@ class RetrievalMatching:
         allowed = indices_of_global(student.layers, student.model)
         if self.student_layers is None:
             return allowed
-        return [
+        layers = [
             resolve_index("student_layers", "student", student, allowed, index)
             for index in self.student_layers
         ]
+        if not layers or len({*layers}) < len(layers):
+            raise ValueError(
+                "`student_layers` must name one layer or more, each once. "
+                f"Received: student_layers={self.student_layers!r:.80}"
+            )
+        return layers
 
     def targets(
         self, heads: Heads, student: Description, teacher: Description
@@ -190,7 +200,7 @@ class RetrievalMatching:
         distance: Distance,
         head_weight: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """The divergence of each example and its weight, as the op returns them.
+        """The divergence of each example and its weight, as of the op.
 
         Without pooling, the mean over the student's layers; otherwise one
         divergence of all their heads together.
@@ -251,6 +261,42 @@ def log_shares_of_heads(
         )
         means[layer] = ops.logsumexp(log_shares, axis=1) - math.log(len(chosen))
     return means
+
+
+def text_log_shares(
+    model: keras.Model,
+    x: Mapping[str, Tensor],
+    attention: Mapping[int, Attention],
+    heads: Heads,
+    num_segments: int | None,
+) -> dict[int, Tensor]:
+    """`log_shares_of_heads` of all text rows of a batch."""
+    first = attention[layers_of(heads)[0]]
+    key_length = ops.shape(first.key)[1]
+    rows = matched_rows(model, x, key_length, "text")
+    return log_shares_of_heads(
+        {layer: rows.of(each) for layer, each in attention.items()},
+        heads,
+        rows.mask,
+        segments_for(model, x, key_length, num_segments),
+    )
+
+
+def segments_for(
+    model: keras.Model,
+    x: Mapping[str, Tensor],
+    key_length: int | Tensor,
+    num_segments: int | None,
+) -> Segments:
+    """The segments of a batch, which must have some."""
+    segments = segments_of(model, x, key_length, num_segments)
+    if segments is None:
+        raise ValueError(
+            "The retrieval term needs prompts with images or segments. "
+            f"Received: inputs with {sorted(x)}. Add "
+            '`"segments"` to the inputs, or pass `retrieval_weight=0`.'
+        )
+    return segments
 
 
 def only_heads(attention: Attention, heads: Sequence[int]) -> Attention:

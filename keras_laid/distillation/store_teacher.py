@@ -21,9 +21,13 @@ from keras_laid.arguments import check_number
 from keras_laid.arguments import check_path
 from keras_laid.backbones.decoder import chosen_layers
 from keras_laid.backbones.forward import forward
+from keras_laid.backbones.retrieval_heads import find_retrieval_heads
 from keras_laid.distillation import checks
 from keras_laid.distillation import stored_teacher
 from keras_laid.distillation.description import Description
+from keras_laid.distillation.retrieval_matching import RetrievalMatching
+from keras_laid.distillation.retrieval_matching import layers_of
+from keras_laid.distillation.retrieval_matching import text_log_shares
 from keras_laid.distillation.stored_teacher import StoredTeacher
 from keras_laid.ops.top_logits import TopLogits
 from keras_laid.ops.unembedding import Unembedding
@@ -37,7 +41,8 @@ def store_teacher(
     teacher: keras.Model,
     data: keras.utils.PyDataset,
     folder: PathLike,
-    layers: Sequence[int] = (-1,),
+    retrieval_heads: Literal["auto"] | Sequence[tuple[int, int]] = "auto",
+    layers: Sequence[int] = (),
     rows: Literal["text", "all"] = "text",
     top_k: int = 64,
     vocabulary_size: int | None = None,
@@ -45,14 +50,22 @@ def store_teacher(
     dtype: Literal["float16", "float32"] = "float16",
     epochs: int = 1,
     batches_per_shard: int = 64,
+    num_segments: int | None = None,
 ) -> StoredTeacher:
     """Writes a teacher's targets to disk, to train students without it.
 
-    Queries and keys of some layers after rotary embedding, and the largest
-    logits of the tokens that `sample_weight` marks. Each token of images and
-    text takes `2 * head_dim * key_heads` bytes a layer in float16, each row as
-    much for its query heads, each marked token `8 * top_k + 8`; what it came to
-    is `StoredTeacher.bytes_per_token`.
+    Stored are, in float16:
+
+    - the attention that the teacher's retrieval heads give to each image or
+      other segment: 2 bytes for each text token and segment, a layer with
+      retrieval heads;
+    - queries and keys of `layers` after rotary embedding: `2 * head_dim *
+      key_heads` bytes for each token of images and text, a layer, and as much
+      for the query heads of each row;
+    - the largest logits of the tokens that `sample_weight` marks:
+      `8 * top_k + 8` bytes each.
+
+    What it came to is `StoredTeacher.bytes_per_token`.
 
     Shards are `array_record` files of one `safetensors` record an example, each
     with a JSON file that holds its SHA-256 and its batches' fingerprints. The
@@ -64,10 +77,15 @@ def store_teacher(
             depend on their index alone, and on the attribute `epoch` if it has
             one, as `keras_laid.Haystacks` do.
         folder: Path of a folder for this store alone; made if it is not there.
-        layers: Sequence of integers, the teacher's layers to match, of those
-            with full attention; negative ones count from the last. Defaults to
-            `(-1,)`; with `()` no attention is stored.
-        rows: `"text"` or `"all"`, as in the distiller. Defaults to `"text"`.
+        retrieval_heads: `"auto"`, the heads that
+            `keras_laid.find_retrieval_heads` finds on the first batches; or
+            pairs of integers `(layer, head)`; or `()` to store none. Defaults
+            to `"auto"`.
+        layers: Sequence of integers, the layers whose whole attention is
+            matched, of those with full attention; negative ones count from the
+            last. Defaults to `()`, none.
+        rows: `"text"` or `"all"`, as in the distiller, of these layers.
+            Defaults to `"text"`.
         top_k: Integer, how many logits of a marked token: all others count as
             one, see `keras_laid.ops.TopLogits`. Defaults to `64`; with `0` no
             logits are stored.
@@ -79,6 +97,7 @@ def store_teacher(
         epochs: Integer, of how many epochs. Defaults to `1`: right for data
             that are the same in every epoch.
         batches_per_shard: Integer. Defaults to `64`.
+        num_segments: As in `keras_laid.RetrievalMatching`.
 
     Returns:
         A `StoredTeacher`.
@@ -95,6 +114,10 @@ def store_teacher(
     check_path("folder", folder)
     check_integer("epochs", epochs)
     layers = check_indices("layers", layers)
+    matching = RetrievalMatching(
+        retrieval_heads if len(retrieval_heads) else "auto",
+        num_segments=num_segments,
+    )
     settings: dict[str, Any] = dict(
         layers=chosen_layers(teacher, layers) if layers else [],
         rows=rows,
@@ -105,11 +128,20 @@ def store_teacher(
         epochs=epochs,
         batches=epochs * len(data),
         batches_per_shard=batches_per_shard,
+        num_segments=num_segments,
     )
     description = Description.of(teacher)
+    heads = matching.resolve(description, description)
+    if not len(retrieval_heads):
+        heads = ()
     if vocabulary_size is None:
         settings["vocabulary_size"] = description.vocabulary_size
     check_settings(settings, description.vocabulary_size, data)
+    if heads is None:
+        found = find_retrieval_heads(teacher, data, num_segments=num_segments)
+        heads = found.heads if found else ()
+    settings["retrieval_heads"] = sorted(map(list, heads))
+    check_not_empty(settings)
     description = dataclasses.replace(
         description, vocabulary_size=settings["vocabulary_size"]
     )
@@ -157,15 +189,20 @@ def check_settings(
         raise ValueError(
             "`data` must have at least one batch. Received: data of length 0"
         )
-    if not (settings["layers"] or settings["top_k"]):
-        raise ValueError(
-            "There must be something to store. Received: layers=(), top_k=0"
-        )
     if settings["epochs"] > 1 and not hasattr(data, "epoch"):
         raise ValueError(
             "`epochs` must be 1 for data without an attribute `epoch`, which "
             "are the same in every epoch. "
             f"Received: epochs={settings['epochs']}, {type(data).__name__}"
+        )
+
+
+def check_not_empty(settings: dict[str, Any]) -> None:
+    wanted = ("retrieval_heads", "layers", "top_k")
+    if not any(settings[name] for name in wanted):
+        raise ValueError(
+            "There must be something to store. Received: "
+            + ", ".join(f"{name}={settings[name]}" for name in wanted)
         )
 
 
@@ -183,7 +220,7 @@ def begin(
     changed = sorted(k for k in settings if settings[k] != before.get(k))
     if changed:
         raise ValueError(
-            "A store must be gone on with as it was begun. Received: other "
+            "A store must be resumed with its own settings. Received: other "
             f"{changed} than those in {str(folder)!r}. Pass another folder."
         )
 
@@ -253,17 +290,31 @@ class Targets(keras.Model):
     def call(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         inputs = dict(inputs)
         marked = inputs.pop("marked")
+        layers, heads = (
+            self.settings["layers"],
+            self.settings["retrieval_heads"],
+        )
         unembedding, attention = forward(
-            self.teacher, inputs, self.settings["layers"]
+            self.teacher, inputs, sorted({*layers, *layers_of(heads)})
         )
         outputs = {}
         length = inputs["token_ids"].shape[1]
-        for index, of_layer in attention.items():
-            query = of_layer.query
+        for index in layers:
+            query = attention[index].query
             if self.settings["rows"] == "text":
                 query = query[:, -length:]
             outputs[f"query_{index}"] = ops.cast(query, "float32")
-            outputs[f"key_{index}"] = ops.cast(of_layer.key, "float32")
+            outputs[f"key_{index}"] = ops.cast(attention[index].key, "float32")
+        if heads:
+            log_shares = text_log_shares(
+                self.teacher,
+                inputs,
+                attention,
+                heads,
+                self.settings["num_segments"],
+            )
+            for index, values in log_shares.items():
+                outputs[f"shares_{index}"] = ops.exp(values)
         if self.settings["top_k"]:
             top = self.top_logits(unembedding, marked)
             outputs |= dict(zip(stored_teacher.TOP_LOGITS, top, strict=True))

@@ -16,6 +16,8 @@ from keras_laid.arguments import check_kind
 from keras_laid.arguments import check_path
 from keras_laid.distillation.description import Description
 from keras_laid.ops.attention import Attention
+from keras_laid.ops.attention_divergence.definition import MASKED
+from keras_laid.ops.attention_divergence.definition import TINY
 from keras_laid.ops.top_logits import TopLogits
 from keras_laid.typing import PathLike
 from keras_laid.typing import Tensor
@@ -92,6 +94,27 @@ class StoredTeacher:
         self.bytes_per_token = size / tokens
         self._verified: set[int] = set()
 
+    @property
+    def retrieval_heads(self) -> tuple[tuple[int, int], ...]:
+        """Pairs `(layer, head)` whose attention to segments is stored."""
+        heads = self.settings.get("retrieval_heads", ())
+        return tuple((layer, head) for layer, head in heads)
+
+    def check_retrieval(
+        self, wanted: tuple[tuple[int, int], ...] | None
+    ) -> tuple[tuple[int, int], ...]:
+        """The heads that are stored, if they are those wanted, or any."""
+        stored = self.retrieval_heads
+        if not stored or (wanted is not None and {*wanted} != {*stored}):
+            raise ValueError(
+                "A stored teacher must have the retrieval heads that are "
+                f"matched. Received: a store with retrieval_heads={stored}; "
+                f"wanted: {'some' if wanted is None else wanted}. Write one "
+                "with `keras_laid.store_teacher(..., retrieval_heads=...)`, or "
+                "pass `retrieval_weight=0`."
+            )
+        return stored
+
     def targets_for(self, data: keras.utils.PyDataset) -> keras.utils.PyDataset:
         """The same data, with the teacher's targets among the inputs.
 
@@ -143,11 +166,15 @@ class StoredTeacher:
         Args:
             x: Inputs, as `targets_for` makes them.
             layers: Sequence of integers, whose attention is wanted.
+            retrieving: Sequence of integers, layers whose retrieval heads are
+                wanted.
 
         Returns:
             A tuple of a `keras_laid.ops.TopLogits`, or `None` if there are
-            none, and a dictionary from layer index to
-            `keras_laid.ops.Attention`.
+            none; a dictionary from layer index to `keras_laid.ops.Attention`;
+            and one from layer index to the logarithm of the attention that its
+            retrieval heads give to segments, of shape
+            `(batch, rows, segments)`.
         """
         missing = [name for name in self.names() if name not in x]
         if missing:
@@ -175,17 +202,20 @@ class StoredTeacher:
                 layer.scale,
                 layer.soft_cap,
             )
-        log_shares = {layer: x[f"teacher_shares_{layer}"] for layer in retrieving}
+        log_shares = {}
+        for index in retrieving:
+            shares = ops.cast(x[f"teacher_shares_{index}"], "float32")
+            logs = ops.log(ops.maximum(shares, TINY))
+            log_shares[index] = ops.where(shares > 0, logs, MASKED)
         return top, attention, log_shares
-
-    def check_retrieval(self, heads):
-        raise NotImplementedError
 
     def names(self) -> list[str]:
         """Names of the targets among the inputs."""
         names = TOP_LOGITS if self.settings["top_k"] else ()
         for index in self.settings["layers"]:
             names = (*names, f"query_{index}", f"key_{index}")
+        for index in sorted({layer for layer, _ in self.retrieval_heads}):
+            names = (*names, f"shares_{index}")
         return [f"teacher_{name}" for name in names]
 
     def read(self, batch: tuple[Any, ...]) -> dict[str, np.ndarray]:

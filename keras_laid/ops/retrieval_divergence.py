@@ -1,13 +1,18 @@
 """Divergence of where a student looks from where a teacher does."""
 
+import math
 from typing import Literal
 from typing import NamedTuple
 
 from keras import ops
 
 from keras_laid.arguments import check_choice
+from keras_laid.arguments import check_kind
+from keras_laid.arguments import check_number
+from keras_laid.arguments import check_scalar
 from keras_laid.arguments import check_shape
 from keras_laid.ops.attention import Distance
+from keras_laid.ops.attention_divergence.definition import MASKED
 from keras_laid.ops.attention_divergence.definition import TINY
 from keras_laid.typing import Tensor
 
@@ -38,7 +43,9 @@ class Retrieval(NamedTuple):
         return self.mass * self.sharpness
 
 
-def retrieval(log_shares: Tensor, head_weight: Tensor | None = None) -> Retrieval:
+def retrieval(
+    log_shares: Tensor, head_weight: Tensor | None = None
+) -> Retrieval:
     """Where rows look, by the mean of some heads.
 
     Args:
@@ -55,23 +62,31 @@ def retrieval(log_shares: Tensor, head_weight: Tensor | None = None) -> Retrieva
         ValueError: If shapes do not fit.
     """
     check_shape(
-        "log_shares", log_shares, batch=None, heads=None, rows=None, segments=None
+        "log_shares",
+        log_shares,
+        batch=None,
+        heads=None,
+        rows=None,
+        segments=None,
     )
-    shares = ops.exp(ops.cast(log_shares, "float32"))
-    if head_weight is None:
-        mean = ops.mean(shares, axis=1)
-    else:
-        check_shape("head_weight", head_weight, heads=log_shares.shape[1])
-        # b = batch, h = head, i = row, g = segment
-        mean = ops.einsum("bhig,h->big", shares, head_weight)
-    seen = ops.any(shares > 0, axis=1)
-    count = ops.sum(ops.cast(seen, "float32"), axis=-1)
-    mass = ops.sum(mean, axis=-1)
-    among = mean / ops.maximum(mass, TINY)[..., None]
-    entropy = -ops.sum(among * ops.log(ops.maximum(among, TINY)), axis=-1)
+    head_weight = weight_of_heads(head_weight, log_shares.shape[1])
+    # b = batch, h = head, i = row, g = segment
+    log_shares = in_float32(log_shares)
+    attended = is_attended(log_shares)
+    # Relative to the largest, shares of little attention do not underflow.
+    largest = ops.stop_gradient(ops.max(log_shares, axis=(1, 3)))  # [b, i]
+    relative = ops.exp(log_shares - largest[:, None, :, None])
+    relative = ops.where(attended, relative, 0.0)
+    mean = ops.einsum("bhig,h->big", relative, head_weight)
+    total = ops.sum(mean, axis=-1)
+    shares = mean / ops.where(total > 0, total, 1.0)[..., None]
+    mass = ops.minimum(total * ops.exp(largest), 1.0)
+    entropy = -ops.sum(shares * ops.log(ops.maximum(shares, TINY)), axis=-1)
+    count = ops.cast(ops.any(attended, axis=1), "float32")
+    count = ops.sum(count, axis=-1)
     sharpness = 1.0 - entropy / ops.log(ops.maximum(count, 2.0))
     sharpness = ops.where(count > 1, ops.clip(sharpness, 0.0, 1.0), 0.0)
-    return Retrieval(among, ops.minimum(mass, 1.0), sharpness)
+    return Retrieval(shares, mass, sharpness)
 
 
 def retrieval_divergence(
@@ -81,7 +96,7 @@ def retrieval_divergence(
     distance: Distance | None = None,
     head_weight: Tensor | None = None,
     pooling: Literal["none", "heads", "rows"] = "none",
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Divergence of where a student looks from where its teacher looks.
 
     For row `i`, teacher shares `p` and student shares `q` among segments `g`,
@@ -93,6 +108,9 @@ def retrieval_divergence(
     an example's divergence is `sum_i g_i D_i / sum_i g_i`, where `g_i` is the
     teacher's `row_weight()`, and 0 in rows outside `row_mask`.
 
+    A segment that a student's row cannot attend counts as if it had a share of
+    1e-30, and has a gradient of 0.
+
     Args:
         student: Float tensor of shape `(batch, heads, rows, segments)`, what
             `keras_laid.ops.segment_attention` returns. Heads of several layers
@@ -102,7 +120,8 @@ def retrieval_divergence(
         row_mask: Boolean or float tensor of shape `(batch, rows)`: rows that
             count, and how much.
         distance: Optional `keras_laid.ops.Distance` from rows to segments:
-            `key_positions` has shape `(batch or 1, segments)`. `None` gives
+            `key_positions` has shape `(batch or 1, segments)`. Its span is that
+            of the segments alone: a row may be farther from them. `None` gives
             every segment the weight 1.
         head_weight: Optional float tensor of shape `(heads,)` that sums to 1.
             `None` weighs all heads alike.
@@ -126,45 +145,35 @@ def retrieval_divergence(
      - [Zhou et al., 2026](https://arxiv.org/abs/2512.21576), "progressive
        distance-weighted attention matching"; the formula is ours.
     """
-    check_choice("pooling", pooling, POOLINGS)
-    check_shape(
-        "student", student, batch=None, heads=None, rows=None, segments=None
-    )
-    batch, heads, rows, segments = student.shape
-    check_shape(
-        "teacher.shares",
-        teacher.shares,
-        batch=batch,
-        rows=rows,
-        segments=segments,
-    )
-    check_shape("row_mask", row_mask, batch=batch, rows=rows)
-    if head_weight is None:
-        head_weight = ops.ones((heads,)) / heads
-    check_shape("head_weight", head_weight, heads=heads)
+    check_arguments(student, teacher, row_mask, distance, pooling)
+    head_weight = weight_of_heads(head_weight, student.shape[1])
     # b = batch, h = head, i = row, g = segment
-    log_q = ops.log_softmax(ops.cast(student, "float32"), axis=-1)
+    student = in_float32(student)
+    attended = is_attended(student)
+    log_q = ops.where(attended, ops.log_softmax(student), math.log(TINY))
     p = ops.stop_gradient(ops.cast(teacher.shares, "float32"))
-    row_weight = ops.cast(row_mask, "float32") * teacher.row_weight()
-    row_weight = ops.stop_gradient(row_weight)
+    row_weight = ops.cast(teacher.row_weight(), "float32")
+    row_weight = ops.stop_gradient(ops.cast(row_mask, "float32") * row_weight)
     total = ops.sum(row_weight, axis=-1)
-    weights = ops.ones_like(p) if distance is None else distance.weights()[:, 0]
+    row_weight = row_weight / ops.where(total > 0, total, 1.0)[:, None]
+    weights = ops.ones_like(p)
+    if distance is not None:
+        weights = weights * distance.weights()[:, 0]
     if pooling == "none":
-        divergence = divergence_of(p[:, None], log_q, weights[:, None])
-        by_row = ops.einsum("bhi,h->bi", divergence, head_weight)
-    else:
-        q = ops.einsum("bhig,h->big", ops.exp(log_q), head_weight)
-        if pooling == "rows":
-            share = row_weight / ops.maximum(total, TINY)[:, None]
-            p, q, weights = (
-                ops.einsum("big,bi->bg", each, share)
-                for each in (p, q, weights + ops.zeros_like(p))
-            )
-            log_q = ops.log(ops.maximum(q, TINY))
-            return divergence_of(p, log_q, weights), total
-        by_row = divergence_of(p, ops.log(ops.maximum(q, TINY)), weights)
-    mean = ops.sum(by_row * row_weight, axis=-1) / ops.maximum(total, TINY)
-    return mean, total
+        by_head = divergence_of(p[:, None], log_q, weights[:, None])
+        by_row = ops.einsum("bhi,h->bi", by_head, head_weight)
+        return ops.sum(row_weight * by_row, axis=-1), total
+    q = ops.where(attended, ops.exp(log_q), 0.0)
+    q = ops.einsum("bhig,h->big", q, head_weight)
+    if pooling == "rows":
+        p, q, weights = (
+            ops.einsum("big,bi->bg", each, row_weight)
+            for each in (p, q, weights)
+        )
+    divergence = divergence_of(p, ops.log(ops.maximum(q, TINY)), weights)
+    if pooling == "heads":
+        divergence = ops.sum(row_weight * divergence, axis=-1)
+    return divergence, total
 
 
 def divergence_of(p: Tensor, log_q: Tensor, weights: Tensor) -> Tensor:
@@ -172,3 +181,64 @@ def divergence_of(p: Tensor, log_q: Tensor, weights: Tensor) -> Tensor:
     terms = p * (log_p - log_q) - p + ops.exp(log_q)
     # What rounding takes below 0 is 0.
     return ops.maximum(ops.sum(weights * terms, axis=-1), 0.0)
+
+
+def in_float32(log_shares: Tensor) -> Tensor:
+    """At least -1e30, which is minus infinity in float16."""
+    return ops.maximum(ops.cast(log_shares, "float32"), MASKED)
+
+
+def is_attended(log_shares: Tensor) -> Tensor:
+    """Whether a row attends a segment at all."""
+    return log_shares > MASKED
+
+
+def weight_of_heads(head_weight: Tensor | None, heads: int) -> Tensor:
+    """The given weights, or equal ones, in float32."""
+    if head_weight is None:
+        return ops.ones((heads,), "float32") / heads
+    check_shape("head_weight", head_weight, heads=heads)
+    return ops.cast(head_weight, "float32")
+
+
+def check_arguments(
+    student: Tensor,
+    teacher: Retrieval,
+    row_mask: Tensor,
+    distance: Distance | None,
+    pooling: str,
+) -> None:
+    check_choice("pooling", pooling, POOLINGS)
+    check_shape(
+        "student", student, batch=None, heads=None, rows=None, segments=None
+    )
+    batch, _, rows, segments = student.shape
+    check_kind(
+        "teacher",
+        teacher,
+        Retrieval,
+        "a `keras_laid.ops.Retrieval`",
+        "Pass what `keras_laid.ops.retrieval` returns.",
+    )
+    sizes = dict(batch=batch, rows=rows)
+    check_shape("teacher.shares", teacher.shares, **sizes, segments=segments)
+    check_shape("teacher.mass", teacher.mass, **sizes)
+    check_shape("teacher.sharpness", teacher.sharpness, **sizes)
+    check_shape("row_mask", row_mask, **sizes)
+    if distance is None:
+        return
+    check_kind("distance", distance, Distance, "a `keras_laid.ops.Distance`")
+    check_number("distance.exponent", distance.exponent, "(0, inf)")
+    check_scalar("distance.strength", distance.strength, "[0, inf)")
+    for name, axis, size in (
+        ("row_positions", "rows", rows),
+        ("key_positions", "segments", segments),
+    ):
+        tensor = getattr(distance, name)
+        shared = tuple(getattr(tensor, "shape", ()))[:1] == (1,)
+        check_shape(
+            f"distance.{name}",
+            tensor,
+            batch=1 if shared else batch,
+            **{axis: size},
+        )

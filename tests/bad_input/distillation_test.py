@@ -12,6 +12,7 @@ import pytest
 
 from keras_laid import DistanceWeightedAttentionDistillation
 from keras_laid import ResumableTraining
+from keras_laid import RetrievalMatching
 from keras_laid import StoredTeacher
 from keras_laid import store_teacher
 from tests.bad_input.table import assert_refused
@@ -182,6 +183,7 @@ CONSTRUCTOR = [
             f"{name}={value!r}",
         )
         for name, values in (
+            ("retrieval_weight", (-1.0, "auto", None)),
             ("attention_weight", (-1.0, NAN, INFINITY, "1", True, None)),
             ("query_key_weight", (-1.0, "0")),
             ("logits_weight", (NAN, [1.0])),
@@ -195,7 +197,7 @@ CONSTRUCTOR = [
     refused(
         "no term at all",
         lambda g: make(
-            g, attention_weight=0, logits_weight=0, supervised_weight=0
+            g, retrieval_weight=0, logits_weight=0, supervised_weight=0
         ),
         ValueError,
         "At least one term must have a weight",
@@ -266,6 +268,70 @@ CONSTRUCTOR = [
         "`distance_weighting` must be a `keras_laid.DistanceWeighting`",
         "float",
     ),
+    refused(
+        "a number for a matching",
+        lambda g: make(g, retrieval=1.0),
+        TypeError,
+        "`retrieval` must be a `keras_laid.RetrievalMatching`",
+        "float",
+    ),
+    *[
+        refused(
+            f"teacher_heads={heads!r}",
+            lambda g, heads=heads: RetrievalMatching(heads),
+            ValueError,
+            '`teacher_heads` must be "auto" or pairs of indices (layer, head)',
+        )
+        for heads in ("best", None, [], [1, 2], [(0,)], [(0.0, 1)])
+    ],
+    *[
+        refused(
+            f"teacher_heads={heads!r} of a pair",
+            lambda g, heads=heads: make(g, retrieval=RetrievalMatching(heads)),
+            ValueError,
+            "`teacher_heads` must name",
+            received,
+        )
+        for heads, received in (
+            ([(2, 0)], "teacher layer 2"),
+            ([(0, 0), (-3, 0)], "teacher layer -3"),
+            ([(0, 9)], "head 9"),
+            ([(0, -1)], "head -1"),
+        )
+    ],
+    *[
+        refused(
+            f"student_layers={layers!r}",
+            lambda g, layers=layers: make(
+                g, retrieval=RetrievalMatching(student_layers=layers)
+            ),
+            error,
+            "`student_layers` must",
+        )
+        for layers, error in (
+            ("matched", TypeError),
+            ([0.5], TypeError),
+            ([], ValueError),
+            ([2], ValueError),
+            ([0, -2], ValueError),
+        )
+    ],
+    refused(
+        "pooling='mean'",
+        lambda g: RetrievalMatching(pooling="mean"),
+        ValueError,
+        "`pooling` must be one of",
+        "pooling='mean'",
+    ),
+    *[
+        refused(
+            f"num_segments={count!r}",
+            lambda g, count=count: RetrievalMatching(num_segments=count),
+            error,
+            "`num_segments` must be",
+        )
+        for count, error in ((0, ValueError), (2.0, TypeError))
+    ],
     refused(
         "an unknown implementation",
         lambda g: make(g, implementation="fast"),
@@ -485,7 +551,7 @@ STORE = [
     ),
     refused(
         "nothing to store",
-        lambda g, folder: store(g, folder, layers=(), top_k=0),
+        lambda g, folder: store(g, folder, retrieval_heads=(), top_k=0),
         ValueError,
         "There must be something to store",
     ),
@@ -567,7 +633,7 @@ STORED = [
         "other settings",
         lambda g, folder: store(g, folder, top_k=3),
         ValueError,
-        "gone on with as it was begun",
+        "resumed with its own settings",
         "other ['top_k']",
         "Pass another folder",
     ),
@@ -575,7 +641,7 @@ STORED = [
         "another teacher",
         lambda g, folder: store(g, folder, teacher=g.student),
         ValueError,
-        "other ['weights']",
+        "'weights']",
     ),
     refused(
         "a list of batches",
@@ -622,7 +688,10 @@ STORED = [
         refused(
             f"a store without {name}={value!r}",
             lambda g, folder, name=name, value=value: make(
-                g, teacher=StoredTeacher(folder), **{name: value}
+                g,
+                teacher=StoredTeacher(folder),
+                attention_weight=1.0,
+                **{name: value},
             ),
             ValueError,
             "must have what the losses need",

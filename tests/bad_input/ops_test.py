@@ -5,12 +5,16 @@ import pytest
 from keras_laid.ops import Attention
 from keras_laid.ops import AttentionMask
 from keras_laid.ops import Distance
+from keras_laid.ops import Retrieval
 from keras_laid.ops import TopLogits
 from keras_laid.ops import Unembedding
 from keras_laid.ops import attention_divergence
 from keras_laid.ops import attention_output
 from keras_laid.ops import logits_divergence
 from keras_laid.ops import query_key_distance
+from keras_laid.ops import retrieval
+from keras_laid.ops import retrieval_divergence
+from keras_laid.ops import segment_attention
 from tests.bad_input.table import assert_refused
 from tests.bad_input.table import refused
 from tests.bad_input.table import zeros
@@ -60,6 +64,30 @@ def queries_and_keys(**changes):
         key_mask=zeros(2, 6, dtype="bool"),
     )
     return query_key_distance(**given | changes)
+
+
+def shares(**changes):
+    given = dict(
+        attention=attention(),
+        mask=mask(),
+        segments=zeros(2, 6, dtype="int32"),
+        num_segments=3,
+    )
+    return segment_attention(**given | changes)
+
+
+def where_it_looks(**changes):
+    given = dict(shares=zeros(2, 5, 3), mass=zeros(2, 5), sharpness=zeros(2, 5))
+    return Retrieval(**given | changes)
+
+
+def of_retrieval(**changes):
+    given = dict(
+        student=zeros(2, 4, 5, 3),
+        teacher=where_it_looks(),
+        row_mask=zeros(2, 5, dtype="bool"),
+    )
+    return retrieval_divergence(**given | changes)
 
 
 def unembedding(hidden=(2, 3, 4), kernel=(4, 7), soft_cap=None):
@@ -347,6 +375,184 @@ def top(**changes):
             ValueError,
             "`key_length` must be at least 1",
         ),
+        refused(
+            "a list for segments",
+            lambda: shares(segments=[[1, 2]]),
+            TypeError,
+            "`segments` must be a tensor",
+            "list",
+        ),
+        refused(
+            "segments of other keys",
+            lambda: shares(segments=zeros(2, 5, dtype="int32")),
+            ValueError,
+            "`segments` must have shape (batch, keys) = (2, 6)",
+            "(2, 5)",
+        ),
+        refused(
+            "segments of floats",
+            lambda: shares(segments=zeros(2, 6)),
+            TypeError,
+            "`segments` must be a tensor of dtype int",
+        ),
+        refused(
+            "pooled attention of a tensor",
+            lambda: shares(attention=zeros(2, 5, 4, 8)),
+            TypeError,
+            "`attention` must be a `keras_laid.ops.Attention`",
+        ),
+        refused(
+            "pooled attention under a mask of other rows",
+            lambda: shares(mask=mask(row_index=zeros(6, dtype="int32"))),
+            ValueError,
+            "`mask.row_index` must have shape (rows) = (5,)",
+        ),
+        *[
+            refused(
+                f"{count} segments",
+                lambda count=count: shares(num_segments=count),
+                error,
+                rule,
+                f"num_segments={count}",
+            )
+            for count, error, rule in (
+                (0, ValueError, "`num_segments` must be at least 1"),
+                (2.5, TypeError, "`num_segments` must be an integer"),
+                (True, TypeError, "`num_segments` must be an integer"),
+            )
+        ],
+        refused(
+            "a number of segments for each example",
+            lambda: shares(num_segments=zeros(2, dtype="int32")),
+            ValueError,
+            "`num_segments` must have shape ()",
+            "(2,)",
+        ),
+        refused(
+            "a number of segments as a float tensor",
+            lambda: shares(num_segments=zeros()),
+            TypeError,
+            "`num_segments` must be a tensor of dtype int",
+        ),
+        refused(
+            "pooled attention by a kernel that does not exist",
+            lambda: shares(implementation="pallas"),
+            ValueError,
+            "Expected one of ['chunked', 'definition']",
+            "'pallas'",
+        ),
+        refused(
+            "log shares without heads",
+            lambda: retrieval(zeros(2, 5, 3)),
+            ValueError,
+            "`log_shares` must have shape (batch, heads, rows, segments)",
+            "(2, 5, 3)",
+        ),
+        refused(
+            "a list for log shares",
+            lambda: retrieval([0.0]),
+            TypeError,
+            "`log_shares` must be a tensor",
+        ),
+        refused(
+            "weights of other heads",
+            lambda: retrieval(zeros(2, 4, 5, 3), zeros(3)),
+            ValueError,
+            "`head_weight` must have shape (heads) = (4,)",
+            "(3,)",
+        ),
+        refused(
+            "weights of a student's other heads",
+            lambda: of_retrieval(head_weight=zeros(3)),
+            ValueError,
+            "`head_weight` must have shape (heads) = (4,)",
+            "(3,)",
+        ),
+        refused(
+            "a student without heads",
+            lambda: of_retrieval(student=zeros(2, 5, 3)),
+            ValueError,
+            "`student` must have shape (batch, heads, rows, segments)",
+            "(2, 5, 3)",
+        ),
+        refused(
+            "log shares for a teacher",
+            lambda: of_retrieval(teacher=zeros(2, 4, 5, 3)),
+            TypeError,
+            "`teacher` must be a `keras_laid.ops.Retrieval`",
+            "Pass what `keras_laid.ops.retrieval` returns",
+        ),
+        *[
+            refused(
+                f"a teacher whose {name} is of {shape}",
+                lambda name=name, shape=shape: of_retrieval(
+                    teacher=where_it_looks(**{name: zeros(*shape)})
+                ),
+                ValueError,
+                f"`teacher.{name}` must have shape (batch, rows",
+                f"{shape}",
+            )
+            for name, shape in (
+                ("shares", (2, 5, 4)),
+                ("mass", (2, 4)),
+                ("sharpness", (2, 5, 3)),
+            )
+        ],
+        refused(
+            "a row mask of another batch",
+            lambda: of_retrieval(row_mask=zeros(1, 5)),
+            ValueError,
+            "`row_mask` must have shape (batch, rows) = (2, 5)",
+            "(1, 5)",
+        ),
+        refused(
+            "an unknown pooling",
+            lambda: of_retrieval(pooling="mean"),
+            ValueError,
+            "`pooling` must be one of ['none', 'heads', 'rows']",
+            "'mean'",
+        ),
+        refused(
+            "a number for distances",
+            lambda: of_retrieval(distance=3.0),
+            TypeError,
+            "`distance` must be a `keras_laid.ops.Distance`",
+            "float",
+        ),
+        refused(
+            "distances to keys instead of segments",
+            lambda: of_retrieval(distance=distance()),
+            ValueError,
+            "`distance.key_positions` must have shape (batch, segments)",
+            "(1, 6)",
+        ),
+        *[
+            refused(
+                f"distances to segments with {words}",
+                lambda changes=changes: of_retrieval(
+                    distance=distance(key_positions=zeros(1, 3), **changes)
+                ),
+                ValueError,
+                rule,
+            )
+            for words, changes, rule in (
+                (
+                    "an exponent of 0",
+                    dict(exponent=0.0),
+                    "`distance.exponent` must be in (0, inf)",
+                ),
+                (
+                    "a negative strength",
+                    dict(strength=-1.0),
+                    "`distance.strength` must be in [0, inf)",
+                ),
+                (
+                    "other rows",
+                    dict(row_positions=zeros(1, 4)),
+                    "`distance.row_positions` must have shape (batch, rows)",
+                ),
+            )
+        ],
         refused(
             "a length for all examples",
             lambda: AttentionMask.from_lengths(5, 5),

@@ -87,6 +87,7 @@ def test_one_pass_of_each_model_a_step(preprocessor, monkeypatch):
         preprocessor, query_key_weight=0.1, temperature=2.0
     )
     batch = make_haystacks(preprocessor, sizes=(2,))[0]
+    distiller.find_heads([batch])
     student_calls = Calls(distiller.student, monkeypatch)
     teacher_calls = Calls(distiller.teacher, monkeypatch)
     # JAX and TensorFlow call the models while they trace the one step.
@@ -141,6 +142,7 @@ def test_loss_curve_is_the_same_on_every_backend(preprocessor):
         temperature=2.0,
         layer_map="uniform",
         rows="all",
+        retrieval_weight=0.0,
     )
     haystacks = make_haystacks(
         preprocessor,
@@ -172,6 +174,7 @@ def test_loss_curve_is_the_same_on_every_backend(preprocessor):
 
 def test_loss_is_the_weighted_sum_of_its_terms(preprocessor):
     weights = dict(
+        retrieval_weight=1.5,
         attention_weight=0.5,
         query_key_weight=0.25,
         logits_weight=2.0,
@@ -235,6 +238,7 @@ def test_a_term_fades_out_by_a_schedule(preprocessor):
         distiller.reset_metrics()
         logs = distiller.train_on_batch(*batch, return_dict=True)
         rest = logs["loss"] - logs["logits"] - logs["supervised"]
+        rest -= logs["retrieval"]
         weights.append(rest / logs["attention"])
     np.testing.assert_allclose(
         weights, [2.0, 1.00005, 1e-4, 1e-4], rtol=1e-3, atol=1e-4
@@ -244,6 +248,7 @@ def test_a_term_fades_out_by_a_schedule(preprocessor):
 @pytest.mark.parametrize(
     ("term", "needs_teacher"),
     [
+        ("retrieval", True),
         ("attention", True),
         ("query_key", True),
         ("logits", True),
@@ -251,7 +256,7 @@ def test_a_term_fades_out_by_a_schedule(preprocessor):
     ],
 )
 def test_each_term_trains_alone(preprocessor, monkeypatch, term, needs_teacher):
-    terms = ("attention", "query_key", "logits", "supervised")
+    terms = ("retrieval", "attention", "query_key", "logits", "supervised")
     distiller = make_distiller(
         preprocessor,
         keras.optimizers.Adam(3e-3),
@@ -268,7 +273,11 @@ def test_each_term_trains_alone(preprocessor, monkeypatch, term, needs_teacher):
 def test_student_equal_to_teacher_has_nothing_to_learn(preprocessor):
     models = [make_multi_image(None, preprocessor, seed=1) for _ in range(2)]
     distiller = DistanceWeightedAttentionDistillation(
-        *models, query_key_weight=1.0, mixer_sharpness=30.0, rows="all"
+        *models,
+        attention_weight=1.0,
+        query_key_weight=1.0,
+        mixer_sharpness=30.0,
+        rows="all",
     )
     distiller.compile("sgd")
     logs = distiller.evaluate(

@@ -11,6 +11,7 @@ import pytest
 import keras_laid
 from keras_laid import DistanceWeightedAttentionDistillation
 from keras_laid import PositionStretching
+from keras_laid import RetrievalMatching
 from keras_laid import StoredTeacher
 from keras_laid import store_teacher
 from tests.support import PALI_GEMMA_2
@@ -19,6 +20,7 @@ from tests.support import make_multi_image
 from tests.support import make_preprocessor
 
 STRETCHING = PositionStretching(9, 4)
+HEADS = ((1, 0), (1, 3), (3, 2))
 QUESTIONS = dict(num_questions=16, sizes=(2,), stretching=STRETCHING)
 
 
@@ -54,6 +56,7 @@ def in_turn(data):
 
 def store(teacher, data, folder, **kwargs):
     arguments = dict(
+        retrieval_heads=HEADS,
         layers=(1, 3),
         top_k=data.preprocessor.tokenizer.vocabulary_size(),
         temperature=2.0,
@@ -69,6 +72,7 @@ def distil(teacher, data, preprocessor, **kwargs):
     keras.utils.set_random_seed(0)
     student = make_multi_image(preprocessor=preprocessor, seed=2)
     arguments = dict(
+        retrieval=RetrievalMatching(HEADS),
         attention_weight=1.0,
         query_key_weight=0.1,
         temperature=2.0,
@@ -237,7 +241,7 @@ def test_store_of_one_layer_without_logits(teacher, preprocessor, tmp_path):
     with pytest.raises(ValueError, match="top_k=0; wanted: 1"):
         distil(stored, None, preprocessor, layer_map="last")
     x, *_ = stored.targets_for(data)[0]
-    top, attention = stored.targets(x, [3])
+    top, attention, _ = stored.targets(x, [3])
     assert top is None and attention[3].query.shape == (4, 14, 4, 8)
 
 

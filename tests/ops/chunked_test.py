@@ -9,20 +9,27 @@ from keras_laid.ops import row_blocks
 from keras_laid.ops.attention_divergence import chunked as divergence_chunked
 from keras_laid.ops.attention_output import chunked as output_chunked
 from keras_laid.ops.logits_divergence import chunked as logits_chunked
+from keras_laid.ops.segment_attention import chunked as segments_chunked
 from tests.ops import attention_divergence_test
 from tests.ops import attention_output_test
 from tests.ops import logits_divergence_test
+from tests.ops import segment_attention_test
 from tests.ops.kernels import BACKEND
 from tests.support import to_numpy
 
 DIVERGENCE = functools.partial(attention_divergence_test.Case, "odd")
 OUTPUT = attention_output_test.Case
 LOGITS = logits_divergence_test.Case
+SEGMENTS = segment_attention_test.Case
 
 
 @pytest.mark.parametrize(
     ("make_case", "chunked"),
-    [(DIVERGENCE, divergence_chunked), (OUTPUT, output_chunked)],
+    [
+        (DIVERGENCE, divergence_chunked),
+        (OUTPUT, output_chunked),
+        (SEGMENTS, segments_chunked),
+    ],
 )
 def test_blocks_are_chosen_by_rows_and_keys(make_case, chunked, monkeypatch):
     case, chosen = make_case(), []
@@ -45,6 +52,7 @@ def test_blocks_are_chosen_by_rows_and_keys(make_case, chunked, monkeypatch):
         (DIVERGENCE, "value_and_grads"),
         (OUTPUT, "output_and_grads"),
         (LOGITS, "value_and_grads"),
+        (SEGMENTS, "output_and_grads"),
     ],
 )
 def test_sizes_may_be_known_only_later(

@@ -99,6 +99,7 @@ def make_distiller(teacher, student):
     distiller = keras_laid.DistanceWeightedAttentionDistillation(
         teacher,
         student,
+        retrieval_weight=0.0,
         attention_weight=1.0,
         query_key_weight=0.1,
         temperature=2.0,

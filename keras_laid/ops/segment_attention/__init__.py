@@ -43,8 +43,8 @@ def segment_attention(
     the attention goes to keys of no segment. Softmax over the last axis gives
     the shares among segments alone.
 
-    Logarithms keep segments apart that get almost no attention: they are exact
-    down to e^-69 of the segment that gets the most.
+    Logarithms keep apart segments that get almost no attention: each is summed
+    relative to its own largest key, so that no share is rounded to 0.
 
     Args:
         attention: `keras_laid.ops.Attention`.
@@ -79,6 +79,10 @@ def segment_attention(
     check_dtype("segments", segments, "int")
     if is_integer(num_segments) or not hasattr(num_segments, "shape"):
         check_integer("num_segments", num_segments)
+    else:
+        check_shape("num_segments", num_segments)
+        check_dtype("num_segments", num_segments, "int")
+        num_segments = ops.cast(num_segments, "int32")
     arguments = (attention, mask, segments, num_segments)
     chosen = select(
         "segment_attention", IMPLEMENTATIONS, implementation, *arguments

@@ -39,12 +39,12 @@ class Block(NamedTuple):
         allowed = self.mask.allowed()
         logits = ops.where(allowed, attention.logits(), MASKED)
         log_a = ops.where(allowed, ops.log_softmax(logits), MASKED)
-        segments = definition.known_segments(self.segments, self.num_segments)
         upstream = ops.where(log_shares > MASKED, upstream, 0.0)
-        within = ops.exp(log_a - definition.of_keys(log_shares, segments))
-        slope = within * definition.of_keys(upstream, segments)
+        of_share = definition.of_keys(upstream, self.segments)
+        log_share = definition.of_keys(log_shares, self.segments)
         total = ops.sum(upstream, axis=-1, keepdims=True)
-        slope = (slope - ops.exp(log_a) * total) * attention.scale
+        slope = of_share * ops.exp(log_a - log_share) - total * ops.exp(log_a)
+        slope = slope * attention.scale
         if attention.soft_cap is not None:
             # Masked logits are far below minus the cap.
             share = ops.maximum(logits / attention.soft_cap, -1.0)

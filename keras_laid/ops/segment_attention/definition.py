@@ -18,48 +18,47 @@ def segment_attention(
     # b = batch, h = head, i = row, j = key, g = segment
     allowed = mask.allowed()
     log_a = ops.where(allowed, log_attention(attention, allowed), MASKED)
-    is_member = ops.cast(membership(segments, num_segments), "float32")
-    segments = known_segments(segments, num_segments)
-    # Each segment has a maximum of its own: next to a segment that gets almost
-    # all attention, the others would be rounded to 0.
-    largest = ops.stop_gradient(maxima(log_a, segments, num_segments))
+    # Each segment has a maximum of its own: next to keys that get almost all
+    # attention, the sums of other segments would underflow.
+    largest = maxima(ops.stop_gradient(log_a), segments, num_segments)
     relative = ops.exp(log_a - of_keys(largest, segments))  # [b, h, i, j]
+    is_member = ops.cast(membership(segments, num_segments), "float32")
     sums = ops.einsum("bhij,bjg->bhig", relative, is_member)
     return ops.log(ops.where(largest > MASKED, sums, 1.0)) + largest
 
 
 def membership(segments: Tensor, num_segments: int | Tensor) -> Tensor:
     """Whether a key is in a segment: `(batch, keys, num_segments)`."""
-    numbers = ops.arange(1, num_segments + 1)
-    segments = ops.cast(segments, numbers.dtype)
-    return ops.equal(segments[:, :, None], numbers)
+    numbers = ops.arange(1, num_segments + 1, dtype="int32")
+    return ops.equal(ops.cast(segments, "int32")[:, :, None], numbers)
 
 
-def known_segments(segments: Tensor, num_segments: int | Tensor) -> Tensor:
-    """The segment of each key, and 0 for numbers that are out of range."""
+def known(segments: Tensor, num_segments: int | Tensor) -> Tensor:
+    """The segment of each key as int32, and 0 for a number out of range."""
     segments = ops.cast(segments, "int32")
-    known = ops.logical_and(segments > 0, segments <= num_segments)
-    return ops.where(known, segments, 0)
+    in_range = ops.logical_and(segments > 0, segments <= num_segments)
+    return ops.where(in_range, segments, 0)
 
 
 def maxima(
     log_a: Tensor, segments: Tensor, num_segments: int | Tensor
 ) -> Tensor:
-    """Largest value in each segment, of shape `(b, h, i, g)`."""
-    batch, heads, rows, keys = ops.shape(log_a)
-    # Segments of all examples are numbered through.
-    first = ops.arange(batch)[:, None] * (num_segments + 1)
+    """The largest value in each segment, and -1e30 where there is none."""
+    batch, heads, rows, _ = ops.shape(log_a)
+    count = num_segments + 1
+    # The segments of all examples are numbered together.
+    first = ops.cast(ops.arange(batch), "int32")[:, None] * count
     found = ops.segment_max(
         ops.reshape(ops.transpose(log_a, (0, 3, 1, 2)), (-1, heads * rows)),
-        ops.reshape(ops.cast(first, "int32") + segments, (-1,)),
-        batch * (num_segments + 1),
+        ops.reshape(first + known(segments, num_segments), (-1,)),
+        batch * count,
     )
-    found = ops.reshape(found, (batch, num_segments + 1, heads, rows))
-    # Of no key at all it is less than that of masked ones.
-    return ops.maximum(ops.transpose(found[:, 1:], (0, 2, 3, 1)), MASKED)
+    found = ops.reshape(found, (batch, count, heads, rows))[:, 1:]
+    return ops.maximum(ops.transpose(found, (0, 2, 3, 1)), MASKED)
 
 
 def of_keys(of_segments: Tensor, segments: Tensor) -> Tensor:
     """What the segment of each key has, and 0 for keys of no segment."""
     padded = ops.pad(of_segments, [(0, 0), (0, 0), (0, 0), (1, 0)])
-    return ops.take_along_axis(padded, segments[:, None, None], axis=-1)
+    index = known(segments, ops.shape(of_segments)[-1])
+    return ops.take_along_axis(padded, index[:, None, None], axis=-1)
