@@ -64,7 +64,7 @@ OPTIONS_attention_divergence := "--implementations definition chunked"
 LONG_PROMPT := --width 128 --vocabulary 4096 --tokens 4096 --methods keras_laid
 OPTIONS_training_step := "" "$(LONG_PROMPT)" "$(LONG_PROMPT) --linear_memory" \
 	"$(LONG_PROMPT) --linear_memory --rematerialize"
-STUDIES := short_200 long_200 longer_200 far_200 unlabelled_200
+STUDIES := single_image short_200 long_200 longer_200 far_200 unlabelled_200
 
 $(REPRODUCED)/%.csv: export RESULTS = $(REPRODUCED)
 $(REPRODUCED)/%.csv: | $(TEST_ENV)/ready
@@ -78,7 +78,7 @@ $(REPRODUCED)/%.csv: | $(TEST_ENV)/ready
 
 reproduce-all: export RESULTS = $(REPRODUCED)
 reproduce-all: $(BENCHMARKS:%=$(REPRODUCED)/%.csv)
-	$(QUIET) KERAS_BACKEND=jax $(TEST_ENV)/bin/python -m benchmarks.compare_methods
+	$(QUIET) KERAS_BACKEND=jax $(TEST_ENV)/bin/python -m benchmarks.guide_runs
 	for study in $(STUDIES); do \
 		for step in "--tune" "" ; do \
 			$(QUIET) KERAS_BACKEND=jax $(TEST_ENV)/bin/python \

@@ -115,6 +115,13 @@ RECIPES = {
 }
 
 
+CONSTANTS = {
+    "digits_single_image": "SINGLE_IMAGE_STUDENT",
+    "digits_student": "STUDENT",
+    "digits_teacher": "TEACHER",
+}
+
+
 def make_preprocessor():
     """A real sentencepiece vocabulary, trained on the questions' words."""
     sentences = [question(a, b) for a in NAMES for b in NAMES if a != b]
@@ -256,7 +263,7 @@ about rows of images, each with two handwritten digits. It exists to try
 keras_laid in minutes; it knows nothing else.
 
 `keras_hub.models.PaliGemmaCausalLM.from_preset(keras_laid.presets.\
-{name.removeprefix("digits_").upper()})`
+{CONSTANTS[name]})`
 
 {backbone.count_params():,} parameters: {backbone.num_layers} decoder layers of
 width {backbone.hidden_dim}, {backbone.num_query_heads} query heads and one key

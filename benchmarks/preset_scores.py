@@ -1,9 +1,9 @@
-"""Scores the embedded teacher and student on drawings they never saw.
+"""Scores the embedded teacher and students on drawings they never saw.
 
     KERAS_BACKEND=jax python -m benchmarks.preset_scores
 
-Writes `benchmarks/results/preset_scores.csv` anew; `benchmarks.report` puts the
-scores on the presets' cards.
+Appends rows to `benchmarks/results/preset_scores.csv`; presets that have a row
+already are passed over. `benchmarks.report` puts the scores on their cards.
 """
 
 import pathlib
@@ -21,9 +21,15 @@ SEED = 1
 
 
 def main():
-    PATH.unlink(missing_ok=True)
     source = keras_laid.Digits("test")
-    for preset in (keras_laid.presets.STUDENT, keras_laid.presets.TEACHER):
+    for preset in (
+        keras_laid.presets.SINGLE_IMAGE_STUDENT,
+        keras_laid.presets.STUDENT,
+        keras_laid.presets.TEACHER,
+    ):
+        key = dict(preset=pathlib.Path(preset).name, seed=SEED)
+        if rows.is_done(PATH, key, key):
+            continue
         model = keras_hub.models.PaliGemmaCausalLM.from_preset(preset)
         haystacks = keras_laid.draw_haystacks(
             source, QUESTIONS * len(SIZES), SIZES, seed=SEED
@@ -32,8 +38,7 @@ def main():
         rows.append_row(
             PATH,
             dict(
-                preset=pathlib.Path(preset).name,
-                seed=SEED,
+                **key,
                 questions=QUESTIONS,
                 **{f"accuracy_{n}": value for n, value in accuracy.items()},
                 commit=rows.commit(),

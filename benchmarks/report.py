@@ -29,6 +29,7 @@ TEXTS = (
     "keras_laid/ops/attention_divergence/README.md",
     "keras_laid/ops/attention_output/README.md",
     "keras_laid/ops/logits_divergence/README.md",
+    "keras_laid/presets/digits_single_image/README.md",
     "keras_laid/presets/digits_student/README.md",
     "keras_laid/presets/digits_teacher/README.md",
 )
@@ -43,10 +44,10 @@ def filled(text, tables):
 
 def draw_guide():
     """The README's picture: the guide's accuracy on its first seed."""
-    row = only("compare_methods", method="guide", seed=0)
+    row = only("guide_runs", method="guide", seed=0)
     accuracy = {
         model: {size: float(row[f"{model}_{size}"]) for size in SIZES}
-        for model in ("teacher", "before", "after")
+        for model in ("teacher", "before", "logits", "after")
     }
     windows = {
         model: keras_laid.effective_window(by_size).window

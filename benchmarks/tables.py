@@ -8,7 +8,7 @@ from benchmarks.markdown import markdown_table
 from benchmarks.window_extension import tables as study
 
 BACKENDS = {"jax": "JAX", "tensorflow": "TensorFlow", "torch": "PyTorch"}
-PRESETS = ("digits_student", "digits_teacher")
+PRESETS = ("digits_single_image", "digits_student", "digits_teacher")
 SIZES = study.SIZES
 TIMES = ("ms", "device_ms")  # Called from Python, and of the GPU alone.
 
@@ -37,8 +37,37 @@ def ratio(column, row, other):
     return float(row[column]) / float(other[column])
 
 
+def guide_runs():
+    """The guide's accuracies and windows, on each seed it ran with."""
+    lines = []
+    for row in read("guide_runs", method="guide"):
+        for name, label in (
+            ("teacher", "teacher"),
+            ("before", "student before"),
+            ("after", "LAid"),
+            ("logits", "logits alone"),
+        ):
+            window = row.get(f"window_{name}")
+            window = f"{float(window):.1f}" if window else ""
+            lines.append(line_of(label, row, name, [window]))
+    return markdown_table(["", "seed", *SIZES, "effective window"], lines)
+
+
+def single_image_summary():
+    """What a student of single images learns from each method."""
+    names = {
+        "untouched": "untouched",
+        "all_labels": "labels alone, all of them",
+        "logits": "logits alone",
+        "last_layer": "logits and the last layer's maps",
+        "wrong_heads": "retrieval of heads that do not retrieve",
+        "retrieval": "LAid: retrieval and logits",
+    }
+    return methods_table("single_image", names, (1, 5, 10, 20))
+
+
 def compare_methods():
-    """The guide, and labels alone, on each seed."""
+    """An earlier guide, and labels alone, on each seed."""
     names = {
         "guide": "the guide",
         "sft": "labels alone",
@@ -80,17 +109,23 @@ def few_labels():
         "laid_light_stretched": "LAid, stretched positions",
         "laid_light_yarn": "LAid, YaRN's positions",
     }
-    of_config = study.read_runs()["long_200"]
-    sizes = (5, 50, 100, 150)
+    return methods_table("long_200", names, (5, 50, 100, 150))
+
+
+def methods_table(config, names, sizes):
+    """Accuracy at some sizes and the window, of methods that have rows."""
+    of_config = study.read_runs()[config]
     lines = []
     for name, label in names.items():
+        if name not in of_config:
+            continue
         runs = of_config[name]
         cells = [
             study.cell([run[size] for run in runs.values()]) for size in sizes
         ]
         window = study.ratio_of_windows(runs, of_config[study.UNTOUCHED])
-        lines.append([label, *cells, window])
-    return markdown_table(["method", *sizes, "window"], lines)
+        lines.append([label, len(runs), *cells, window])
+    return markdown_table(["method", "seeds", *sizes, "window"], lines)
 
 
 def attention_divergence_cpu():
@@ -347,6 +382,8 @@ def mutation_survivors():
 
 
 TABLES = (
+    guide_runs,
+    single_image_summary,
     compare_methods,
     few_labels,
     attention_divergence_cpu,

@@ -17,6 +17,7 @@ from keras_laid.spectral.learned_weights import rotary_gains
 from keras_laid.spectral.plots import plot_accuracy
 from keras_laid.spectral.plots import plot_attention_mass
 from keras_laid.spectral.plots import plot_terms
+from keras_laid.spectral.retrieval_plots import plot_retrieval_heads
 from keras_laid.spectral.spectra import Spectrum
 from keras_laid.spectral.spectra import band_agreement
 from keras_laid.spectral.spectra import low_frequency_share
@@ -50,6 +51,7 @@ __all__ = [
     "plot_head_activations",
     "plot_head_mixtures",
     "plot_intervals",
+    "plot_retrieval_heads",
     "plot_spectra",
     "plot_terms",
     "power_spectrum",

@@ -13,6 +13,9 @@ import keras_laid
 from keras_laid import MultiImagePaliGemmaCausalLM
 from keras_laid.backbones import attention_layers
 from keras_laid.backbones.attention_capture import captured_attention
+from keras_laid.backbones.segments import segments_of
+from keras_laid.backbones.without_heads import without_heads
+from tests.backbones import small_models
 from tests.bad_input.table import assert_refused
 from tests.bad_input.table import refused
 from tests.bad_input.table import unchanged
@@ -65,7 +68,7 @@ def nested(outer, inner, model):
         inner(model)
 
 
-def run(model, scope=None, **changes):
+def prompts(**changes):
     """Two prompts of two images and three tokens."""
     text = np.ones((2, 3), "int32")
     inputs = dict(
@@ -74,9 +77,26 @@ def run(model, scope=None, **changes):
         padding_mask=text,
         response_mask=text,
     )
-    inputs = {k: v for k, v in (inputs | changes).items() if v is not None}
+    return {k: v for k, v in (inputs | changes).items() if v is not None}
+
+
+def run(model, scope=None, **changes):
     with keras_laid.rotary_positions(model, scope):
-        return model(inputs)
+        return model(prompts(**changes))
+
+
+def find(model, **changes):
+    arguments = dict(data=[prompts()])
+    return keras_laid.find_retrieval_heads(model, **arguments | changes)
+
+
+def find_in(model, **changes):
+    return find(model, data=[prompts(**changes)])
+
+
+def silence(model, heads=((1, 2),)):
+    with without_heads(model, heads):
+        pass
 
 
 def plan(model, **changes):
@@ -97,6 +117,8 @@ INTEGERS = [
     (plan, "batch_size", 0),
     (plan, "optimizer_slots", -1),
     (plan, "matched_layers", -1),
+    (find, "batches", 0),
+    (find, "num_segments", 0),
 ]
 NUMBERS = [
     (yarn, "factor", (0.5, NAN, INFINITY)),
@@ -104,6 +126,7 @@ NUMBERS = [
     (yarn, "beta_slow", (0.0, NAN)),
     (ATTACH, "max_gain", (1.0, NAN)),
     (plan, "memory", (-1.0, NAN)),
+    (find, "threshold", (0.0, 1.5, NAN)),
 ]
 MODELS = [
     ("yarn", yarn, "must be a `keras_hub.models.PaliGemmaCausalLM`"),
@@ -113,6 +136,8 @@ MODELS = [
     ("attention_layers", attention_layers, "family must be known"),
     ("attach", ATTACH, "family must be known"),
     ("fold", FOLD, "family must be known"),
+    ("retrieval heads", find, "family must be known"),
+    ("without heads", silence, "family must be known"),
     ("several images", MultiImagePaliGemmaCausalLM, "must be a `keras_hub"),
 ]
 ROWS = [
@@ -185,6 +210,7 @@ ROWS = [
             ("yarn", yarn),
             ("self_extend", extend),
             ("attach", ATTACH),
+            ("retrieval heads", find),
         )
     ],
     refused(
@@ -384,6 +410,191 @@ ROWS = [
             ([True], TypeError, "must be a sequence of integers"),
         )
     ],
+    refused(
+        "retrieval heads of a number for a switch",
+        lambda m: find(m.several, ablate=1),
+        TypeError,
+        "`ablate` must be `True` or `False`",
+        "ablate=1",
+    ),
+    *[
+        refused(
+            f"retrieval heads in rows {kinds!r}",
+            lambda m, kinds=kinds: find(m.several, row_kinds=kinds),
+            ValueError,
+            "`row_kinds` must be a sequence of some of ('text', 'image')",
+            f"row_kinds={kinds!r}",
+            "Pass a tuple",
+        )
+        for kinds in ("text", ("text", "images"), None, 1, [["text"]])
+    ],
+    *[
+        refused(
+            f"retrieval heads in {name}",
+            lambda m, data=data: find(m.several, data=data),
+            error,
+            rule,
+            received,
+        )
+        for name, data, error, rule, received in (
+            (
+                "one batch",
+                prompts(),
+                TypeError,
+                "`data` must be an iterable of batches",
+                "dict. Pass one batch as `[batch]`",
+            ),
+            (
+                "a number",
+                3,
+                TypeError,
+                "`data` must be an iterable of batches",
+                "data of type int",
+            ),
+            (
+                "no batch",
+                [],
+                ValueError,
+                "`data` must have one batch or more",
+                "data of type list",
+            ),
+            (
+                "arrays",
+                [np.zeros((2, 3), "int32")],
+                TypeError,
+                "`inputs` must be a dictionary",
+                "ndarray",
+            ),
+            (
+                "batches with a weight for each example",
+                [(prompts(), np.ones((2, 3)), np.ones(2))],
+                ValueError,
+                "`sample_weight` must have shape (batch, length) = (2, 3)",
+                "(2,)",
+            ),
+        )
+    ],
+    *[
+        refused(
+            f"retrieval heads with {name}",
+            lambda m, inputs=inputs: find_in(m.several, **inputs),
+            error,
+            rule,
+            received,
+        )
+        for name, inputs, error, rule, received in (
+            (
+                "no images",
+                {"images": None},
+                ValueError,
+                "The model's inputs must have",
+                "without ['images']",
+            ),
+            (
+                "one needle",
+                {"needle": np.array([1])},
+                ValueError,
+                "`needle` must have shape (batch) = (2,)",
+                "(1,)",
+            ),
+            (
+                "needles for tokens",
+                {"needle": np.ones((2, 3), "int32")},
+                ValueError,
+                "`needle` must have shape (batch) = (2,)",
+                "(2, 3)",
+            ),
+            (
+                "needles in floats",
+                {"needle": np.array([0.0, 1.0])},
+                TypeError,
+                "`needle` must be a tensor of dtype int",
+                "float64",
+            ),
+            (
+                "needles in a list",
+                {"needle": [0, 1]},
+                TypeError,
+                "`needle` must be a tensor",
+                "list",
+            ),
+            (
+                "segments of text alone",
+                {"segments": np.ones((2, 3), "int32")},
+                ValueError,
+                "`segments` must have shape (batch, keys) = (2, 11)",
+                "(2, 3)",
+            ),
+            (
+                "segments in floats",
+                {"segments": np.ones((2, 11))},
+                TypeError,
+                "`segments` must be a tensor of dtype int",
+                "float64",
+            ),
+        )
+    ],
+    refused(
+        "retrieval heads without needles in one example",
+        lambda m: find(
+            m.several, data=[{k: v[:1] for k, v in prompts().items()}]
+        ),
+        ValueError,
+        "two examples or more must have as many segments",
+        "1 batches",
+        "Pass more batches",
+    ),
+    refused(
+        "a table of no heads",
+        lambda m: find(m.several).table(0),
+        ValueError,
+        "`count` must be at least 1",
+        "count=0",
+    ),
+    refused(
+        "a table of rows without statistics",
+        lambda m: find(m.several).table(rows="image"),
+        ValueError,
+        "`rows` must be one of ['text']",
+        "'image'",
+    ),
+    refused(
+        "segments of an unknown number",
+        lambda m: segments_of(
+            m.several, prompts(segments=np.ones((2, 11), "int32")), 11
+        ),
+        ValueError,
+        "The number of segments must be known",
+        "'segments'",
+        "`num_segments`",
+    ),
+    *[
+        refused(
+            f"a model without heads {heads!r}",
+            lambda m, heads=heads: silence(m.plain, heads),
+            error,
+            "`heads` must be pairs of integers (layer, query head)",
+            received,
+        )
+        for heads, error, received in (
+            (1, TypeError, "heads=1"),
+            ((1, 2), TypeError, "heads=(1, 2)"),
+            ([(1, 2, 3)], TypeError, "heads=[(1, 2, 3)]"),
+            ([(1.0, 2)], TypeError, "heads=[(1.0, 2)]"),
+            (["12"], TypeError, "heads=['12']"),
+            ([(4, 0)], ValueError, "layer 4, head 0"),
+            ([(-1, 0)], ValueError, "layer -1, head 0"),
+            ([(0, 1), (1, 4)], ValueError, "layer 1, head 4"),
+            ([(1, -1)], ValueError, "layer 1, head -1"),
+        )
+    ],
+    refused(
+        "a model without heads of a linear layer",
+        lambda m: silence(small_models.qwen_3_5(), [(0, 0)]),
+        ValueError,
+        "of layers with attention maps",
+        "layer 0, head 0",
+    ),
     refused(
         "a number for a switch",
         lambda m: ATTACH(m.plain, per_head=1),

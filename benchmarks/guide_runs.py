@@ -1,11 +1,12 @@
-"""Runs the guide with parts left out, on several seeds, and keeps the rows.
+"""Runs the guide on several seeds, and what it is compared with.
 
-    KERAS_BACKEND=jax python -m benchmarks.compare_methods
+    KERAS_BACKEND=jax python -m benchmarks.guide_runs
 
-Appends one row a run to `benchmarks/results/compare_methods.csv`: settings,
-accuracy by haystack size before and after, effective windows, commit, machine
-and versions. Runs that have a row already are passed over, so the script can be
-stopped and started again.
+Appends one row a run to `benchmarks/results/guide_runs.csv`: arguments, accuracy
+by haystack size before and after, effective windows, commit, machine and
+versions. Runs that have a row already are passed over, so that the script can
+be stopped and started again. `compare_methods.csv` holds rows of an earlier
+guide, which matched the last layer.
 """
 
 import argparse
@@ -16,20 +17,22 @@ import sys
 
 from benchmarks import rows
 
-PATH = rows.RESULTS / "compare_methods.csv"
+PATH = rows.RESULTS / "guide_runs.csv"
 GUIDE = pathlib.Path(__file__).parent.parent / "guides" / "distill_paligemma.py"
-LABELS_ALONE = ["--attention-weight", "0", "--logits-weight", "0", "--no-gains"]
+# `--compare` adds logits alone; labels alone have a run of their own.
 METHODS = {
-    "guide": [],
-    "sft": [*LABELS_ALONE, "--no-stretching"],
-    "sft_stretched": LABELS_ALONE,
-    "kd_stretched": ["--attention-weight", "0", "--no-gains"],
-    "guide_without_stretching": ["--no-stretching"],
+    "guide": ["--compare"],
+    "labels": [
+        "--retrieval-weight=0",
+        "--logits-weight=0",
+        "--supervised-weight=1",
+        "--no-gains",
+    ],
 }
 
 
 def arguments(method, seed):
-    return [*METHODS[method], "--seed", str(seed)]
+    return [*METHODS[method], f"--seed={seed}"]
 
 
 def run(method, seed, output):
@@ -40,8 +43,7 @@ def run(method, seed, output):
             sys.executable,
             str(GUIDE),
             *arguments(method, seed),
-            "--output",
-            output,
+            f"--output={output}",
         ],
         check=True,
     )
@@ -55,10 +57,13 @@ def make_row(method, seed, output):
         "seed": seed,
         "arguments": " ".join(arguments(method, seed)),
     }
-    for name, by_size in results["accuracy"].items():
-        row |= {f"{name}_{size}": value for size, value in by_size.items()}
-    for name, value in results["effective_window"].items():
-        row[f"window_{name}"] = value
+    for name in ("teacher", "before", "after", "logits"):
+        by_size = results["accuracy"].get(name, {})
+        for size in results["accuracy"]["teacher"]:
+            row[f"{name}_{size}"] = by_size.get(size, "")
+    windows = results["effective_window"]
+    for name in ("before", "after", "ratio", "after_is_at_least", "logits"):
+        row[f"window_{name}"] = windows.get(name, "")
     row |= {f"seconds_{k}": round(v) for k, v in results["seconds"].items()}
     return row | results["versions"] | {"machine": rows.machine()}
 
@@ -67,7 +72,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--output", default="runs/compare_methods")
+    parser.add_argument("--output", default="runs/guide")
     args = parser.parse_args()
     for seed in args.seeds:
         for method in args.methods:

@@ -1,0 +1,142 @@
+"""Pictures of retrieval heads. Nothing is computed here."""
+
+from typing import Literal
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.image import AxesImage
+from matplotlib.patches import Rectangle
+
+from keras_laid.arguments import check_choice
+from keras_laid.arguments import check_kind
+from keras_laid.backbones.retrieval_heads import RetrievalHeads
+from keras_laid.spectral.plots import check_some
+from keras_laid.spectral.plots import finish
+from keras_laid.spectral.plots import label_of
+from keras_laid.typing import PathLike
+
+# What the colours stand for.
+VALUES = {
+    "needle": "attention to the needle,\nless the mean of other segments",
+    "score": "score",
+    "mass": "attention to segments",
+    "sharpness": "sharpness",
+    "selectivity": "selectivity",
+}
+OUTLINE = "tab:red"
+MANY_LAYERS = 12  # More are drawn in smaller cells.
+
+
+def plot_retrieval_heads(
+    path: PathLike,
+    found: dict[str, RetrievalHeads],
+    rows: Literal["text", "image"] = "text",
+    value: Literal[
+        "needle", "score", "mass", "sharpness", "selectivity"
+    ] = "needle",
+) -> None:
+    """How much each head retrieves, layer by layer, a panel a model.
+
+    Chosen heads are outlined. All panels have one scale of colours, from 0 to
+    1. Layers without full attention, and what is not known, stay grey.
+
+    Args:
+        path: File to write.
+        found: Dictionary from names of models to what
+            `keras_laid.find_retrieval_heads` returned.
+        rows: `"text"` or `"image"`, whose statistics are drawn. Defaults to
+            `"text"`.
+        value: An attribute of `HeadStatistics`, or `"score"`, what heads were
+            chosen by. Defaults to `"needle"`.
+
+    Raises:
+        TypeError: If a value of `found` is something else, such as `None`.
+        ValueError: If `found` is empty, `value` is unknown, or a model has no
+            statistics of such rows.
+    """
+    check_some("found", found)
+    check_choice("value", value, VALUES)
+    for name, heads in found.items():
+        words = "what `keras_laid.find_retrieval_heads` returned"
+        check_kind(
+            f"found[{name!r}]", heads, RetrievalHeads, words, "Leave it out."
+        )
+        check_choice("rows", rows, heads.by_rows)
+    tables = {
+        name: heads.score
+        if value == "score"
+        else getattr(heads.by_rows[rows], value)
+        for name, heads in found.items()
+    }
+    layers = max(len(table) for table in tables.values())
+    widths = [table.shape[1] for table in tables.values()]
+    width, height, font_size = (0.42, 0.32, 8.0)
+    if layers > MANY_LAYERS:
+        width, height, font_size = (0.34, 0.19, 6.5)
+    figure, panels = plt.subplots(
+        1,
+        len(tables),
+        figsize=(
+            width * sum(widths) + 0.6 * len(widths) + 1.4,
+            height * layers + 1.2,
+        ),
+        width_ratios=widths,
+        layout="constrained",
+        squeeze=False,
+    )
+    for axes, (name, table) in zip(panels[0], tables.items(), strict=True):
+        image = _draw_table(axes, table, height / width, font_size)
+        for layer, head in found[name].heads:
+            _outline(axes, layer, head)
+        axes.set_title(label_of(name), fontsize=10)
+    panels[0, 0].set_ylabel("layer")
+    bar = figure.colorbar(
+        image, ax=panels[0].tolist(), ticks=[0, 0.5, 1], aspect=15, shrink=0.9
+    )
+    bar.set_label(VALUES[value], fontsize=8)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=0, labelsize=8)
+    figure.supxlabel("outlined: chosen", fontsize=8, color=OUTLINE)
+    finish(figure, path)
+
+
+def _draw_table(
+    axes: Axes, table: np.ndarray, aspect: float, font_size: float
+) -> AxesImage:
+    """Cells of layers by heads, with their numbers."""
+    image = axes.imshow(
+        np.ma.masked_invalid(table),
+        vmin=0,
+        vmax=1,
+        cmap="Blues",
+        aspect=aspect,
+    )
+    for (layer, head), number in np.ndenumerate(table):
+        if np.isfinite(number):
+            axes.text(
+                head,
+                layer,
+                f"{number:.2f}".replace("0.", ".").replace("-.00", ".00"),
+                ha="center",
+                va="center",
+                fontsize=font_size,
+                color="white" if number > 0.5 else "0.3",
+            )
+    axes.set_facecolor("0.92")
+    axes.set_anchor("N")
+    axes.set_xticks(range(table.shape[1]))
+    axes.set_yticks(range(table.shape[0]))
+    axes.tick_params(length=0, labelsize=font_size)
+    axes.set_xlabel("head", fontsize=8)
+    axes.spines[:].set_visible(False)
+    return image
+
+
+def _outline(axes: Axes, layer: int, head: int) -> None:
+    corner = (head - 0.46, layer - 0.46)
+    axes.add_patch(
+        Rectangle(
+            corner, 0.92, 0.92, fill=False, edgecolor=OUTLINE, linewidth=1.6
+        )
+    )
