@@ -1,5 +1,6 @@
 """Pictures of retrieval heads. Nothing is computed here."""
 
+import textwrap
 from typing import Literal
 
 import matplotlib.pyplot as plt
@@ -26,6 +27,9 @@ VALUES = {
 }
 OUTLINE = "tab:red"
 MANY_LAYERS = 12  # More are drawn in smaller cells.
+# In inches: cells must be as large in every panel, whatever the models.
+LEFT, RIGHT, TOP, BOTTOM, BETWEEN = 0.55, 1.1, 0.5, 0.75, 0.45
+TITLE, BAR = 1.2, (0.12, 2.2)  # Least width of a title; a bar's size.
 
 
 def plot_retrieval_heads(
@@ -69,48 +73,64 @@ def plot_retrieval_heads(
         else getattr(heads.by_rows[rows], value)
         for name, heads in found.items()
     }
-    layers = max(len(table) for table in tables.values())
-    widths = [table.shape[1] for table in tables.values()]
-    width, height, font_size = (0.42, 0.32, 8.0)
-    if layers > MANY_LAYERS:
-        width, height, font_size = (0.34, 0.19, 6.5)
-    figure, panels = plt.subplots(
-        1,
-        len(tables),
-        figsize=(
-            width * sum(widths) + 0.6 * len(widths) + 1.4,
-            height * layers + 1.2,
-        ),
-        width_ratios=widths,
-        layout="constrained",
-        squeeze=False,
+    rows_drawn = max(len(table) for table in tables.values())
+    cell, font_size = (0.42, 0.32), 8.0
+    if rows_drawn > MANY_LAYERS:
+        cell, font_size = (0.34, 0.19), 6.5
+    widths = [cell[0] * table.shape[1] for table in tables.values()]
+    pitches = [max(width, TITLE) + BETWEEN for width in widths]
+    size = np.array(
+        [
+            LEFT + sum(pitches) + RIGHT,
+            TOP + cell[1] * rows_drawn + BOTTOM,
+        ]
     )
-    for axes, (name, table) in zip(panels[0], tables.items(), strict=True):
-        image = _draw_table(axes, table, height / width, font_size)
+    figure = plt.figure(figsize=tuple(size))
+
+    def add_axes(left: float, width: float, height: float) -> Axes:
+        """Below the titles, in inches."""
+        corner = np.array([left, size[1] - TOP - height]) / size
+        return figure.add_axes((*corner, *([width, height] / size)))
+
+    left = LEFT
+    for (name, table), width, pitch in zip(
+        tables.items(), widths, pitches, strict=True
+    ):
+        axes = add_axes(left, width, cell[1] * len(table))
+        image = _draw_table(axes, table, font_size)
         for layer, head in found[name].heads:
             _outline(axes, layer, head)
-        axes.set_title(label_of(name), fontsize=10)
-    panels[0, 0].set_ylabel("layer")
+        characters = round(pitch / 0.085)
+        axes.set_title(
+            textwrap.fill(label_of(name), characters), fontsize=9, loc="left"
+        )
+        left += pitch
+    figure.axes[0].set_ylabel("layer", fontsize=8)
+    height = min(BAR[1], cell[1] * rows_drawn)
     bar = figure.colorbar(
-        image, ax=panels[0].tolist(), ticks=[0, 0.5, 1], aspect=15, shrink=0.9
+        image, cax=add_axes(left, BAR[0], height), ticks=[0, 0.5, 1]
     )
     bar.set_label(VALUES[value], fontsize=8)
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0, labelsize=8)
-    figure.supxlabel("outlined: chosen", fontsize=8, color=OUTLINE)
+    figure.text(
+        LEFT / size[0],
+        0.15 / size[1],
+        "outlined: chosen",
+        fontsize=8,
+        color=OUTLINE,
+    )
     finish(figure, path)
 
 
-def _draw_table(
-    axes: Axes, table: np.ndarray, aspect: float, font_size: float
-) -> AxesImage:
+def _draw_table(axes: Axes, table: np.ndarray, font_size: float) -> AxesImage:
     """Cells of layers by heads, with their numbers."""
     image = axes.imshow(
         np.ma.masked_invalid(table),
         vmin=0,
         vmax=1,
         cmap="Blues",
-        aspect=aspect,
+        aspect="auto",
     )
     for (layer, head), number in np.ndenumerate(table):
         if np.isfinite(number):
@@ -124,7 +144,6 @@ def _draw_table(
                 color="white" if number > 0.5 else "0.3",
             )
     axes.set_facecolor("0.92")
-    axes.set_anchor("N")
     axes.set_xticks(range(table.shape[1]))
     axes.set_yticks(range(table.shape[0]))
     axes.tick_params(length=0, labelsize=font_size)

@@ -149,22 +149,22 @@ def windows_after_twice_the_steps():
 # What a text says beside its tables, and the numbers that go in.
 SENTENCES = [
     (
-        "README.md",
+        "benchmarks/window_extension.md",
         "accuracy at 1 to 5 images falls by at most {:.3f}.",
         fall_on_short_haystacks,
     ),
     (
-        "README.md",
-        "The guide's window is {:.1f} to {:.1f} times longer than before",
+        "benchmarks/window_extension.md",
+        "Its window is {:.1f} to {:.1f} times longer than before",
         lambda: ends(windows("guide", "window_ratio")),
     ),
     (
-        "README.md",
+        "benchmarks/window_extension.md",
         "reaches {:.1f} to {:.1f} times",
         lambda: ends(windows("sft", "window_ratio")),
     ),
     (
-        "README.md",
+        "benchmarks/window_extension.md",
         "{:.0f} against {:.0f} images and {:.0f} against {:.0f}.",
         guide_and_stretched_labels,
     ),
