@@ -431,12 +431,14 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         self.train_function = self.test_function = None
 
     def find_heads_once(
-        self, *data: Any, batch_size: int | None = None
+        self,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        batch_size: int | None = None,
     ) -> None:
         if self.retrieval_heads is None:
-            self.find_heads(
-                first_batches(*data, batch_size=batch_size, count=4)
-            )
+            self.find_heads(first_batches(x, y, sample_weight, batch_size, 4))
 
     @property
     def retrieval_targets(self) -> tuple[Target, ...]:
@@ -474,7 +476,7 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         initial_epoch: int = 0,
         **kwargs: Any,
     ) -> keras.callbacks.History:
-        self.find_heads_once(x, y, sample_weight, batch_size=batch_size)
+        self.find_heads_once(x, y, sample_weight, batch_size)
         callbacks = [
             *keras.tree.flatten(callbacks or []),
             TotalSteps(initial_epoch),
@@ -499,7 +501,7 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         sample_weight: Any = None,
         **kwargs: Any,
     ) -> Any:
-        self.find_heads_once(x, y, sample_weight, batch_size=batch_size)
+        self.find_heads_once(x, y, sample_weight, batch_size)
         return super().evaluate(
             x,
             y,

@@ -1,6 +1,7 @@
 """The distiller's steps on JAX: pure functions of the state they are given."""
 
 import contextlib
+from typing import Any
 
 import jax
 import keras
@@ -69,7 +70,7 @@ class Steps:
 
     # Where the data raise, the last step's state is still to be had.
 
-    def evaluate(self, *args, **kwargs):
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().evaluate(*args, **kwargs)
         finally:

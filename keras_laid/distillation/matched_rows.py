@@ -18,7 +18,7 @@ class MatchedRows(NamedTuple):
     """Rows of attention, a part of a model's sequence.
 
     Attributes:
-        count: Integer, how many rows, the last ones of the sequence.
+        num_rows: Integer, how many, the last ones of the sequence.
         mask: `keras_laid.ops.AttentionMask` of these rows.
         counted: Boolean tensor of shape `(batch, rows)`: neither padding nor,
             with rows of text alone, an image's.
@@ -27,7 +27,7 @@ class MatchedRows(NamedTuple):
         key_positions: Integer tensor of shape `(batch or 1, keys)`.
     """
 
-    count: int | Tensor
+    num_rows: int | Tensor
     mask: AttentionMask
     counted: Tensor
     attended: Tensor
@@ -36,7 +36,7 @@ class MatchedRows(NamedTuple):
 
     def of(self, attention: Attention) -> Attention:
         """`attention` with queries of these rows alone."""
-        return attention._replace(query=attention.query[:, -self.count :])
+        return attention._replace(query=attention.query[:, -self.num_rows :])
 
 
 def after_segments(rows: MatchedRows, numbers: Tensor) -> Tensor:
@@ -72,8 +72,8 @@ def matched_rows(
         rows: `"text"` or `"all"`.
     """
     length = ops.shape(x["token_ids"])[1]
-    count = length if rows == "text" else key_length
-    first_row = key_length - count
+    num_rows = length if rows == "text" else key_length
+    first_row = key_length - num_rows
     mask = attention_mask(
         model, x, key_length, ops.arange(first_row, key_length)
     )
@@ -89,5 +89,5 @@ def matched_rows(
     elif len(positions.shape) == 3:
         positions = positions[:, 0]  # M-RoPE's channel of text.
     return MatchedRows(
-        count, mask, counted, attended, positions[:, first_row:], positions
+        num_rows, mask, counted, attended, positions[:, first_row:], positions
     )

@@ -19,7 +19,7 @@ from keras_laid.typing import PathLike
 
 # What the colours stand for.
 VALUES = {
-    "needle": "attention to the needle,\nless the mean of other segments",
+    "needle": "attention to the needle, less\nthe mean of other segments",
     "score": "score",
     "mass": "attention to segments",
     "sharpness": "sharpness",
@@ -57,20 +57,12 @@ def plot_retrieval_heads(
     Raises:
         TypeError: If a value of `found` is something else, such as `None`.
         ValueError: If `found` is empty, `value` is unknown, or a model has no
-            statistics of such rows.
+            statistics of such rows, such as `"needle"` without any needle.
     """
     check_some("found", found)
     check_choice("value", value, VALUES)
-    for name, heads in found.items():
-        words = "what `keras_laid.find_retrieval_heads` returned"
-        check_kind(
-            f"found[{name!r}]", heads, RetrievalHeads, words, "Leave it out."
-        )
-        check_choice("rows", rows, heads.by_rows)
     tables = {
-        name: heads.score
-        if value == "score"
-        else getattr(heads.by_rows[rows], value)
+        name: _table_of(name, heads, rows, value)
         for name, heads in found.items()
     }
     rows_drawn = max(len(table) for table in tables.values())
@@ -121,6 +113,27 @@ def plot_retrieval_heads(
         color=OUTLINE,
     )
     finish(figure, path)
+
+
+def _table_of(
+    name: str, found: RetrievalHeads, rows: str, value: str
+) -> np.ndarray:
+    """An array of shape `(layers, heads)`, some of which is known."""
+    words = "what `keras_laid.find_retrieval_heads` returned"
+    check_kind(
+        f"found[{name!r}]", found, RetrievalHeads, words, "Leave it out."
+    )
+    check_choice("rows", rows, found.by_rows)
+    table = found.score
+    if value != "score":
+        table = getattr(found.by_rows[rows], value)
+    if not np.isfinite(table).any():
+        raise ValueError(
+            f"`found[{name!r}]` must have some numbers to draw. Received: "
+            f"value={value!r}, which is NaN for all heads. Pass another, such "
+            "as `value='score'`."
+        )
+    return table
 
 
 def _draw_table(axes: Axes, table: np.ndarray, font_size: float) -> AxesImage:

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from keras_laid import spectral
+from keras_laid.backbones.head_statistics import HeadStatistics
+from keras_laid.backbones.retrieval_heads import RetrievalHeads
 from tests.backbones import small_models
 from tests.bad_input.files_support import INF
 from tests.bad_input.files_support import NAN
@@ -290,6 +292,7 @@ PLOTS = {
     "activations": lambda path: spectral.plot_head_activations(path, {}, {}),
     "mixtures": lambda path: spectral.plot_head_mixtures(path, {}),
     "gains": lambda path: spectral.plot_gains(path, SIGNAL, {}),
+    "found": lambda path: spectral.plot_retrieval_heads(path, {}),
     "history": lambda path: spectral.plot_terms(path, {"accuracy": [1.0]}, 9),
 }
 
@@ -301,4 +304,48 @@ def test_pictures_of_nothing_are_refused(tmp_path, name):
     with pytest.raises(ValueError, match=f"`{name}` must"):
         PLOTS[name](path)
     assert path.read_bytes() == b"kept"
+    assert not plt.get_fignums()
+
+
+VALUES = np.ones((2, 3))
+FOUND = RetrievalHeads(
+    ((0, 1),),
+    VALUES,
+    0.5,
+    {"text": HeadStatistics(VALUES, VALUES, VALUES, VALUES * NAN)},
+)
+OF_HEADS = [
+    wrong(
+        "heads that were not found",
+        {"found": {"teacher": FOUND, "student": None}, "value": "score"},
+        r"`found\['student'\]` must be what.*Received.*NoneType. Leave it out",
+        TypeError,
+    ),
+    wrong(
+        "heads by their weight",
+        {"value": "weight"},
+        "`value` must be one of .*'needle'.*Received: value='weight'",
+    ),
+    wrong("heads by several values", {"value": ["mass"]}, "`value` must be"),
+    wrong(
+        "heads in rows without statistics",
+        {"rows": "image", "value": "mass"},
+        r"`rows` must be one of \['text'\]. Received: rows='image'",
+    ),
+    wrong(
+        "heads by unknown needles",
+        {},
+        r"`found\['teacher'\]` must have some numbers.*Received: "
+        "value='needle'.*Pass another",
+    ),
+]
+
+
+@pytest.mark.parametrize("changes, words, error", OF_HEADS)
+def test_pictures_of_heads_are_refused(tmp_path, changes, words, error):
+    path = tmp_path / "picture.png"
+    arguments = {"found": {"teacher": FOUND}} | changes
+    with pytest.raises(error, match=words):
+        spectral.plot_retrieval_heads(path, **arguments)
+    assert not path.exists()
     assert not plt.get_fignums()

@@ -93,13 +93,14 @@ class Case:
         ]
 
     def divergence_and_grads(self):
-        def loss(*tensors):
-            upstream = ops.convert_to_tensor(self.upstream)
+        """Divergences, and gradients of their weighted sum."""
+
+        def scalar(upstream, *tensors):
             return ops.sum(self.run(*tensors)[0] * upstream)
 
-        tensors = self.tensors()
-        _, gradients = value_and_grads(loss, *tensors)
-        return self.run(*tensors)[0], *gradients
+        upstream = ops.convert_to_tensor(self.upstream)
+        # The weights' gradient is the divergence itself.
+        return value_and_grads(scalar, upstream, *self.tensors())[1]
 
 
 def weights_of(case, b, i):

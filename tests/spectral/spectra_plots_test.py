@@ -1,9 +1,13 @@
 """Pictures are drawn, also where nothing has been learned yet."""
 
+import matplotlib.pyplot as plt
 import numpy as np
 
 import keras_laid
 from keras_laid import spectral
+from keras_laid.backbones.head_statistics import HeadStatistics
+from keras_laid.backbones.retrieval_heads import RetrievalHeads
+from keras_laid.spectral import retrieval_plots
 from tests.support import make_multi_image
 
 NAMES = ("teacher", "before", "after KD", "after LAid")
@@ -74,3 +78,54 @@ def test_any_models_are_drawn(tmp_path):
         path, dict.fromkeys(NAMES, np.array([0.5, 0.5])), [0, 4, 8], 4
     )
     check(path)
+
+
+def retrieval_heads(layers, heads):
+    values = np.random.default_rng(0).uniform(-0.1, 1, size=(layers, heads))
+    values[1] = np.nan  # A sliding window.
+    statistics = HeadStatistics(values, values, values, values)
+    by_rows = {"text": statistics, "image": statistics}
+    return RetrievalHeads(((0, 1), (2, 0)), values, 0.5, by_rows)
+
+
+def test_retrieval_heads_of_small_and_large_models(tmp_path):
+    path = tmp_path / "picture.png"
+    found = {"teacher": retrieval_heads(30, 9), "before": retrieval_heads(4, 2)}
+    spectral.plot_retrieval_heads(path, found)
+    check(path)
+    for value in ("score", "mass", "sharpness", "selectivity"):
+        small = {"before": found["before"]}
+        spectral.plot_retrieval_heads(path, small, "image", value)
+        check(path)
+    long = {"a student that has seen single images": retrieval_heads(4, 2)}
+    spectral.plot_retrieval_heads(path, long)
+    check(path)
+
+
+def test_cells_of_retrieval_heads(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        retrieval_plots, "finish", lambda figure, path: drawn.append(figure)
+    )
+    found = {"teacher": retrieval_heads(4, 3), "after": retrieval_heads(3, 2)}
+    spectral.plot_retrieval_heads(tmp_path / "picture.png", found)
+    (figure,) = drawn
+    teacher, after, _ = figure.axes
+    for axes, (name, heads) in zip(
+        (teacher, after), found.items(), strict=True
+    ):
+        (image,) = axes.images
+        np.testing.assert_array_equal(
+            image.get_array().filled(np.nan), heads.score
+        )
+        assert image.get_clim() == (0, 1)
+        assert axes.get_title(loc="left") == spectral.plots.label_of(name)
+        texts = [float(text.get_text()) for text in axes.texts]
+        known = heads.score[np.isfinite(heads.score)]
+        np.testing.assert_allclose(texts, known, atol=0.00501)
+        centers = [patch.get_center() for patch in axes.patches]
+        np.testing.assert_allclose(centers, [(1, 0), (0, 2)])
+    # Cells have one size.
+    sizes = [axes.get_position().bounds[2:] for axes in (teacher, after)]
+    np.testing.assert_allclose(np.divide(*sizes), [3 / 2, 4 / 3], rtol=1e-6)
+    plt.close(figure)
