@@ -426,9 +426,14 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         return found
 
     def set_heads(self, heads: Heads) -> None:
+        if heads == self.retrieval_heads:
+            return
         self.retrieval_heads = heads
-        # What was compiled without them.
-        self.train_function = self.test_function = None
+        # What was compiled for others.
+        if self.train_function is not None:
+            self.make_train_function(force=True)
+        if self.test_function is not None:
+            self.make_test_function(force=True)
 
     def find_heads_once(
         self,
@@ -853,7 +858,8 @@ class TotalSteps(keras.callbacks.Callback):
             self.model.total_steps.assign(weighting.steps)
             return
         if self.params["steps"] is None:
-            if weighting.schedule == "constant" or not self.model.mixers:
+            weighted = self.model.mixers or self.model.retrieval_heads
+            if weighting.schedule == "constant" or not weighted:
                 return
             raise ValueError(
                 "The schedule of `distance_weighting` must know the number of "

@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_laid import DistanceWeightedAttentionDistillation
 from keras_laid import DistanceWeighting
+from keras_laid import RetrievalMatching
 from keras_laid import attach_gain_modulation
 from keras_laid import fold_gain_modulation
 from keras_laid import rotary_positions
@@ -278,17 +279,25 @@ def test_one_step_reaches_every_weight(family):
 def test_a_teacher_of_another_family(teacher, student):
     teacher = make_model(teacher, seed=5, **small_models.LARGER)
     student = make_model(student)
-    distiller = DistanceWeightedAttentionDistillation(teacher, student)
+    distiller = DistanceWeightedAttentionDistillation(
+        teacher,
+        student,
+        attention_weight=1.0,
+        retrieval=RetrievalMatching([(1, 0), (1, 5)], num_segments=2),
+    )
     distiller.compile(keras.optimizers.SGD(0.1), run_eagerly=True)
     before = outputs_of(student)
     inputs = make_inputs(student)
+    segments = np.repeat([1, 2, 0], [5, 5, small_models.LENGTH - 10])
+    inputs["segments"] = np.tile(segments, (2, 1))
     logs = distiller.train_on_batch(
         inputs,
         inputs["token_ids"],
         inputs["padding_mask"],
         return_dict=True,
     )
-    assert logs["attention"] > 0 and np.isfinite(logs["loss"])
+    assert logs["attention"] > 0 and logs["retrieval"] > 0
+    assert np.isfinite(logs["loss"])
     assert np.abs(outputs_of(student) - before).max() > 1e-3
     with pytest.raises(ValueError, match="needs models of one family"):
         DistanceWeightedAttentionDistillation(

@@ -10,6 +10,7 @@ import keras_laid
 from benchmarks import rows
 from benchmarks.window_extension import __main__ as runner
 from benchmarks.window_extension import methods as study
+from benchmarks.window_extension import retrieval_methods
 from benchmarks.window_extension import tables
 from benchmarks.window_extension.data import IGNORED
 from benchmarks.window_extension.data import make_data
@@ -71,6 +72,56 @@ def test_without_a_teacher_only_labels_are_used():
     assert isinstance(alone, keras_laid.Haystacks)
     assert len(alone) == 3
     assert all((alone[index][1] != IGNORED).any() for index in range(3))
+
+
+def test_without_labelled_questions_labels_alone_has_all_answers():
+    arguments = dict(labelled=0, unlabelled=24)
+    alone = data(uses_unlabelled=False, **arguments)
+    assert isinstance(alone, keras_laid.Haystacks)
+    hidden = data(**arguments)
+    for index in range(3):
+        x, y, _ = alone[index]
+        assert (y != IGNORED).any()
+        np.testing.assert_array_equal(x["images"], hidden[index][0]["images"])
+
+
+def test_wrong_heads_do_not_retrieve():
+    matching = study.METHODS["wrong_heads"].terms["retrieval"]
+    drawn = set()
+    for seed in range(5):
+        keras.utils.set_random_seed(seed)
+        heads = matching.resolve(None, None)
+        assert len({*heads}) == 3
+        assert not {*heads} & {*retrieval_methods.RETRIEVING}
+        drawn.add(heads)
+    assert len(drawn) > 1
+
+
+def test_targets_of_controls():
+    shares = np.log([[[0.4, 0.1], [0.2, 0.1]]]).astype("float32")
+    logs = {1: keras.ops.convert_to_tensor(shares)}
+    x = {"needle": keras.ops.convert_to_tensor([1])}
+    heads = ((1, 3),)
+
+    def target(name):
+        matching = study.METHODS[name].terms["retrieval"]
+        return matching.teacher_retrieval(logs, heads, x)
+
+    needle = target("true_needle")
+    np.testing.assert_allclose(to_numpy(needle.shares), [[[0, 1], [0, 1]]])
+    alike = target("retrieval_without_row_weights")
+    np.testing.assert_allclose(to_numpy(alike.row_weight()), [[1, 1]])
+    np.testing.assert_allclose(
+        to_numpy(alike.shares), [[[0.8, 0.2], [2 / 3, 1 / 3]]], rtol=1e-5
+    )
+
+
+def test_variants_take_the_rate_of_what_they_vary():
+    for name in names_of_configs():
+        found = read_settings(name)
+        known = {*found.methods, *found.ablation}
+        assert {*found.tuned_methods.values()} <= known
+        assert not {*found.tuned_methods} & {*found.tuned_methods.values()}
 
 
 def test_stretched_positions_reach_both_halves():
@@ -189,12 +240,34 @@ def test_accuracy_over_steps(tmp_path, monkeypatch):
         methods=["kd", "sft", "never_ended"], steps=9, measured_at=[4]
     )
     header, _, *lines = tables.make_steps_table(config).split("\n")
-    assert header == "| images | method | 4 | 9 |"
+    assert header == "| images | method | 4 | 9 | steps to 0.9 |"
     assert len(lines) == 2 * len(tables.STEPS_SIZES)
     assert lines[-2:] == [
-        "| 100 | kd | 0.600 ± nan | 0.800 ± nan |",
-        "| 100 | sft | 0.800 ± nan | 1.000 ± 0.000 |",
+        "| 100 | kd | 0.600 ± nan | 0.800 ± nan | never |",
+        "| 100 | sft | 0.800 ± nan | 1.000 ± 0.000 | 9 |",
     ]
+
+
+def test_steps_until_an_accuracy_is_reached():
+    by_steps = {
+        100: {0: {5: 0.8}, 1: {5: 0.92}, 2: {5: 0.5}},
+        200: {0: {5: 0.9}, 1: {5: 0.7}, 2: {5: 0.6}},
+    }
+    assert tables.steps_until(by_steps, 5) == "100 to 200 (2 of 3 seeds)"
+    by_steps[200][2] = {5: 0.95}
+    assert tables.steps_until(by_steps, 5) == "100 to 200"
+    del by_steps[100][0], by_steps[100][1]
+    assert tables.steps_until(by_steps, 5) == "200"
+
+
+def test_sizes_that_were_not_measured_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "ROWS", tmp_path / "rows.csv")
+    row = dict(config="a", method="kd", seed=0, split="test", steps=4)
+    row |= {f"accuracy_{size}": "" for size in tables.SIZES}
+    rows.append_row(tables.ROWS, row | {"accuracy_5": 0.75})
+    assert tables.read_steps()["a", "kd", 4] == {0: {5: 0.75}}
+    config = settings(measured_sizes=[5])
+    assert tables.sizes_over_steps(config) == [5]
 
 
 def test_rows_done_are_known(tmp_path):

@@ -35,6 +35,7 @@ def test_untrained_mixtures_and_gains(tmp_path):
         teacher=make_multi_image(vocabulary_size=60, num_query_heads=4),
         student=student,
         layer_map=[(0, 0), (1, 1)],
+        attention_weight=1.0,
     )
     mixtures = spectral.head_mixtures(distiller)
     assert mixtures.keys() == {(0, 0), (1, 1)}
