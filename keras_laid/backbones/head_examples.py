@@ -19,6 +19,7 @@ from keras_laid.backbones.attention_capture import text_rows
 from keras_laid.backbones.decoder import check_inputs
 from keras_laid.backbones.forward import forward
 from keras_laid.backbones.head_statistics import Examples
+from keras_laid.backbones.head_statistics import SharpestRows
 from keras_laid.backbones.head_statistics import sharpest_rows
 from keras_laid.backbones.segments import Segments
 from keras_laid.backbones.segments import segment_numbers
@@ -111,7 +112,7 @@ def examples_of(
             exists[used],
             needle[used],
             {
-                layer: of_layer._make(array[used] for array in of_layer)
+                layer: SharpestRows(*(array[used] for array in of_layer))
                 for layer, of_layer in rows.items()
             },
         )
@@ -152,7 +153,7 @@ def segments_of_batch(
 def existing(segments: Segments) -> np.ndarray:
     """Which segments each example has, of shape `(batch, segments)`."""
     numbers = ops.convert_to_numpy(segments.numbers)
-    exists = np.zeros((len(numbers), segments.count + 1), "bool")
+    exists = np.zeros((len(numbers), segments.num_segments + 1), "bool")
     np.put_along_axis(exists, numbers, True, axis=1)
     return exists[:, 1:]
 

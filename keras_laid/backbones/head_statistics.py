@@ -70,9 +70,13 @@ class SharpestRows(NamedTuple):
         """Of each example and head, the better row of two."""
         better = other.weight > self.weight
         pairs = zip(self, other, strict=True)
-        return self._make(
-            np.where(better[..., None] if one.ndim == 3 else better, two, one)
-            for one, two in pairs
+        return type(self)(
+            *(
+                np.where(
+                    better[..., None] if one.ndim == 3 else better, two, one
+                )
+                for one, two in pairs
+            )
         )
 
 
@@ -135,12 +139,12 @@ def sharpest_of_block(log_shares: Tensor, counts: np.ndarray) -> SharpestRows:
     )
     weight = np.where(counts[:, None], mass * sharpness, -1.0)
     best = weight.argmax(axis=-1)[..., None]
-    of_rows = (
+    weight, mass, sharpness = (
         np.take_along_axis(each, best, axis=-1)[..., 0]
         for each in (weight, mass, sharpness)
     )
-    of_segments = np.take_along_axis(shares, best[..., None], axis=2)
-    return SharpestRows(*of_rows, of_segments[..., 0, :])
+    shares = np.take_along_axis(shares, best[..., None], axis=2)[..., 0, :]
+    return SharpestRows(weight, mass, sharpness, shares)
 
 
 def head_statistics(

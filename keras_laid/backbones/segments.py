@@ -22,12 +22,12 @@ class Segments(NamedTuple):
     Attributes:
         numbers: Integer tensor of shape `(batch, keys)`: the number of each
             key's segment, from 1; 0 is no segment.
-        count: Integer, or a scalar tensor where it is known only later: the
-            largest number.
+        num_segments: Integer, or a scalar tensor where it is known only later:
+            the largest number.
     """
 
     numbers: Tensor
-    count: int | Tensor
+    num_segments: int | Tensor
 
 
 def segments_of(

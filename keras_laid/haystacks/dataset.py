@@ -56,8 +56,8 @@ class Haystacks(keras.utils.PyDataset):
     makes it: `x` has `"images"` of shape `(batch, size, height, width, 3)`,
     `"token_ids"`, `"padding_mask"` and `"response_mask"` of shape
     `(batch, length)`, and `"needle"` of shape `(batch,)`, the needle's place
-    from 0, which `keras_laid.find_retrieval_heads` reads; `y` holds the next tokens and `sample_weight` marks those
-    of the answer.
+    from 0, which `keras_laid.find_retrieval_heads` reads; `y` holds the next
+    tokens and `sample_weight` marks those of the answer.
 
     Raises:
         ValueError: If a number or a size is not positive, if the source has

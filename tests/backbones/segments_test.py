@@ -23,7 +23,7 @@ TEXT = [f for f in small_models.FAMILIES if f not in IMAGES]
 
 def assert_segments(found, numbers, count):
     np.testing.assert_array_equal(to_numpy(found.numbers), numbers)
-    assert found.count == count
+    assert found.num_segments == count
 
 
 @pytest.mark.parametrize("family", IMAGES, ids=lambda family: family.__name__)
