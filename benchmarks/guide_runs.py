@@ -4,8 +4,8 @@
 
 Appends one row a run to `benchmarks/results/guide_runs.csv`: arguments,
 accuracy by haystack size before and after, effective windows, commit, machine
-and versions. Runs that have a row already are passed over, so that the script can
-be stopped and started again. `compare_methods.csv` holds rows of an earlier
+and versions. Runs that have a row already are passed over, so that the script
+can be stopped and started again. `compare_methods.csv` holds rows of an earlier
 guide, which matched the last layer.
 """
 

@@ -126,7 +126,9 @@ def test_total_is_near_what_a_compiled_step_takes():
     )
     models = [keras_laid.MultiImagePaliGemmaCausalLM(b) for b in backbones]
     distiller = keras_laid.DistanceWeightedAttentionDistillation(
-        *models, rematerialize=True
+        *models,
+        retrieval=keras_laid.RetrievalMatching([(2, 0)]),
+        rematerialize=True,
     )
     distiller.compile(keras.optimizers.AdamW(1e-4))
     distiller.optimizer.build(distiller.trainable_variables)

@@ -668,7 +668,7 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         student: dict[int, Attention],
         log_shares: dict[int, Tensor],
     ) -> Tensor:
-        """Mean divergence of rows, each weighted by the teacher's retrieval."""
+        """Mean over examples of the divergence of their rows."""
         rows = self.rows_of(x, student, "text")
         segments = segments_for(
             self.student,
@@ -698,8 +698,10 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
             ),
             self.head_pooling and self.head_pooling.mixture()[0],
         )
+        # Examples count alike, but for those in which nothing is retrieved.
+        retrieves = ops.cast(weight > 0, "float32")
         return weighted_mean(
-            divergence, weight * ops.max(sample_weight, axis=1)
+            divergence, retrieves * ops.max(sample_weight, axis=1)
         )
 
     def attention_terms(

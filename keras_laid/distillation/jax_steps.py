@@ -49,13 +49,13 @@ class Steps:
     # Keras takes the values out of the variables before a step, and leaves
     # them empty, the teacher's too, where the step raises.
 
-    def make_train_function(self, force=False):
+    def make_train_function(self, force: bool = False) -> None:
         before = self.train_function
         super().make_train_function(force)
         if self.train_function is not before:
             self.train_function = self.restoring(self.train_function)
 
-    def make_test_function(self, force=False):
+    def make_test_function(self, force: bool = False) -> None:
         before = self.test_function
         super().make_test_function(force)
         if self.test_function is not before:

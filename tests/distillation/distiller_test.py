@@ -260,6 +260,7 @@ def test_each_term_trains_alone(preprocessor, monkeypatch, term, needs_teacher):
     distiller = make_distiller(
         preprocessor,
         keras.optimizers.Adam(3e-3),
+        distance_weighting=DistanceWeighting(schedule="constant"),
         **{f"{name}_weight": float(name == term) for name in terms},
     )
     calls = Calls(distiller.teacher, monkeypatch)
@@ -332,6 +333,7 @@ def losses_in(policy, preprocessor):
             preprocessor,
             keras.optimizers.Adam(3e-3),
             query_key_weight=0.1,
+            distance_weighting=DistanceWeighting(schedule="constant"),
             # A few steps: TensorFlow takes longer to make a graph of them.
             compile_kwargs=dict(run_eagerly=BACKEND == "tensorflow"),
         )

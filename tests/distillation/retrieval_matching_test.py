@@ -106,9 +106,9 @@ def expected_term(distiller, batch, heads, layers, strength):
         q = student / student.sum(-1, keepdims=True)
         p = p[:, None]
         terms = weights[:, None] * (p * np.log(p / q) - p + q)
-        total += (terms.sum(-1).mean(1) * g).sum()
-        of_rows += g.sum()
-    return total / of_rows
+        total += (terms.sum(-1).mean(1) * g).sum(1)
+        of_rows += g.sum(1)
+    return (total / of_rows).mean()
 
 
 @pytest.mark.parametrize("stretched", [False, True])
