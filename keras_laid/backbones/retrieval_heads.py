@@ -163,7 +163,7 @@ def find_retrieval_heads(
     ```python
     found = keras_laid.find_retrieval_heads(teacher, haystacks)
     print(found.table())
-    found.heads  # ((1, 3), (1, 2), (1, 1))
+    print(found.heads)  # Such as ((1, 3), (1, 2), (1, 1)).
     ```
 
     Reference:

@@ -397,19 +397,25 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         are not typical, or can be read only once.
 
         Args:
-            data: Iterable of batches, as in `keras_laid.find_retrieval_heads`.
+            data: Iterable of batches, as in `keras_laid.find_retrieval_heads`,
+                of which the first 4 are read, or more until there are 32
+                examples.
 
         Returns:
             What `keras_laid.find_retrieval_heads` found, or `None` if no prompt
             has two images or segments: the term is 0 then.
         """
+        batches = first_batches(data)
         with contextlib.ExitStack() as scopes:
             if self.linear_memory:
                 scopes.enter_context(
                     linear_blocks(self.teacher, named(self.linear_memory))
                 )
             found = find_retrieval_heads(
-                self.teacher, data, num_segments=self.retrieval.num_segments
+                self.teacher,
+                batches,
+                max(1, len(batches)),
+                num_segments=self.retrieval.num_segments,
             )
         if found is None:
             warnings.warn(
@@ -443,7 +449,7 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         batch_size: int | None = None,
     ) -> None:
         if self.retrieval_heads is None:
-            self.find_heads(first_batches(x, y, sample_weight, batch_size, 4))
+            self.find_heads(first_batches(x, y, sample_weight, batch_size))
 
     @property
     def retrieval_targets(self) -> tuple[Target, ...]:

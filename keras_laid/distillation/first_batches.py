@@ -1,9 +1,14 @@
 """The first batches of whatever `fit` takes, without using them up."""
 
+import operator
 from collections.abc import Iterator
 from typing import Any
 
 import keras
+
+# Heads are compared over examples: some tens are needed.
+BATCHES = 4
+EXAMPLES = 32
 
 
 def first_batches(
@@ -11,9 +16,10 @@ def first_batches(
     y: Any = None,
     sample_weight: Any = None,
     batch_size: int | None = None,
-    count: int = 1,
 ) -> list[Any]:
-    """Returns up to `count` batches, as tuples or dictionaries.
+    """Returns the first batches, at least 4 and so many that hold 32 examples.
+
+    There are less where the data end before.
 
     Args:
         x: A dictionary of arrays, a `keras.utils.PyDataset`, a
@@ -22,29 +28,37 @@ def first_batches(
         y: Arrays, where `x` is a dictionary.
         sample_weight: The same.
         batch_size: Integer, the same. Defaults to `32`, as in `fit`.
-        count: Integer.
+
+    Returns:
+        A list of batches, as tuples or dictionaries.
 
     Raises:
         ValueError: If `x` is a generator, whose batches can be read only once.
     """
-    if isinstance(x, dict):
-        size = batch_size or 32
-        length = len(next(iter(x.values())))
-        starts = range(0, min(length, size * count), size)
-        return [
-            keras.tree.map_structure(
-                lambda array: array[start : start + size],  # noqa: B023
-                tuple(
-                    part for part in (x, y, sample_weight) if part is not None
-                ),
-            )
-            for start in starts
-        ]
     if isinstance(x, Iterator):
         raise ValueError(
             "The teacher's retrieval heads are found on the first batches, and "
-            f"these can be read only once. Received: data of type "
+            "these can be read only once. Received: data of type "
             f"{type(x).__name__}. Call `distiller.find_heads(batches)` with a "
             "list of batches before `fit`."
         )
-    return [batch for _, batch in zip(range(count), x, strict=False)]
+    if isinstance(x, dict):
+        x = slices((x, y, sample_weight), batch_size or 32)
+    batches, examples = [], 0
+    for batch in x:
+        batches.append(batch)
+        examples += len(keras.tree.flatten(batch)[0])
+        if len(batches) >= BATCHES and examples >= EXAMPLES:
+            break
+    return batches
+
+
+def slices(arrays: tuple[Any, Any, Any], size: int) -> Iterator[Any]:
+    """Batches of `(x, y, sample_weight)`, of which some may be `None`."""
+    given = tuple(part for part in arrays if part is not None)
+    length = len(keras.tree.flatten(given)[0])
+    for start in range(0, length, size):
+        stop = start + size
+        yield keras.tree.map_structure(
+            operator.itemgetter(slice(start, stop)), given
+        )

@@ -25,6 +25,7 @@ from keras_laid.backbones.retrieval_heads import find_retrieval_heads
 from keras_laid.distillation import checks
 from keras_laid.distillation import stored_teacher
 from keras_laid.distillation.description import Description
+from keras_laid.distillation.first_batches import first_batches
 from keras_laid.distillation.retrieval_matching import RetrievalMatching
 from keras_laid.distillation.retrieval_matching import layers_of
 from keras_laid.distillation.retrieval_matching import text_log_shares
@@ -138,7 +139,10 @@ def store_teacher(
         settings["vocabulary_size"] = description.vocabulary_size
     check_settings(settings, description.vocabulary_size, data)
     if heads is None:
-        found = find_retrieval_heads(teacher, data, num_segments=num_segments)
+        batches = first_batches(data)
+        found = find_retrieval_heads(
+            teacher, batches, len(batches), num_segments=num_segments
+        )
         heads = found.heads if found else ()
     settings["retrieval_heads"] = sorted(map(list, heads))
     check_not_empty(settings)
