@@ -18,7 +18,11 @@ STYLES: dict[str, dict[str, Any]] = {
     "after": dict(color="tab:blue"),
 }
 OTHER_COLORS = ("tab:green", "tab:purple", "tab:red", "tab:brown", "tab:pink")
-LABELS = {"before": "student before", "after": "student after"}
+LABELS = {
+    "before": "student before",
+    "after": "student after",
+    "logits": "logits alone",
+}
 
 
 def styles_of(names: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -79,16 +83,6 @@ def plot_accuracy(
         axes.axvline(
             window, ymax=0.06, color=styles[name]["color"], linewidth=5
         )
-    if windows:
-        axes.text(
-            1,
-            0.035,
-            "bars: effective window",
-            color="0.45",
-            fontsize=9,
-            transform=axes.get_xaxis_transform(),
-            va="center",
-        )
     if trained_on is not None:
         axes.axvspan(0.9, trained_on, color="0.95", zorder=0)
         axes.text(1, 1.012, "sizes trained on", color="0.45", fontsize=9)
@@ -104,7 +98,13 @@ def plot_accuracy(
         xlabel="images in the haystack",
         ylabel="accuracy (chance 0.5)",
     )
-    axes.legend(frameon=False, loc="center left")
+    axes.legend(
+        frameon=False,
+        loc="center left",
+        title="bars: effective window" if windows else None,
+        title_fontsize=9,
+        alignment="left",
+    )
     finish(figure, path)
 
 

