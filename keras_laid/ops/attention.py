@@ -153,7 +153,8 @@ class Distance(NamedTuple):
     Attributes:
         row_positions: Tensor of shape `(batch or 1, rows)`, in tokens.
         key_positions: Tensor of shape `(batch or 1, keys)`, in tokens. `span`
-            is the distance between an example's first and last position.
+            is the distance between an example's first and last position, rows
+            and keys together.
         strength: Float or scalar tensor, 0 or more.
         exponent: Float, greater than 0.
     """
@@ -174,8 +175,11 @@ class Distance(NamedTuple):
 
     def span(self) -> Tensor:
         """Float32 tensor of shape `(batch or 1,)`, in tokens."""
+        rows = ops.cast(self.row_positions, "float32")
         keys = ops.cast(self.key_positions, "float32")
-        return ops.max(keys, axis=1) - ops.min(keys, axis=1)
+        last = ops.maximum(ops.max(rows, axis=1), ops.max(keys, axis=1))
+        first = ops.minimum(ops.min(rows, axis=1), ops.min(keys, axis=1))
+        return last - first
 
 
 def check_attention(name: str, attention: Attention) -> None:

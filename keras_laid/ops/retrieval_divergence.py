@@ -120,8 +120,7 @@ def retrieval_divergence(
         row_mask: Boolean or float tensor of shape `(batch, rows)`: rows that
             count, and how much.
         distance: Optional `keras_laid.ops.Distance` from rows to segments:
-            `key_positions` has shape `(batch or 1, segments)`. Its span is that
-            of the segments alone: a row may be farther from them. `None` gives
+            `key_positions` has shape `(batch or 1, segments)`. `None` gives
             every segment the weight 1.
         head_weight: Optional float tensor of shape `(heads,)` that sums to 1.
             `None` weighs all heads alike.

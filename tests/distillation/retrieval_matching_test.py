@@ -89,7 +89,7 @@ def expected_term(distiller, batch, heads, layers, strength):
     positions = np.broadcast_to(positions, (len(counted), 4 * images + length))
     places = positions[:, : 4 * images].reshape(-1, images, 4).mean(-1)
     distance = abs(positions[:, 4 * images :, None] - places[:, None])
-    span = places.max(1) - places.min(1)
+    span = positions.max(1) - places.min(1)
     weights = 1 + strength * distance / np.maximum(span, 1)[:, None, None]
     total, of_rows = 0.0, 0.0
     for layer, its_heads in layers.items():

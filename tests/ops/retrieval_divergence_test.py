@@ -108,7 +108,8 @@ def weights_of(case, b, i):
     if case.exponent is None:
         return np.ones(case.shares.shape[-1])
     positions = case.segment_positions[b]
-    span = max(positions.max() - positions.min(), 1.0)
+    every = np.concatenate([positions, case.row_positions[0]])
+    span = max(every.max() - every.min(), 1.0)
     distance = np.abs(case.row_positions[0, i] - positions) / span
     return 1 + case.strength * distance**case.exponent
 
