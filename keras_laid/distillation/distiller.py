@@ -510,29 +510,36 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         batch_size: int | None = None,
         verbose: Any = "auto",
         sample_weight: Any = None,
+        *args: Any,
         **kwargs: Any,
     ) -> Any:
         self.find_heads_once(x, y, sample_weight, batch_size)
         return super().evaluate(
-            x,
-            y,
-            batch_size,
-            verbose,
-            sample_weight=sample_weight,
-            **kwargs,
+            x, y, batch_size, verbose, sample_weight, *args, **kwargs
         )
 
     def train_on_batch(
-        self, x: Any, y: Any = None, sample_weight: Any = None, **kwargs: Any
+        self,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        class_weight: Any = None,
+        return_dict: bool = False,
     ) -> Any:
         self.find_heads_once([(x, y, sample_weight)])
-        return super().train_on_batch(x, y, sample_weight, **kwargs)
+        return super().train_on_batch(
+            x, y, sample_weight, class_weight, return_dict
+        )
 
     def test_on_batch(
-        self, x: Any, y: Any = None, sample_weight: Any = None, **kwargs: Any
+        self,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        return_dict: bool = False,
     ) -> Any:
         self.find_heads_once([(x, y, sample_weight)])
-        return super().test_on_batch(x, y, sample_weight, **kwargs)
+        return super().test_on_batch(x, y, sample_weight, return_dict)
 
     def call(
         self, inputs: dict[str, Tensor], training: bool | None = None

@@ -27,6 +27,7 @@ SETTINGS = {
     "keras_laid/distillation/README.md": "0.03",
     "keras_laid/spectral/README.md": "0.67 0.05 0.25 0.5",
     "keras_laid/ops/attention_output/README.md": "4.5",
+    "keras_laid/presets/digits_single_image/README.md": "0.5 0.001 4.0",
     "keras_laid/presets/digits_student/README.md": "0.5 0.001 4.0",
     "keras_laid/presets/digits_teacher/README.md": (
         "0.5 0.001 0.0007 0.0005 4.0"
