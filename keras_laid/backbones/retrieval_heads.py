@@ -143,8 +143,7 @@ def find_retrieval_heads(
             them (in PaliGemma, all text), `"image"` the tokens of images. Those
             of `"text"` are always there. Defaults to `("text",)`.
         num_segments: Integer, the largest number of a segment; keys with larger
-            numbers are in none. PaliGemma has as many as images. Defaults to
-            the largest number in each batch.
+            numbers are in none. Defaults to the largest number in each batch.
         ablate: Boolean, whether the model also answers without the chosen
             heads, and without as many others. Defaults to `False`.
 

@@ -45,9 +45,10 @@ def segments_of(
             `(batch, keys)`, numbers segments of any kind from 1, such as
             documents. Without it each image is a segment.
         key_length: Integer, tokens of images and text.
-        count: Optional integer, the largest number of a segment. Needed for
-            `"segments"`, and for Qwen 3.5, whose inputs do not say how many
-            images a prompt has.
+        count: Optional integer, the largest number of a segment; keys with
+            larger numbers are in none. Needed for `"segments"`, and for Qwen
+            3.5, whose inputs do not say how many images a prompt has. Defaults
+            to the number of images.
 
     Returns:
         The `Segments`, or `None` if prompts have none: no images, no

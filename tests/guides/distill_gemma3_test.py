@@ -32,7 +32,7 @@ def test_quick_run_leaves_everything(tmp_path):
     assert results["accuracy"].keys() == {"teacher", "before", "after"}
     assert all(0 <= a["2"] <= 1 for a in results["accuracy"].values())
     (logs,) = results["history"]
-    assert logs.keys() >= {"attention", "logits", "supervised"}
+    assert logs.keys() >= {"retrieval", "logits", "supervised"}
     assert (tmp_path / "accuracy.png").stat().st_size > 5000
     for name in ("teacher", "student", "student_long"):
         assert (tmp_path / name / "config.json").exists()
