@@ -130,9 +130,11 @@ def find_retrieval_heads(
             `(x, y, sample_weight)` that begin with one, such as
             `keras_laid.Haystacks`. Each image is a segment, or inputs have
             `"segments"`, integers of shape `(batch, keys)` that number them
-            from 1; 0 is none. `"needle"`, integers of shape `(batch,)`, says
-            which segment is the needle, from 0; an example without that segment
-            has no needle, as with -1. Where `sample_weight` is there, of shape
+            from 1; 0 is none. Leave the first token of text in none: most heads
+            attend it where they find nothing, and would seem to look at its
+            segment. `"needle"`, integers of shape `(batch,)`, says which
+            segment is the needle, from 0; an example without that segment has
+            no needle, as with -1. Where `sample_weight` is there, of shape
             `(batch, length)`, rows after the last marked token do not count.
         batches: Integer, how many batches are read. Examples are compared with
             each other, so that some tens are needed. Defaults to `4`.
@@ -169,6 +171,8 @@ def find_retrieval_heads(
      - [Wu et al., 2024](https://arxiv.org/abs/2404.15574), "Retrieval head
        mechanistically explains long-context factuality". They count copied
        tokens; attention to segments also works for answers that copy nothing.
+     - [Xiao et al., 2024](https://arxiv.org/abs/2309.17453), "Efficient
+       streaming language models with attention sinks", on the first token.
     """
     check_integer("batches", batches)
     if threshold is not None:
