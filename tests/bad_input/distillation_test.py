@@ -69,7 +69,8 @@ def written(given, tmp_path_factory):
 
 
 def store(g, path, **changes):
-    arguments = dict(teacher=g.teacher, data=g.data, folder=path, top_k=4)
+    arguments = dict(teacher=g.teacher, data=g.data, folder=path)
+    arguments |= dict(layers=(-1,), top_k=4)
     return store_teacher(**arguments | changes)
 
 
@@ -551,7 +552,9 @@ STORE = [
     ),
     refused(
         "nothing to store",
-        lambda g, folder: store(g, folder, retrieval_heads=(), top_k=0),
+        lambda g, folder: store(
+            g, folder, retrieval_heads=(), layers=(), top_k=0
+        ),
         ValueError,
         "There must be something to store",
     ),
