@@ -212,36 +212,45 @@ def test_gains_attached_folded_and_undone(model, tokenizer):
     np.testing.assert_array_equal(to_numpy(model(inputs)), plain)
 
 
-# A prompt tells the password of ten people and asks for that of one.
-PEOPLE = "Anna Bob Clara David Emma Frank George Helen Ivan Julia Kevin".split()
+# A prompt tells the passwords of ten people and asks for that of one.
+PEOPLE = (
+    "Anna Bob Clara David Emma Frank George Helen Ivan Julia Kevin Laura Mark "
+    "Nina Oscar Paul Rosa Steve Tom Vera"
+).split()
 # Each is one token.
-PASSWORDS = "tiger dog cat horse fish bear wolf lion bird snake mouse".split()
+PASSWORDS = (
+    "tiger dog cat horse fish bear wolf lion bird snake mouse cow sheep frog "
+    "duck goat fox eagle whale rabbit"
+).split()
 FACTS = 10
-TOP = 10
 
 
 def passwords(tokenizer, seed, batch=16):
     """Inputs with segments and needles, and the tokens of the answers."""
     rng = np.random.default_rng(seed)
     prompts, needles, answers = [], [], []
+    # Neither the first token, which many heads attend, nor the question is in a
+    # segment.
+    numbers = [0, *range(1, FACTS + 1), 0]
     for _ in range(batch):
         people, words = (
             rng.permutation(names)[:FACTS] for names in (PEOPLE, PASSWORDS)
         )
-        needle = int(rng.integers(FACTS))
-        texts = [
+        facts = [
             f"The password of {person} is {word}.\n"
             for person, word in zip(people, words, strict=True)
         ]
-        asked = f"the password of {people[needle]}"
-        texts += [
-            f"Question: What is {asked}?\nAnswer: {asked.capitalize()} is"
+        needle = rng.integers(FACTS)
+        asked = f"he password of {people[needle]}"
+        texts = [
+            "Here is a list of passwords.\n",
+            *facts,
+            f"Question: What is t{asked}?\nAnswer: T{asked} is",
         ]
         prompts.append([np.asarray(tokenizer(text)) for text in texts])
         needles.append(needle)
         (answer,) = np.asarray(tokenizer(f" {words[needle]}"))
         answers.append(answer)
-    numbers = [*range(1, FACTS + 1), 0]  # The question is in no segment.
     segments = [
         np.repeat(numbers, [len(part) for part in parts]) for parts in prompts
     ]
@@ -273,16 +282,23 @@ def accuracy(model, inputs, answers, heads=()):
 def test_retrieval_heads_find_facts(model, tokenizer):
     batches = [passwords(tokenizer, seed) for seed in (1, 2)]
     found = [find_retrieval_heads(model, [inputs]) for inputs, _ in batches]
-    one, other = ({*ranked(each.score)[:TOP]} for each in found)
-    assert len(one & other) >= TOP / 2
+    chosen, again = (set(each.heads) for each in found)
+    assert 1 < len(chosen) < 20
+    assert len(chosen & again) >= max(len(chosen), len(again)) / 2
+    assert all(each.score.max() > 0.7 for each in found)
     # Chosen on some prompts, left out on others.
     inputs, answers = batches[1]
-    assert accuracy(model, inputs, answers) > 0.5
-    rest = [head for head in ranked(found[0].score) if head not in one]
-    others = np.random.default_rng(0).permutation(rest)[:TOP].tolist()
-    without_chosen = accuracy(model, inputs, answers, one)
-    without_others = accuracy(model, inputs, answers, others)
-    assert without_chosen < without_others - 0.2, (
-        without_chosen,
-        without_others,
+    whole = accuracy(model, inputs, answers)
+    rest = [head for head in ranked(found[0].score) if head not in chosen]
+    others = [
+        np.random.default_rng(seed).permutation(rest)[: len(chosen)].tolist()
+        for seed in range(3)
+    ]
+    without_chosen = accuracy(model, inputs, answers, chosen)
+    without_others = np.mean(
+        [accuracy(model, inputs, answers, heads) for heads in others]
     )
+    print(found[0].table(), found[1].table())  # noqa: T201
+    print(whole, without_chosen, without_others)  # noqa: T201
+    assert whole > 0.3  # One in ten by chance.
+    assert without_chosen < without_others - 0.1
