@@ -6,6 +6,7 @@ import numpy as np
 from keras_hub.models import Gemma3Backbone
 from keras_hub.models import PaliGemmaBackbone
 
+from keras_laid import MultiImagePaliGemmaCausalLM
 from keras_laid import attach_gain_modulation
 from keras_laid import rotary_positions
 from keras_laid.backbones import attention_layers
@@ -13,6 +14,7 @@ from keras_laid.backbones import decoder
 from keras_laid.backbones.attention_capture import captured_attention
 from tests.backbones import small_models
 from tests.backbones.small_models import make_inputs
+from tests.backbones.small_models import make_model
 from tests.support import to_numpy
 
 STATISTICS = ("mass", "sharpness", "selectivity", "needle")
@@ -233,3 +235,46 @@ def plant(model, layer, head, gain=6.0):
     log_gain[head] = 20.0
     of_layer.log_gain.assign(log_gain)
     assert len(log_gain) == attention_layers(model)[layer].num_query_heads
+
+
+def assert_statistics(found, examples, atol=1e-4):
+    """Statistics of every layer are those in NumPy, NaN in other layers."""
+    expected = {
+        layer: statistics(of_layer) for layer, of_layer in examples.items()
+    }
+    for name in STATISTICS:
+        for layer, values in enumerate(getattr(found, name)):
+            if layer not in expected:
+                assert np.isnan(values).all(), (name, layer)
+                continue
+            np.testing.assert_allclose(
+                values, expected[layer][name], atol=atol, err_msg=name
+            )
+
+
+def image_prompts(model, images=3, batches=2):
+    """Batches of two prompts of several images, for PaliGemma."""
+    found = []
+    for seed in range(batches):
+        rng = np.random.default_rng(seed)
+        pixels = rng.normal(size=(2, images, 16, 16, 3)).astype("float32")
+        inputs = make_inputs(model, seed=seed)
+        found.append(dict(inputs, images=pixels))
+    return found
+
+
+def several_images():
+    model = make_model(small_models.pali_gemma)
+    return MultiImagePaliGemmaCausalLM.from_causal_lm(model)
+
+
+def several_texts(batches=4):
+    model = make_model(small_models.llama)
+    return model, prompts(small_models.llama, model, batches)
+
+
+def weights(batches, marked=(8, 13)):
+    """Sample weights of each batch, one marked token an example."""
+    found = np.zeros((len(batches), 2, small_models.LENGTH), "float32")
+    found[:, [0, 1], marked] = 0.5
+    return list(found)

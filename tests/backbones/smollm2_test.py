@@ -298,7 +298,5 @@ def test_retrieval_heads_find_facts(model, tokenizer):
     without_others = np.mean(
         [accuracy(model, inputs, answers, heads) for heads in others]
     )
-    print(found[0].table(), found[1].table())  # noqa: T201
-    print(whole, without_chosen, without_others)  # noqa: T201
     assert whole > 0.3  # One in ten by chance.
     assert without_chosen < without_others - 0.1
