@@ -164,12 +164,18 @@ class Distance(NamedTuple):
     strength: float | Tensor = 0.0
     exponent: float = 1.0
 
-    def weights(self) -> Tensor:
-        """Float32 tensor of shape `(batch or 1, 1, rows, keys)`."""
+    def weights(self, span: Tensor | None = None) -> Tensor:
+        """Float32 tensor of shape `(batch or 1, 1, rows, keys)`.
+
+        Args:
+            span: Tensor of shape `(batch or 1,)`. Defaults to `self.span()`;
+                a part of the rows needs that of all.
+        """
         rows = ops.cast(self.row_positions, "float32")
         keys = ops.cast(self.key_positions, "float32")
         distance = ops.abs(rows[:, :, None] - keys[:, None])
-        share = distance / ops.maximum(self.span(), 1.0)[:, None, None]
+        span = self.span() if span is None else span
+        share = distance / ops.maximum(span, 1.0)[:, None, None]
         weights = 1.0 + self.strength * ops.power(share, self.exponent)
         return weights[:, None]
 

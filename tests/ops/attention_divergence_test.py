@@ -184,7 +184,8 @@ def oracle(case, arrays=None):
         if not seen.any():
             continue
         positions = case.positions[b]
-        span = max(positions.max() - positions.min(), 1)
+        every = [*positions, *case.row_positions[b]]
+        span = max(max(every) - min(every), 1)
         distance = np.abs(case.row_positions[b, i] - positions[seen]) / span
         w = 1 + case.strength * distance**case.exponent
         group = tq.shape[2] // tk.shape[2]
@@ -302,6 +303,13 @@ def test_any_case_is_the_oracles(implementation, case):
 @pytest.mark.parametrize("strength", [1.0, 0.3])
 def test_weak_weights_are_the_oracles(implementation, strength):
     assert_is_the_oracles(implementation, Case("odd", strength=strength))
+
+
+@IMPLEMENTATION
+def test_rows_beyond_all_keys_are_the_oracles(implementation):
+    case = Case("odd")
+    case.row_positions = case.row_positions + 9 * np.arange(case.row_positions.shape[1])
+    assert_is_the_oracles(implementation, case)
 
 
 @pytest.mark.parametrize("implementation", FUSED)

@@ -294,29 +294,6 @@ def test_tiny_shares_are_exact(implementation):
         np.testing.assert_allclose(one, other, 1e-3, 1e-3, err_msg=name)
 
 
-@needs_jax
-@pytest.mark.parametrize("around", ["jit", "checkpoint"])
-def test_what_is_differentiated_later_takes_tensors_from_outside(around):
-    import jax
-
-    case = Case()
-    upstream = ops.convert_to_tensor(case.upstream)
-
-    def shifted(segments, *tensors):
-        case.segments = segments + 1
-        return ops.sum(case.run("chunked", *tensors) * upstream)
-
-    expected = Case()
-    expected.segments = case.segments + 1
-    _, *expected = expected.output_and_grads("definition")
-    later = getattr(jax, around)(shifted)
-    found = jax.grad(later, (1, 2))(
-        ops.convert_to_tensor(case.segments), *case.tensors()
-    )
-    for one, other in zip(found, expected, strict=True):
-        np.testing.assert_allclose(one, other, 1e-4, 1e-5)
-
-
 @pytest.mark.skipif(
     BACKEND != "tensorflow", reason="Only TensorFlow traces for any size."
 )

@@ -12,6 +12,7 @@ from keras_laid.ops.attention import Attention
 from keras_laid.ops.attention import AttentionMask
 from keras_laid.ops.attention import Distance
 from keras_laid.ops.attention_divergence import definition
+from keras_laid.ops.own_gradient import with_own_gradient
 from keras_laid.ops.row_blocks import RowBlocks
 from keras_laid.ops.row_blocks import rows_of_block
 from keras_laid.typing import Tensor
@@ -24,7 +25,8 @@ class Block(NamedTuple):
     teacher: Attention
     mask: AttentionMask
     distance: Distance
-    mixture: Tensor | None
+    span: Tensor | None = None  # Of all rows.
+    mixture: Tensor | None = None
 
     def of_rows(self, rows):
         """The same with `rows(tensor, axis)` of what has rows."""
@@ -56,7 +58,7 @@ class Block(NamedTuple):
             p = ops.einsum("st,btij->bsij", self.mixture, p)
             log_p = ops.log(ops.maximum(p, definition.TINY))
         allowed = self.mask.allowed()
-        weights = ops.where(allowed, self.distance.weights(), 0.0)
+        weights = ops.where(allowed, self.distance.weights(self.span), 0.0)
         return log_q, log_p, q, p, weights
 
     def sums(self):
@@ -102,14 +104,14 @@ def attention_divergence(student, teacher, mask, distance, mixture):
     teacher = teacher._replace(key=ops.cast(teacher.key, "float32"))
     blocks = RowBlocks(rows, size)
 
-    @ops.custom_gradient
-    def divergence(query, key, *mixtures):
-        every = Block(
-            student._replace(query=query, key=ops.cast(key, "float32")),
-            teacher,
-            mask,
-            distance,
-            *(mixtures or [None]),
+    def divergence(constants, query, key, *mixture):
+        student = constants.student._replace(
+            query=query, key=ops.cast(key, "float32")
+        )
+        every = constants._replace(
+            student=student,
+            span=constants.distance.span(),
+            mixture=mixture[0] if mixture else None,
         ).of_rows(blocks.fill)
 
         def add_sums(number, sums):
@@ -127,9 +129,7 @@ def attention_divergence(student, teacher, mask, distance, mixture):
             [ops.zeros((batch, n, blocks.filled)) for n in each],
         )
 
-        def gradients(*arguments, upstream=None):
-            if upstream is None:  # Only torch gives it by name.
-                (upstream,) = arguments
+        def gradients(upstream):
             # Repeated rows count once.
             upstream = blocks.fill_zeros(upstream, 2)
 
@@ -149,7 +149,7 @@ def attention_divergence(student, teacher, mask, distance, mixture):
             shapes = [
                 (batch, heads, blocks.filled, width),
                 (batch, heads, width, ops.shape(key)[1]),
-                *[ops.shape(each) for each in mixtures],
+                *[ops.shape(each) for each in mixture],
             ]
             of_query, of_key, *rest = ops.fori_loop(
                 0,
@@ -163,13 +163,17 @@ def attention_divergence(student, teacher, mask, distance, mixture):
                 of_key, (batch, key.shape[2], -1, width, ops.shape(key)[1])
             )
             of_key = ops.transpose(ops.sum(of_key, axis=2), (0, 3, 1, 2))
-            return (
+            return [
                 ops.cast(of_query, query.dtype),
                 ops.cast(of_key, key.dtype),
                 *rest,
-            )
+            ]
 
         return values[:, :, :rows], gradients
 
-    mixtures = [] if mixture is None else [mixture]
-    return divergence(student.query, student.key, *mixtures)
+    variables = [student.query, student.key]
+    if mixture is not None:
+        variables.append(mixture)
+    student = student._replace(query=None, key=None)
+    constants = Block(student, teacher, mask, distance)
+    return with_own_gradient(divergence, variables, constants)

@@ -11,6 +11,7 @@ from keras_laid.ops.attention import Attention
 from keras_laid.ops.attention import AttentionMask
 from keras_laid.ops.attention_divergence.definition import MASKED
 from keras_laid.ops.attention_output import definition
+from keras_laid.ops.own_gradient import with_own_gradient
 from keras_laid.ops.row_blocks import RowBlocks
 from keras_laid.ops.row_blocks import rows_of_block
 from keras_laid.typing import Tensor
@@ -20,7 +21,7 @@ class Block(NamedTuple):
     """The op's arguments for some of the rows."""
 
     attention: Attention
-    value: Tensor
+    value: Tensor | None
     mask: AttentionMask
 
     def of_rows(self, rows):
@@ -77,26 +78,10 @@ def attention_output(attention, value, mask):
         return definition.attention_output(attention, value, mask)
     blocks = RowBlocks(rows, size)
 
-    # What describes the mask comes as arguments too, as floats, which have
-    # gradients: under rematerialisation JAX takes no tensors from outside.
-    described = {
-        name: ops.cast(tensor, "float32")
-        for name, tensor in mask._asdict().items()
-        if name != "window" and tensor is not None
-    }
-
-    @ops.custom_gradient
-    def run(query, key, value, *description):
-        every = Block(
-            attention._replace(query=query, key=key),
-            value,
-            mask._replace(
-                **{
-                    name: ops.cast(tensor, getattr(mask, name).dtype)
-                    for name, tensor in zip(described, description, strict=True)
-                }
-            ),
-        ).of_rows(blocks.fill)
+    def outputs(constants, query, key, value):
+        attention = constants.attention._replace(query=query, key=key)
+        every = constants._replace(attention=attention, value=value)
+        every = every.of_rows(blocks.fill)
         shape = (batch, blocks.filled, heads, value.shape[3])
 
         def add_output(number, kept):
@@ -113,9 +98,7 @@ def attention_output(attention, value, mask):
             [ops.zeros(shape), ops.zeros((batch, heads, blocks.filled))],
         )
 
-        def gradients(*arguments, upstream=None):
-            if upstream is None:  # Only torch gives it by name.
-                (upstream,) = arguments
+        def gradients(upstream):
             upstream = ops.cast(upstream, "float32")
             # Repeated rows count once.
             upstream = blocks.fill_zeros(upstream, 1)
@@ -150,13 +133,15 @@ def attention_output(attention, value, mask):
                 )
                 for each in of_keys
             ]
-            return (
+            return [
                 ops.cast(of_query[:, :rows], query.dtype),
                 ops.cast(of_key, key.dtype),
                 ops.cast(of_value, value.dtype),
-                *[ops.zeros_like(each) for each in description],
-            )
+            ]
 
         return ops.cast(output[:, :rows], value.dtype), gradients
 
-    return run(attention.query, attention.key, value, *described.values())
+    variables = [attention.query, attention.key, value]
+    attention = attention._replace(query=None, key=None)
+    constants = Block(attention, None, mask)
+    return with_own_gradient(outputs, variables, constants)

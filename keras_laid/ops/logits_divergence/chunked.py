@@ -12,6 +12,7 @@ import numpy as np
 from keras import ops
 
 from keras_laid.ops.logits_divergence import definition
+from keras_laid.ops.own_gradient import with_own_gradient
 from keras_laid.ops.row_blocks import clip
 from keras_laid.ops.top_logits import TopLogits
 from keras_laid.ops.unembedding import Unembedding
@@ -134,25 +135,25 @@ def logits_divergence(student, teacher, labels, counted, shares, temperature):
     place = ops.argsort(order, axis=1)  # Of each token among the blocks.
     *of_tokens, of_hidden = [tokens_at(column, place) for column in columns]
 
-    @ops.custom_gradient
-    def loss(hidden, kernel):
-        value = sum(
-            ops.sum(share * each)
-            for share, each in zip(shares, of_tokens[:2], strict=True)
-        )
+    value = sum(
+        ops.sum(share * each)
+        for share, each in zip(shares, of_tokens[:2], strict=True)
+    )
+    constants = value, unit, of_hidden, of_kernel
+    return with_own_gradient(loss, list(trained), constants), *of_tokens
 
-        def gradients(*arguments, upstream=None):
-            if upstream is None:  # Only torch gives it by name.
-                (upstream,) = arguments
-            scale = upstream * unit
-            return (
-                ops.cast(ops.multiply(scale, of_hidden), hidden.dtype),
-                ops.cast(scale * of_kernel, kernel.dtype),
-            )
 
-        return value, gradients
+def loss(constants, hidden, kernel):
+    value, unit, of_hidden, of_kernel = constants
 
-    return loss(*trained), *of_tokens
+    def gradients(upstream):
+        scale = upstream * unit
+        return [
+            ops.cast(ops.multiply(scale, of_hidden), hidden.dtype),
+            ops.cast(scale * of_kernel, kernel.dtype),
+        ]
+
+    return value, gradients
 
 
 def rows_of_block(batch, length, vocabulary):

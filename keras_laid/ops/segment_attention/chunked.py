@@ -10,6 +10,7 @@ from keras import ops
 from keras_laid.ops.attention import Attention
 from keras_laid.ops.attention import AttentionMask
 from keras_laid.ops.attention_divergence.definition import MASKED
+from keras_laid.ops.own_gradient import with_own_gradient
 from keras_laid.ops.row_blocks import RowBlocks
 from keras_laid.ops.row_blocks import rows_of_block
 from keras_laid.ops.segment_attention import definition
@@ -66,50 +67,30 @@ def segment_attention(attention, mask, segments, num_segments):
         )
     blocks = RowBlocks(rows, size)
 
-    # Mask and segments come as arguments too, as floats, which have gradients:
-    # JAX takes no tensors from outside where it differentiates later.
-    described = {
-        name: ops.cast(tensor, "float32")
-        for name, tensor in mask._asdict().items()
-        if name != "window" and tensor is not None
-    }
+    def log_shares(constants, query, key):
+        attention = constants.attention._replace(query=query, key=key)
+        every = constants._replace(attention=attention).of_rows(blocks.fill)
 
-    @ops.custom_gradient
-    def run(query, key, segments, *description):
-        every = Block(
-            attention._replace(query=query, key=key),
-            mask._replace(
-                **{
-                    name: ops.cast(tensor, getattr(mask, name).dtype)
-                    for name, tensor in zip(described, description, strict=True)
-                }
-            ),
-            segments,
-            num_segments,
-        ).of_rows(blocks.fill)
-
-        def put_shares(number, log_shares):
+        def put_shares(number, shares):
             block = every.of_rows(blocks.of(number))
             found = definition.segment_attention(*block)
-            return blocks.put(log_shares, number, 2, found)
+            return blocks.put(shares, number, 2, found)
 
-        log_shares = ops.fori_loop(
+        shares = ops.fori_loop(
             0,
             blocks.count,
             put_shares,
             ops.zeros((batch, heads, blocks.filled, num_segments)),
         )
 
-        def gradients(*arguments, upstream=None):
-            if upstream is None:  # Only torch gives it by name.
-                (upstream,) = arguments
+        def gradients(upstream):
             # Repeated rows count once.
             upstream = blocks.fill_zeros(upstream, 2)
 
             def add_gradients(number, gradients):
                 rows_of = blocks.of(number)
                 of_query, of_key = every.of_rows(rows_of).gradients(
-                    rows_of(upstream, 2), rows_of(log_shares, 2)
+                    rows_of(upstream, 2), rows_of(shares, 2)
                 )
                 queries, keys = gradients
                 queries = blocks.put(queries, number, 1, of_query)
@@ -129,18 +110,14 @@ def segment_attention(attention, mask, segments, num_segments):
             of_key = ops.sum(
                 ops.reshape(of_key, (*key_shape, -1, width)), axis=3
             )
-            return (
+            return [
                 ops.cast(of_query[:, :rows], query.dtype),
                 ops.cast(of_key, key.dtype),
-                ops.zeros_like(segments),
-                *[ops.zeros_like(each) for each in description],
-            )
+            ]
 
-        return log_shares[:, :, :rows], gradients
+        return shares[:, :, :rows], gradients
 
-    return run(
-        attention.query,
-        attention.key,
-        ops.cast(segments, "float32"),
-        *described.values(),
-    )
+    query, key = attention.query, attention.key
+    attention = attention._replace(query=None, key=None)
+    constants = Block(attention, mask, segments, num_segments)
+    return with_own_gradient(log_shares, [query, key], constants)
