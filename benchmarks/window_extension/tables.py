@@ -68,15 +68,21 @@ def cell(values):
     return f"{mean:.3f} ± {half:.3f}"
 
 
-def ratio_of_windows(runs, untouched):
-    """Window over the untouched student's: geometric mean and 95% interval."""
-    logs = [
-        np.log(window(runs[seed]) / window(untouched[seed]))
-        for seed in runs.keys() & untouched.keys()
-    ]
-    mean, half = interval(logs)
+def geometric(values):
+    """Geometric mean and its 95% interval."""
+    mean, half = interval(np.log(values))
     low, high = np.exp(mean - half), np.exp(mean + half)
     return f"{np.exp(mean):.1f} ({low:.1f} to {high:.1f})"
+
+
+def ratio_of_windows(runs, untouched):
+    """Window over the untouched student's, of the seeds that both have."""
+    return geometric(
+        [
+            window(runs[seed]) / window(untouched[seed])
+            for seed in runs.keys() & untouched.keys()
+        ]
+    )
 
 
 def window(accuracy):
@@ -92,9 +98,10 @@ def make_table(of_config, methods):
             continue
         short = [np.mean([run[s] for s in SHORT]) for run in runs.values()]
         cells = [cell([run[s] for run in runs.values()]) for s in SIZES]
+        windows = geometric([window(run) for run in runs.values()])
         ratio = ratio_of_windows(runs, of_config[UNTOUCHED])
-        lines.append([method, len(runs), *cells, cell(short), ratio])
-    header = ["method", "seeds", *SIZES, "1 to 5", "window ratio"]
+        lines.append([method, len(runs), *cells, cell(short), windows, ratio])
+    header = ["method", "seeds", *SIZES, "1 to 5", "window", "window ratio"]
     return markdown_table(header, lines)
 
 

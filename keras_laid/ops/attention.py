@@ -246,15 +246,20 @@ def check_mask(mask: AttentionMask, attention: Attention) -> None:
         check_dtype("mask.block", mask.block, "int")
 
 
-def check_distance(distance: Distance, attention: Attention) -> None:
-    """Refuses what is no `Distance` between the tokens of an `Attention`."""
+def check_distance(distance: Distance, batch: int | None, **axes: int) -> None:
+    """Refuses what is no `Distance` of that form.
+
+    Args:
+        distance: `Distance`.
+        batch: Integer, or `None` where it is not known.
+        **axes: How many rows and keys there are: the names of these axes and
+            their sizes, in that order.
+    """
     check_kind("distance", distance, Distance, "a `keras_laid.ops.Distance`")
     check_number("distance.exponent", distance.exponent, "(0, inf)")
     check_scalar("distance.strength", distance.strength, "[0, inf)")
-    batch = attention.query.shape[0]
-    for name, axis, size in (
-        ("row_positions", "rows", attention.query.shape[1]),
-        ("key_positions", "keys", attention.key.shape[1]),
+    for name, (axis, size) in zip(
+        ("row_positions", "key_positions"), axes.items(), strict=True
     ):
         tensor = getattr(distance, name)
         shared = tuple(getattr(tensor, "shape", ()))[:1] == (1,)

@@ -8,10 +8,9 @@ from keras import ops
 
 from keras_laid.arguments import check_choice
 from keras_laid.arguments import check_kind
-from keras_laid.arguments import check_number
-from keras_laid.arguments import check_scalar
 from keras_laid.arguments import check_shape
 from keras_laid.ops.attention import Distance
+from keras_laid.ops.attention import check_distance
 from keras_laid.ops.attention_divergence.definition import MASKED
 from keras_laid.ops.attention_divergence.definition import TINY
 from keras_laid.typing import Tensor
@@ -224,20 +223,5 @@ def check_arguments(
     check_shape("teacher.mass", teacher.mass, **sizes)
     check_shape("teacher.sharpness", teacher.sharpness, **sizes)
     check_shape("row_mask", row_mask, **sizes)
-    if distance is None:
-        return
-    check_kind("distance", distance, Distance, "a `keras_laid.ops.Distance`")
-    check_number("distance.exponent", distance.exponent, "(0, inf)")
-    check_scalar("distance.strength", distance.strength, "[0, inf)")
-    for name, axis, size in (
-        ("row_positions", "rows", rows),
-        ("key_positions", "segments", segments),
-    ):
-        tensor = getattr(distance, name)
-        shared = tuple(getattr(tensor, "shape", ()))[:1] == (1,)
-        check_shape(
-            f"distance.{name}",
-            tensor,
-            batch=1 if shared else batch,
-            **{axis: size},
-        )
+    if distance is not None:
+        check_distance(distance, **sizes, segments=segments)

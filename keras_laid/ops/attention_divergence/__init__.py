@@ -108,7 +108,8 @@ def check_arguments(
     check_attention("teacher", teacher)
     check_same_tokens(student, teacher)
     check_mask(mask, student)
-    check_distance(distance, student)
+    batch, rows = student.query.shape[:2]
+    check_distance(distance, batch, rows=rows, keys=student.key.shape[1])
     student_heads = student.query.shape[2]
     teacher_heads = teacher.query.shape[2]
     if mixture is not None:

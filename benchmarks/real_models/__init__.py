@@ -1,0 +1,1 @@
+"""Real pretrained decoders that are packages of PyPI, as KerasHub presets."""

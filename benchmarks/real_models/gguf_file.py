@@ -1,0 +1,43 @@
+"""Reads a GGUF file into the variables of a KerasHub model."""
+
+import gguf
+
+
+class GGUFFile:
+    """A GGUF file.
+
+    Args:
+        path: Path.
+    """
+
+    def __init__(self, path):
+        self.reader = gguf.GGUFReader(path)
+        self.tensors = {tensor.name: tensor for tensor in self.reader.tensors}
+
+    def __getitem__(self, key):
+        """A value of the file's metadata; `{arch}` is the architecture."""
+        arch = self.reader.fields["general.architecture"].contents()
+        return self.reader.fields[key.format(arch=arch)].contents()
+
+    def load(self, model, weights):
+        """Assigns every tensor of the file, once, to every variable.
+
+        Args:
+            model: A Keras model.
+            weights: Iterable of tuples `(variable, name, convert)`: the name of
+                the tensor without `.weight`, and a function of its array, of
+                shape `(out, in)` where it is a matrix.
+        """
+        tensors = dict(self.tensors)
+        missing = {variable.path for variable in model.weights}
+        for variable, name, convert in weights:
+            tensor = tensors.pop(f"{name}.weight")
+            array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            variable.assign(convert(array))
+            missing.remove(variable.path)
+        if tensors or missing:
+            raise ValueError(
+                "Every tensor must belong to a variable. Received: tensors "
+                f"without a variable {list(tensors)}, and variables without a "
+                f"tensor {list(missing)}."
+            )

