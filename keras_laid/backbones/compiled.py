@@ -32,20 +32,23 @@ def compiled_apart(model: keras.Model) -> Iterator[None]:
     Args:
         model: A KerasHub model, or its backbone.
     """
-    outer = {}
-    for owner, name in compiled_functions(models_around(model)):
-        function = getattr(owner, name)
-        make_anew(owner, name)
-        outer[id(owner), name] = owner, getattr(owner, name), function
-    try:
-        yield
-    finally:
+    outer = {}  # By the functions in their place.
+    with contextlib.ExitStack() as steps:
         for owner, name in compiled_functions(models_around(model)):
-            _, inside, function = outer.get((id(owner), name), (None,) * 3)
-            if getattr(owner, name) is inside:
-                setattr(owner, name, function)
-            else:
-                make_anew(owner, name)
+            function = getattr(owner, name)
+            steps.enter_context(own_step(owner, name))
+            make(owner, name)
+            outer[getattr(owner, name)] = function
+        try:
+            yield
+        finally:
+            steps.close()
+            for owner, name in compiled_functions(models_around(model)):
+                function = outer.get(getattr(owner, name))
+                if function is None:
+                    make_anew(owner, name)
+                else:
+                    setattr(owner, name, function)
 
 
 def compiled_functions(
@@ -62,17 +65,30 @@ def compiled_functions(
 
 def make_anew(owner: keras.Model, name: str) -> None:
     """Replaces a compiled function by one that is not yet traced."""
+    with own_step(owner, name):
+        make(owner, name)
+
+
+def make(owner: keras.Model, name: str) -> None:
+    setattr(owner, name, None)
+    getattr(owner, f"make_{name}")()
+
+
+def own_step(
+    owner: keras.Model, name: str
+) -> contextlib.AbstractContextManager[None]:
+    """Scope in which what is compiled is equal to nothing compiled before.
+
+    JAX looks up by equality whether it has traced a function, as long as the
+    first is alive, and bound methods of one object are equal.
+    """
     step_name = name.replace("function", "step")
     step = getattr(owner, step_name)
 
-    # JAX looks up what it has traced by equality, and bound methods of one
-    # object are equal.
     def new_step(*args: Any, **kwargs: Any) -> Any:
         return step(*args, **kwargs)
 
-    with replaced_method(owner, step_name, new_step):
-        setattr(owner, name, None)
-        getattr(owner, f"make_{name}")()
+    return replaced_method(owner, step_name, new_step)
 
 
 def models_around(model: keras.Model) -> list[keras.Model]:
@@ -82,14 +98,18 @@ def models_around(model: keras.Model) -> list[keras.Model]:
     process are looked through, which takes a fraction of a second.
     """
     blocks = set(map(id, backbone_of(model).transformer_layers))
-    classes = subclasses(keras.Model)
-    models = [each for each in gc.get_objects() if type(each) in classes]
+    # By number, since a class may be one that cannot be hashed.
+    classes = set(map(id, subclasses(keras.Model)))
+    models = [each for each in gc.get_objects() if id(type(each)) in classes]
     return [each for each in models if holds(each, blocks)]
 
 
-def subclasses(parent: type) -> set[type]:
-    children = type.__subclasses__(parent)
-    return {parent}.union(*map(subclasses, children))
+def subclasses(parent: type) -> list[type]:
+    """A class, and all that inherit from it."""
+    found = [parent]
+    for child in type.__subclasses__(parent):
+        found += subclasses(child)
+    return found
 
 
 def holds(model: keras.Model, blocks: set[int]) -> bool:

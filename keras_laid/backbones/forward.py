@@ -49,6 +49,7 @@ def forward(
         ValueError: If an input is missing or of another shape.
     """
     decoder.check_inputs(model, inputs)
+    decoder.check_values(model)
     positions = inputs.get("positions")
     inputs = {name: inputs[name] for name in decoder.input_names(model)}
     with contextlib.ExitStack() as scopes:

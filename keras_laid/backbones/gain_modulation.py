@@ -110,7 +110,7 @@ def attach_gain_modulation(
         save = functools.partial(_save_to_preset, model)
         vars(model)["save_to_preset"] = save
     for owner in _forget_variables(model):
-        if owner.optimizer is not None and owner.optimizer.built:
+        if getattr(getattr(owner, "optimizer", None), "built", False):
             # It knows the old variables alone: Keras asks to compile anew.
             owner.compiled = False
     return gains

@@ -156,6 +156,7 @@ class MultiImagePaliGemmaCausalLM(PaliGemmaCausalLM):
         """What logits are read from, of shape `(batch, length, hidden)`."""
         backbone = self.backbone
         check_inputs(self, inputs)
+        check_values(self)
         batch = inputs["token_ids"].shape[0]
         image_embeddings = self.encode_images(inputs["images"], batch)
         text_embeddings = self.embed_text(inputs["token_ids"])

@@ -95,21 +95,20 @@ TAKE_SEVERAL_IMAGES = ("multi_image", "student", "teacher")
 GENERATE = ("task", "multi_image", "student")
 
 
-def compile_model(model, learning_rate=0.0, eagerly=False):
+def compile_model(model, learning_rate=0.0):
     """Losses tell all with a learning rate of 0."""
     model.compile(
         optimizer=keras.optimizers.SGD(learning_rate),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        run_eagerly=eagerly,
-        jit_compile=BACKEND == "jax" and not eagerly,
+        jit_compile=BACKEND == "jax",
     )
     task = getattr(model, "student", model)
     task.sampler = keras_hub.samplers.GreedySampler()
 
 
-def wrap(name, task, eagerly=False):
+def wrap(name, task):
     model = WRAPPERS[name](task)
-    compile_model(model, eagerly=eagerly)
+    compile_model(model)
     return model
 
 
@@ -164,7 +163,7 @@ def check(scope, wrapper, entries, inside_first, monkeypatch):
     expected = {}
     for inside in (False, True):
         with opened(inside):
-            expected[inside] = run(wrap(wrapper, task, eagerly=True))
+            expected[inside] = run(wrap(wrapper, task))
     model = wrap(wrapper, task)
     for inside in (inside_first, not inside_first, inside_first):
         del linear[:]
@@ -284,7 +283,7 @@ def test_gains_come_and_go_behind_a_wrapper(wrapper, entry):
     gain.log_gain.assign(np.linspace(-3, 3, gain.log_gain.shape[0]))
     for change in (lambda: None, lambda: fold_gain_modulation(task)):
         change()
-        expected = run(wrap(wrapper, task, eagerly=True))
+        expected = run(wrap(wrapper, task))
         np.testing.assert_allclose(run(model), expected, rtol=2e-4, atol=2e-4)
 
 
