@@ -128,6 +128,7 @@ def test_total_is_near_what_a_compiled_step_takes():
     distiller = keras_laid.DistanceWeightedAttentionDistillation(
         *models,
         retrieval=keras_laid.RetrievalMatching([(2, 0)]),
+        distance_weighting=keras_laid.DistanceWeighting(steps=1),
         rematerialize=True,
     )
     distiller.compile(keras.optimizers.AdamW(1e-4))

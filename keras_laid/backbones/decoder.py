@@ -116,6 +116,22 @@ def input_names(model: keras.Model) -> list[str]:
     return list(backbone_of(model).input)
 
 
+def check_values(model: keras.Model) -> None:
+    """Refuses to run a model while `fit` has taken its variables' values."""
+    variable = backbone_of(model).token_embedding.weights[0]
+    try:
+        _ = variable.value
+    except TypeError as error:  # By Keras, of a variable without a value.
+        raise RuntimeError(
+            "A model must hold the values of its variables to be run. On JAX, "
+            "Keras takes them out for the steps of an epoch, and `fit` hands "
+            f"them from step to step. Received: {model.name!r} between two "
+            "steps, as in `on_train_batch_end`. In the callback, call "
+            "`self.model.jax_state_sync()` first, which puts them back, or run "
+            "the model in `on_epoch_end`."
+        ) from error
+
+
 def check_inputs(model: keras.Model, inputs: dict[str, Tensor]) -> None:
     """Refuses inputs that lack a name, or whose shapes do not fit."""
     check_kind("inputs", inputs, dict, "a dictionary of the model's inputs")
@@ -132,16 +148,6 @@ def check_inputs(model: keras.Model, inputs: dict[str, Tensor]) -> None:
     for name in TOKEN_MASKS:
         if name in inputs:
             check_shape(name, inputs[name], batch=batch, length=length)
-
-
-def forget_compiled(model: keras.Model) -> None:
-    """Drops a model's and its backbone's compiled functions."""
-    for part in (model, backbone_of(model)):
-        part.train_function = None
-        part.test_function = None
-        part.predict_function = None
-    if hasattr(model, "generate_function"):
-        model.generate_function = None
 
 
 @contextlib.contextmanager

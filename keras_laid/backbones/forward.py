@@ -10,7 +10,7 @@ from keras_laid.backbones.attention_capture import captured_attention
 from keras_laid.backbones.linear_memory import linear_blocks
 from keras_laid.backbones.linear_memory import named
 from keras_laid.backbones.rematerialization import rematerialized
-from keras_laid.backbones.rotary_positions import rotary_positions
+from keras_laid.backbones.rotary_positions import rotary_embeddings_at
 from keras_laid.backbones.unembedding import hidden_states_for_logits
 from keras_laid.backbones.unembedding import unembedding
 from keras_laid.ops.attention import Attention
@@ -49,13 +49,14 @@ def forward(
         ValueError: If an input is missing or of another shape.
     """
     decoder.check_inputs(model, inputs)
+    decoder.check_values(model)
     positions = inputs.get("positions")
     inputs = {name: inputs[name] for name in decoder.input_names(model)}
     with contextlib.ExitStack() as scopes:
         if linear_memory:
             scopes.enter_context(linear_blocks(model, named(linear_memory)))
         attention = scopes.enter_context(captured_attention(model, layers))
-        scopes.enter_context(rotary_positions(model, positions))
+        scopes.enter_context(rotary_embeddings_at(model, positions))
         scopes.enter_context(hidden_states_for_logits(model))
         if rematerialize:
             scopes.enter_context(

@@ -11,8 +11,10 @@ from keras import ops
 
 from keras_laid.arguments import check_indices
 from keras_laid.arguments import check_switch
+from keras_laid.backbones.compiled import compiled_functions
+from keras_laid.backbones.compiled import make_anew
+from keras_laid.backbones.compiled import models_around
 from keras_laid.backbones.decoder import backbone_of
-from keras_laid.backbones.decoder import forget_compiled
 from keras_laid.backbones.decoder import global_layers
 from keras_laid.backbones.families import ADAPTERS
 from keras_laid.backbones.families import AttentionLayer
@@ -39,11 +41,10 @@ def attach_gain_modulation(
     `model.trainable_variables`, also where the rest of the model is frozen;
     `enable_lora` freezes them, so call it before.
 
-    Compile the model after attaching: its compiled functions are dropped here,
-    but an optimizer that has already trained knows the old variables alone.
-    Attach before you wrap the model (in a
-    `keras_laid.MultiImagePaliGemmaCausalLM` or a distiller), or compile that
-    too.
+    Every Keras model that runs the backbone follows, as `keras_laid.yarn` says.
+    Those that have already trained must be compiled before they train on or are
+    evaluated, since their optimizers know the old variables alone; until then
+    Keras raises a `ValueError`.
 
     With gains, `model.save("model.keras")` and `keras.models.load_model` work
     as before, and so do `save_weights` and `load_weights` between models with
@@ -108,7 +109,10 @@ def attach_gain_modulation(
     if model is not backbone:
         save = functools.partial(_save_to_preset, model)
         vars(model)["save_to_preset"] = save
-    _forget_compiled(model)
+    for owner in _forget_variables(model):
+        if getattr(getattr(owner, "optimizer", None), "built", False):
+            # It knows the old variables alone: Keras asks to compile anew.
+            owner.compiled = False
     return gains
 
 
@@ -125,7 +129,8 @@ def fold_gain_modulation(model: keras.Model) -> None:
     gains are multiplied into its second factor too; adapters saved from then on
     belong to the folded kernels.
 
-    Compile the model afterwards. Its compiled functions are dropped here.
+    Every Keras model that runs the backbone follows, as `keras_laid.yarn` says.
+    Compile those that have already trained the gains before you train on.
 
     Args:
         model: A model that `attach_gain_modulation` was called on.
@@ -154,7 +159,7 @@ def fold_gain_modulation(model: keras.Model) -> None:
             _scale(layer, part, feature_gains)
     object.__setattr__(backbone, "__class__", type(backbone).plain_class)
     vars(model).pop("save_to_preset", None)
-    _forget_compiled(model)
+    _forget_variables(model)
 
 
 def gain_layers(model: keras.Model) -> list[GainModulatedRotaryEmbedding]:
@@ -188,7 +193,7 @@ class GainModulation:
     ) -> None:
         super().__init__(*args, **kwargs)
         _attach(self, **gain_modulation)
-        _forget_compiled(self)
+        _forget_variables(self)
 
     def get_config(self) -> dict[str, Any]:
         gained = gains_by_index(self)
@@ -456,19 +461,15 @@ def _scale(
         part.lora_kernel_b.assign(part.lora_kernel_b * feature_gains)
 
 
-def _forget_compiled(model: keras.Model) -> None:
-    """Drops what a model and its backbone remember of their old variables."""
-    forget_compiled(model)
+def _forget_variables(model: keras.Model) -> list[keras.Model]:
+    """Drops what all models around a backbone, returned, know of old ones."""
+    owners = models_around(model)
+    for owner, name in compiled_functions(owners):
+        make_anew(owner, name)
     if keras.config.backend() == "torch":
         # `zero_grad` goes through the list of parameters that each layer made
         # when it was built.
-        backbone = backbone_of(model)
-        attentions = attention_layers(backbone)
-        for block, layer in zip(
-            backbone.transformer_layers, attentions, strict=True
-        ):
-            if layer.layer is not None:
-                layer.layer._track_variables()
-            block._track_variables()
-        backbone._track_variables()
-        model._track_variables()
+        for owner in owners:
+            for layer in owner._flatten_layers():
+                layer._track_variables()
+    return owners

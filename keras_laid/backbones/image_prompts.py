@@ -12,6 +12,7 @@ from keras_hub.models import Gemma3CausalLM
 from keras_hub.models import Gemma3CausalLMPreprocessor
 from keras_hub.models import PaliGemmaCausalLM
 
+from keras_laid.backbones.decoder import check_values
 from keras_laid.backbones.decoder import replaced_method
 from keras_laid.backbones.multi_image_pali_gemma import (
     MultiImagePaliGemmaCausalLM,
@@ -240,6 +241,7 @@ class ImagePrompts:
         self, images: np.ndarray, prompts: Sequence[str]
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Inputs of the model, and how long the prompts in them are."""
+        check_values(self._family.causal_lm)
         self._check_images(images)
         count = images.shape[1]
         self._family.set_images(count)

@@ -13,6 +13,7 @@ from keras_hub.models import Gemma4Backbone
 
 from keras_laid.backbones import decoder
 from keras_laid.backbones.attention_capture import numbered_runs
+from keras_laid.backbones.compiled import compiled_apart
 from keras_laid.backbones.families import AttentionLayer
 from keras_laid.backbones.families import attention_layers
 from keras_laid.ops.attention import Attention
@@ -46,8 +47,8 @@ def linear_memory_attention(
     that attends nothing: its attention is 0, where some families take a mean.
     Capture, gains, positions and `keras_laid.yarn` work inside.
 
-    Compiled functions of `model` and its backbone are dropped on entry and on
-    exit. The model is left as it was, also when the body raises.
+    Keras models that run the same backbone follow, as `keras_laid.yarn` says.
+    The model is left as it was, also when the body raises.
 
     Args:
         model: A KerasHub model of a family that
@@ -74,10 +75,7 @@ def linear_memory_attention(
     """
     check_requested("attention_output", IMPLEMENTATIONS, implementation)
     check_linear_memory(model)
-    with contextlib.ExitStack() as stack:
-        stack.callback(decoder.forget_compiled, model)
-        stack.enter_context(linear_blocks(model, implementation))
-        decoder.forget_compiled(model)
+    with linear_blocks(model, implementation), compiled_apart(model):
         yield
 
 

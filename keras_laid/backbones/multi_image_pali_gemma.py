@@ -1,5 +1,6 @@
 """PaliGemma over several images."""
 
+from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Any
 from typing import Self
@@ -16,9 +17,10 @@ from keras_hub.src.utils.pipeline_model import PipelineModel
 from keras_laid.arguments import check_kind
 from keras_laid.arguments import check_shape
 from keras_laid.backbones.decoder import check_inputs
+from keras_laid.backbones.decoder import check_values
 from keras_laid.backbones.decoder import pali_gemma_backbone_of
 from keras_laid.backbones.gain_modulation import check_no_gains
-from keras_laid.backbones.rotary_positions import rotary_positions
+from keras_laid.backbones.rotary_positions import rotary_embeddings_at
 from keras_laid.typing import PathLike
 from keras_laid.typing import Tensor
 
@@ -154,11 +156,12 @@ class MultiImagePaliGemmaCausalLM(PaliGemmaCausalLM):
         """What logits are read from, of shape `(batch, length, hidden)`."""
         backbone = self.backbone
         check_inputs(self, inputs)
+        check_values(self)
         batch = inputs["token_ids"].shape[0]
         image_embeddings = self.encode_images(inputs["images"], batch)
         text_embeddings = self.embed_text(inputs["token_ids"])
         x = ops.concatenate((image_embeddings, text_embeddings), axis=1)
-        with rotary_positions(backbone, inputs.get("positions")):
+        with rotary_embeddings_at(backbone, inputs.get("positions")):
             for block in backbone.transformer_layers:
                 x = block(
                     x,
@@ -181,6 +184,10 @@ class MultiImagePaliGemmaCausalLM(PaliGemmaCausalLM):
 
     def predict(self, x: Any = None, *args: Any, **kwargs: Any) -> np.ndarray:
         return _trainer(self, x).predict(x, *args, **kwargs)
+
+    def make_generate_function(self) -> Callable[..., dict[str, Tensor]]:
+        check_values(self)
+        return super().make_generate_function()
 
     def compute_output_shape(
         self, input_shape: dict[str, Sequence[int | None]]
@@ -289,6 +296,7 @@ class MultiImagePaliGemmaCausalLM(PaliGemmaCausalLM):
 
 def _trainer(model: MultiImagePaliGemmaCausalLM, x: Any) -> Any:
     """Whose `fit`, `evaluate` and `predict` can read `x`."""
+    check_values(model)
     if isinstance(x, keras.utils.PyDataset):
         return super(PipelineModel, model)
     return super(MultiImagePaliGemmaCausalLM, model)

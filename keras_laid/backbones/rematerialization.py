@@ -14,7 +14,7 @@ from keras_laid.backbones.decoder import backbone_of
 from keras_laid.backbones.decoder import replaced_method
 from keras_laid.backbones.linear_memory import linear_blocks
 from keras_laid.backbones.linear_memory import named
-from keras_laid.backbones.rotary_positions import rotary_positions
+from keras_laid.backbones.rotary_positions import rotary_embeddings_at
 from keras_laid.ops.attention import Attention
 from keras_laid.ops.attention_output import Name
 from keras_laid.typing import Tensor
@@ -39,7 +39,7 @@ def rematerialized(
 
     Args:
         model: As in `keras_laid.backbones.attention_layers`.
-        positions: Those of the outer `rotary_positions`, or `None`.
+        positions: Those of the outer `rotary_embeddings_at`, or `None`.
         layers: Those of the outer `captured_attention`.
         captured: Its dictionary.
         linear_memory: Boolean, whether there is an outer `linear_blocks`, or
@@ -76,7 +76,7 @@ def scopes_of_block(
     """Those that change what a block of the decoder does."""
     with (
         linear_blocks(model, implementation, linear),
-        rotary_positions(model, positions),
+        rotary_embeddings_at(model, positions),
         captured_attention(model, layers) as captured,
     ):
         yield captured

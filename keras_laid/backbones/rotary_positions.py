@@ -1,4 +1,4 @@
-"""Gives every rotary embedding of a model its positions, for one call."""
+"""Gives every rotary embedding of a model its positions."""
 
 import contextlib
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from keras import ops
 
 from keras_laid.arguments import check_dtype
 from keras_laid.arguments import check_positions
+from keras_laid.backbones.compiled import compiled_apart
 from keras_laid.backbones.decoder import replaced_method
 from keras_laid.backbones.families import AttentionLayer
 from keras_laid.backbones.families import attention_layers
@@ -31,7 +32,10 @@ def rotary_positions(
             also of shape `(batch, 4, length)`, like the `"position_ids"` of its
             preprocessor.
 
-    The model is left as it was, also when its call raises.
+    Keras models that run the same backbone follow, as `keras_laid.yarn` says.
+    Where positions differ from batch to batch, pass them as the input
+    `"positions"` to a distiller or a `keras_laid.MultiImagePaliGemmaCausalLM`,
+    which compile once. The model is left as it was, also when its call raises.
 
     Raises:
         TypeError: If positions are no integers.
@@ -39,6 +43,18 @@ def rotary_positions(
             this shape, or already have others; in a call, if there is not one
             for each token.
     """
+    with contextlib.ExitStack() as stack:
+        if positions is not None:
+            stack.enter_context(rotary_embeddings_at(model, positions))
+            stack.enter_context(compiled_apart(model))
+        yield
+
+
+@contextlib.contextmanager
+def rotary_embeddings_at(
+    model: keras.Model, positions: Tensor | None
+) -> Iterator[None]:
+    """The same, for a call inside of a function that is being compiled."""
     if positions is None:
         yield
         return

@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_laid.arguments import check_integer
 from keras_laid.backbones import decoder
+from keras_laid.backbones.compiled import compiled_apart
 from keras_laid.backbones.families import attention_layers
 from keras_laid.backbones.rotary_positions import RotatedAt
 from keras_laid.typing import Tensor
@@ -41,10 +42,8 @@ def self_extend(
     `keras_laid.yarn` work inside; attention is computed without a fused kernel,
     three maps in memory at once. Attach and fold gains outside.
 
-    Compiled functions of `model` and its backbone are dropped on entry and on
-    exit. Those of another model that shares the backbone are not: enter with
-    the model that you call, or make that one inside. The model is left as it
-    was, also when the body raises.
+    Keras models that run the same backbone follow, as `keras_laid.yarn` says.
+    The model is left as it was, also when the body raises.
 
     Args:
         model: A `keras_hub.models.PaliGemmaCausalLM`, a
@@ -86,7 +85,7 @@ def self_extend(
             "`self_extend`, or whose attention is being captured."
         )
     with contextlib.ExitStack() as stack:
-        stack.callback(decoder.forget_compiled, model)
+        stack.enter_context(compiled_apart(model))
         for layer in layers:
             extended = SelfExtendedAttention(layer, group_size, neighbor_window)
             for part, name, function in (
@@ -96,7 +95,6 @@ def self_extend(
                 stack.enter_context(
                     decoder.replaced_method(part, name, function)
                 )
-        decoder.forget_compiled(model)
         yield
 
 

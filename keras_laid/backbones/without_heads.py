@@ -13,6 +13,7 @@ from keras import ops
 
 from keras_laid.arguments import is_integer
 from keras_laid.backbones.attention_capture import no_gradients
+from keras_laid.backbones.compiled import compiled_apart
 from keras_laid.backbones.decoder import replaced_method
 from keras_laid.backbones.families import AttentionLayer
 from keras_laid.backbones.families import attention_layers
@@ -27,8 +28,8 @@ def without_heads(
 ) -> Iterator[None]:
     """Scope in which some attention heads of a model put out zeros.
 
-    Calls of the model are changed, functions that were compiled before are
-    not. The model is left as it was, also when a call raises.
+    Keras models that run the same backbone follow, as `keras_laid.yarn` says.
+    The model is left as it was, also when a call raises.
 
     Args:
         model: A KerasHub model of a family that
@@ -52,6 +53,7 @@ def without_heads(
             stack.enter_context(
                 replaced_method(layer.layer, "_compute_attention", function)
             )
+        stack.enter_context(compiled_apart(model))
         yield
 
 

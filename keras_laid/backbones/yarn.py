@@ -15,6 +15,7 @@ from keras_laid.arguments import check_choice
 from keras_laid.arguments import check_integer
 from keras_laid.arguments import check_number
 from keras_laid.backbones import decoder
+from keras_laid.backbones.compiled import compiled_apart
 from keras_laid.backbones.families import attention_layers
 from keras_laid.typing import Tensor
 
@@ -46,10 +47,18 @@ def yarn(
     a longer prompt. Positions of any kind, cached decoding, gains and
     `keras_laid.self_extend` work inside. Attach and fold gains outside.
 
-    Compiled functions of `model` and its backbone are dropped on entry and on
-    exit. Those of another model that shares the backbone are not: enter with
-    the model that you call, or make that one inside. The model is left as it
-    was, also when the body raises.
+    Every Keras model that runs the same backbone follows, whatever was done
+    with it before: a distiller, a `keras_laid.MultiImagePaliGemmaCausalLM`, a
+    functional or subclassed model of your own. Inside, its functions for `fit`,
+    `evaluate`, `predict` and `generate` are traced anew; outside, it has those
+    from before. To find such models, Python's garbage collector is asked for
+    all objects, on entry and on exit, which takes a fraction of a second. What
+    it cannot find keeps what it was traced with, and must be made inside:
+    functions that you compile yourself, by `jax.jit`, `tf.function` or
+    `torch.compile`; a model that holds the backbone neither as a layer nor as
+    an attribute, as in the function of a `keras.layers.Lambda`; and models from
+    before a call of `gc.freeze`. The model is left as it was, also when the
+    body raises.
 
     Args:
         model: A `keras_hub.models.PaliGemmaCausalLM`, a
@@ -93,7 +102,7 @@ def yarn(
         _check_unscaled(rope)
     temperature = 0.1 * math.log(factor) + 1
     with contextlib.ExitStack() as stack:
-        stack.callback(decoder.forget_compiled, model)
+        stack.enter_context(compiled_apart(model))
         for rope in ropes:
             shares = functools.partial(
                 SHARES_KEPT[ramp],
@@ -115,7 +124,6 @@ def yarn(
                 stack.enter_context(
                     decoder.replaced_method(rope, name, function)
                 )
-        decoder.forget_compiled(model)
         yield
 
 

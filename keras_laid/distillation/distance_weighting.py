@@ -30,8 +30,11 @@ class DistanceWeighting:
         schedule: How `progress` goes from 0 to 1 over training: `"linear"`,
             `"cosine"` (slow at both ends), or `"constant"` (1 throughout).
             Defaults to `"linear"`.
-        steps: Optional integer: the step at which `progress` reaches 1.
-            Defaults to the last step of `fit`.
+        steps: Optional integer: the training step at which `progress` reaches
+            1, however the steps are taken. Defaults to the last step of `fit`;
+            `train_on_batch`, a loop of your own, and `fit` of data without a
+            length raise a `ValueError` without it, unless the schedule is
+            `"constant"`.
 
     Raises:
         TypeError: If an argument is of another kind.
@@ -59,12 +62,12 @@ class DistanceWeighting:
         self.schedule = schedule
         self.steps = steps
 
-    def progress(self, step: Tensor, steps: Tensor) -> Tensor:
+    def progress(self, step: Tensor, steps: Tensor | int) -> Tensor:
         """Progress in `[0, 1]`, a float32 scalar tensor.
 
         Args:
             step: Scalar tensor, training steps done.
-            steps: Scalar tensor, steps after which progress is 1.
+            steps: Scalar tensor or integer, steps after which progress is 1.
         """
         step, steps = ops.cast(step, "float32"), ops.cast(steps, "float32")
         share = ops.clip(step / ops.maximum(steps, 1.0), 0.0, 1.0)

@@ -19,6 +19,7 @@ from keras_laid.arguments import check_choice
 from keras_laid.arguments import check_kind
 from keras_laid.arguments import check_number
 from keras_laid.arguments import check_switch
+from keras_laid.backbones.decoder import check_values
 from keras_laid.backbones.forward import forward
 from keras_laid.backbones.head_examples import matters
 from keras_laid.backbones.linear_memory import check_choice_of_memory
@@ -107,7 +108,11 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
 
     A term of weight 0 is not computed, and a teacher that no term needs is not
     run. Each term is a metric, as are `kl` (the logits term at temperature 1)
-    and `progress`. `sample_weight` also weighs whole examples in the attention
+    and `progress`. Progress needs the number of training steps: `fit` knows it
+    from data with a length; for `train_on_batch`, a loop of your own around
+    `train_step` or `compute_terms`, and data without a length, pass `steps` to
+    `DistanceWeighting`, or a training step raises a `ValueError`.
+    `sample_weight` also weighs whole examples in the attention
     terms: an example without any marked token does not count. It must be 0 or
     more, which a compiled step does not check.
 
@@ -306,8 +311,9 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
             layers = retrieval.pooled_layers(of_student)
             count = sum(of_student.layers[s].num_query_heads for s in layers)
             self.head_pooling = HeadMixer(1, count, name="mixer_retrieval")
-        # Training steps done, and in all: they drive `progress` as tensors, so
-        # that a step is never compiled anew.
+        # Training steps done, and in all, as far as `fit` knows: they drive
+        # `progress` as tensors, so that a step is never compiled anew.
+        self.fit_knows_steps = False
         self.step = self.add_weight(
             shape=(),
             initializer="zeros",
@@ -431,6 +437,21 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         )
         return found
 
+    def check_progress(self) -> None:
+        """Refuses a training step where nothing tells how many there are."""
+        weighting = self.distance_weighting
+        if weighting.schedule == "constant" or weighting.steps is not None:
+            return
+        weighted = self.mixers or self.retrieval_heads
+        if weighted and not self.fit_knows_steps:
+            raise ValueError(
+                "The number of training steps must be known, since "
+                "`distance_weighting` grows over them. Received: "
+                f"schedule={weighting.schedule!r}, steps=None, and a step "
+                "outside of `fit`, or data without a length. Pass `steps` to "
+                "`DistanceWeighting`, or `steps_per_epoch` to `fit`."
+            )
+
     def set_heads(self, heads: Heads) -> None:
         if heads == self.retrieval_heads:
             return
@@ -492,16 +513,19 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
             *keras.tree.flatten(callbacks or []),
             TotalSteps(initial_epoch),
         ]
-        return super().fit(
-            x,
-            y,
-            batch_size,
-            *args,
-            sample_weight=sample_weight,
-            callbacks=callbacks,
-            initial_epoch=initial_epoch,
-            **kwargs,
-        )
+        try:
+            return super().fit(
+                x,
+                y,
+                batch_size,
+                *args,
+                sample_weight=sample_weight,
+                callbacks=callbacks,
+                initial_epoch=initial_epoch,
+                **kwargs,
+            )
+        finally:
+            self.fit_knows_steps = False
 
     def evaluate(
         self,
@@ -527,6 +551,7 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         return_dict: bool = False,
     ) -> Any:
         self.find_heads_once([(x, y, sample_weight)])
+        self.check_progress()
         return super().train_on_batch(
             x, y, sample_weight, class_weight, return_dict
         )
@@ -548,6 +573,7 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generates with the student; see `keras_hub.models.CausalLM`."""
+        check_values(self.student)
         return self.student.generate(*args, **kwargs)
 
     def get_config(self) -> dict[str, Any]:
@@ -613,6 +639,8 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         """
         layers = {s for s, _ in self.layer_pairs} if self.mixers else set()
         layers |= {target.student_layer for target in self.retrieval_targets}
+        if training:
+            self.check_progress()
         student, attention = forward(
             self.student,
             x,
@@ -663,7 +691,10 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         return weight(self.step) if callable(weight) else weight
 
     def progress(self) -> Tensor:
-        return self.distance_weighting.progress(self.step, self.total_steps)
+        weighting = self.distance_weighting
+        return weighting.progress(
+            self.step, weighting.steps or self.total_steps
+        )
 
     def rows_of(
         self,
@@ -868,19 +899,10 @@ class TotalSteps(keras.callbacks.Callback):
         self.initial_epoch = initial_epoch
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
-        weighting = self.model.distance_weighting
-        if weighting.steps is not None:
-            self.model.total_steps.assign(weighting.steps)
+        self.model.fit_knows_steps = self.params["steps"] is not None
+        self.model.check_progress()
+        if not self.model.fit_knows_steps:
             return
-        if self.params["steps"] is None:
-            weighted = self.model.mixers or self.model.retrieval_heads
-            if weighting.schedule == "constant" or not weighted:
-                return
-            raise ValueError(
-                "The schedule of `distance_weighting` must know the number of "
-                "steps, and the data has no length. Pass `steps_per_epoch` to "
-                "`fit`, or `steps` to `DistanceWeighting`."
-            )
         # Set where a callback has found an earlier run.
         initial_epoch = self.model._initial_epoch or self.initial_epoch
         remaining = self.params["epochs"] - initial_epoch

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import keras
 
+from keras_laid.backbones.decoder import check_values
+
 
 class Steps:
     def train_step(self, state, data):
@@ -71,12 +73,14 @@ class Steps:
     # Where the data raise, the last step's state is still to be had.
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        check_values(self.student)
         try:
             return super().evaluate(*args, **kwargs)
         finally:
             self.jax_state_sync()
 
     def predict(self, *args, **kwargs):
+        check_values(self.student)
         try:
             return super().predict(*args, **kwargs)
         finally:

@@ -284,6 +284,7 @@ def test_a_teacher_of_another_family(teacher, student):
         student,
         attention_weight=1.0,
         retrieval=RetrievalMatching([(1, 0), (1, 5)], num_segments=2),
+        distance_weighting=DistanceWeighting(steps=1),
     )
     distiller.compile(keras.optimizers.SGD(0.1), run_eagerly=True)
     before = outputs_of(student)

@@ -87,7 +87,10 @@ class Calls(list):
 
 def test_one_pass_of_each_model_a_step(preprocessor, monkeypatch):
     distiller = make_distiller(
-        preprocessor, query_key_weight=0.1, temperature=2.0
+        preprocessor,
+        query_key_weight=0.1,
+        temperature=2.0,
+        distance_weighting=DistanceWeighting(steps=1),
     )
     batch = make_haystacks(preprocessor, sizes=(2,))[0]
     student_calls = Calls(distiller.student, monkeypatch)
@@ -145,6 +148,7 @@ def test_loss_curve_is_the_same_on_every_backend(preprocessor):
         layer_map="uniform",
         rows="all",
         retrieval_weight=0.0,
+        distance_weighting=DistanceWeighting(steps=20),
     )
     haystacks = make_haystacks(
         preprocessor,
@@ -154,7 +158,6 @@ def test_loss_curve_is_the_same_on_every_backend(preprocessor):
     )
     losses = []
     for index in range(20):
-        distiller.total_steps.assign(20)
         logs = distiller.train_on_batch(*haystacks[index], return_dict=True)
         distiller.reset_metrics()
         losses.append({name: float(value) for name, value in logs.items()})
@@ -233,7 +236,11 @@ def test_metrics_see_the_logits(preprocessor):
 
 def test_a_term_fades_out_by_a_schedule(preprocessor):
     fade = keras.optimizers.schedules.PolynomialDecay(2.0, 2)  # To 1e-4.
-    distiller = make_distiller(preprocessor, attention_weight=fade)
+    distiller = make_distiller(
+        preprocessor,
+        attention_weight=fade,
+        distance_weighting=DistanceWeighting(steps=4),
+    )
     batch = make_haystacks(preprocessor, sizes=(2,))[0]
     weights = []
     for _ in range(4):
@@ -433,9 +440,78 @@ def test_schedule_needs_a_length(preprocessor):
             return self.haystacks[index % 2]
 
     distiller = make_distiller(preprocessor)
-    with pytest.raises(ValueError, match="Pass `steps_per_epoch`"):
-        distiller.fit(Endless(), verbose=0)
+    x, y, sample_weight = batch = Endless.haystacks[0]
+    targets = distiller.run_teacher(x)
+    steps = [
+        lambda: distiller.fit(Endless(), verbose=0),
+        lambda: distiller.train_on_batch(*batch),
+        lambda: distiller.compute_terms(*batch, targets, training=True),
+    ]
+    for step in steps:
+        with pytest.raises(ValueError, match="number of training steps must"):
+            step()
     distiller.fit(Endless(), steps_per_epoch=2, verbose=0)
+    # A compiled step knows no better, nor does an earlier training.
+    for step in steps:
+        with pytest.raises(ValueError, match="number of training steps must"):
+            step()
+    distiller.test_on_batch(*batch)
+    assert int(distiller.step) == 2
+
+
+@pytest.mark.parametrize("entry", ["fit", "train_on_batch", "own_loop"])
+def test_progress_follows_the_steps_that_are_given(preprocessor, entry):
+    distiller = make_distiller(
+        preprocessor, distance_weighting=DistanceWeighting(steps=4)
+    )
+    haystacks = make_haystacks(preprocessor, num_questions=12, sizes=(2,))
+    found = []
+    for batch in [haystacks[index] for index in range(3)]:
+        distiller.reset_metrics()
+        if entry == "fit":
+            x, y, sample_weight = batch
+            history = distiller.fit(
+                x, y, sample_weight=sample_weight, batch_size=4, verbose=0
+            ).history
+            found += history["progress"]
+        elif entry == "train_on_batch":
+            logs = distiller.train_on_batch(*batch, return_dict=True)
+            found.append(logs["progress"])
+        else:
+            targets = distiller.run_teacher(batch[0])
+            _, terms = distiller.compute_terms(*batch, targets, training=True)
+            found.append(to_numpy(terms["progress"]))
+    np.testing.assert_allclose(found, [0.0, 0.25, 0.5])
+
+
+def test_a_model_is_run_between_two_steps(preprocessor):
+    """On JAX, `fit` has the values of its variables."""
+    haystacks = make_haystacks(preprocessor, num_questions=12, sizes=(2,))
+    x = haystacks[0][0]
+
+    class Run(keras.callbacks.Callback):
+        synchronizes = False
+
+        def on_train_batch_end(self, batch, logs=None):
+            if self.synchronizes and BACKEND == "jax":
+                self.model.jax_state_sync()
+            self.outputs = to_numpy(self.model.student(x))
+
+    def fit(**kwargs):
+        distiller = make_distiller(preprocessor)
+        distiller.fit(haystacks, verbose=0, shuffle=False, **kwargs)
+        return distiller
+
+    run = Run()
+    if BACKEND == "jax":
+        with pytest.raises(RuntimeError, match="jax_state_sync"):
+            fit(callbacks=[run])
+    run.synchronizes = True
+    distiller = fit(callbacks=[run])
+    np.testing.assert_allclose(
+        run.outputs, to_numpy(distiller.student(x)), atol=1e-5
+    )
+    assert_same(values(distiller.student), values(fit().student))
 
 
 def test_weight_files_hold_no_teacher(preprocessor, tmp_path):

@@ -212,7 +212,9 @@ def test_heads_are_found_on_the_first_batches_and_logged(
     preprocessor, entry, caplog
 ):
     haystacks = make_haystacks(preprocessor, 32, sizes=(3,), batch_size=8)
-    distiller = make_distiller(preprocessor)
+    distiller = make_distiller(
+        preprocessor, distance_weighting=DistanceWeighting(steps=4)
+    )
     with caplog.at_level(logging.INFO, logger="keras_laid"):
         if entry.endswith("batch"):
             getattr(distiller, entry)(*haystacks[0])

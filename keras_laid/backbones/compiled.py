@@ -1,0 +1,136 @@
+"""What Keras has compiled of the models that run a backbone's blocks."""
+
+import contextlib
+import gc
+from collections.abc import Iterable
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+
+from keras_laid.backbones.decoder import backbone_of
+from keras_laid.backbones.decoder import replaced_method
+
+# Attributes of Keras models, each made by the method `make_<name>`.
+COMPILED = (
+    "train_function",
+    "test_function",
+    "predict_function",
+    "generate_function",
+)
+
+
+@contextlib.contextmanager
+def compiled_apart(model: keras.Model) -> Iterator[None]:
+    """Scope inside which a backbone's compiled functions are others.
+
+    A compiled function goes on doing what the backbone did when the function
+    was traced. On entry, each Keras model that runs the backbone's blocks gets
+    functions that are not yet traced. On exit it gets back those that it had,
+    unless they were replaced inside, as `compile` does.
+
+    Args:
+        model: A KerasHub model, or its backbone.
+    """
+    outer = {}  # By the functions in their place.
+    with contextlib.ExitStack() as steps:
+        for owner, name in compiled_functions(models_around(model)):
+            function = getattr(owner, name)
+            steps.enter_context(own_step(owner, name))
+            make(owner, name)
+            outer[getattr(owner, name)] = function
+        try:
+            yield
+        finally:
+            steps.close()
+            for owner, name in compiled_functions(models_around(model)):
+                function = outer.get(getattr(owner, name))
+                if function is None:
+                    make_anew(owner, name)
+                else:
+                    setattr(owner, name, function)
+
+
+def compiled_functions(
+    models: Iterable[keras.Model],
+) -> list[tuple[keras.Model, str]]:
+    """Those that models have, as pairs of model and attribute."""
+    return [
+        (owner, name)
+        for owner in models
+        for name in COMPILED
+        if getattr(owner, name, None) is not None
+    ]
+
+
+def make_anew(owner: keras.Model, name: str) -> None:
+    """Replaces a compiled function by one that is not yet traced."""
+    with own_step(owner, name):
+        make(owner, name)
+
+
+def make(owner: keras.Model, name: str) -> None:
+    setattr(owner, name, None)
+    getattr(owner, f"make_{name}")()
+
+
+def own_step(
+    owner: keras.Model, name: str
+) -> contextlib.AbstractContextManager[None]:
+    """Scope in which what is compiled is equal to nothing compiled before.
+
+    JAX looks up by equality whether it has traced a function, as long as the
+    first is alive, and bound methods of one object are equal.
+    """
+    step_name = name.replace("function", "step")
+    step = getattr(owner, step_name)
+
+    def new_step(*args: Any, **kwargs: Any) -> Any:
+        return step(*args, **kwargs)
+
+    return replaced_method(owner, step_name, new_step)
+
+
+def models_around(model: keras.Model) -> list[keras.Model]:
+    """Every Keras model that runs blocks of a backbone, itself among them.
+
+    Layers do not know what they are part of, so that all objects of the
+    process are looked through, which takes a fraction of a second.
+    """
+    blocks = set(map(id, backbone_of(model).transformer_layers))
+    # By number, since a class may be one that cannot be hashed.
+    classes = set(map(id, subclasses(keras.Model)))
+    models = [each for each in gc.get_objects() if id(type(each)) in classes]
+    return [each for each in models if holds(each, blocks)]
+
+
+def subclasses(parent: type) -> list[type]:
+    """A class, and all that inherit from it."""
+    found = [parent]
+    for child in type.__subclasses__(parent):
+        found += subclasses(child)
+    return found
+
+
+def holds(model: keras.Model, blocks: set[int]) -> bool:
+    """Whether one of the blocks is part of a model, at any depth.
+
+    Parts are the layers that Keras tracks, and those in an attribute past its
+    tracking, as the distiller's teacher is.
+    """
+    seen: set[int] = set()
+    waiting = [model]
+    while waiting:
+        layer = waiting.pop()
+        if id(layer) in blocks:
+            return True
+        if id(layer) not in seen:
+            seen.add(id(layer))
+            attributes = vars(layer)
+            waiting += attributes.get("_layers", ())
+            waiting += [
+                value
+                for value in attributes.values()
+                if isinstance(value, keras.Layer)
+            ]
+    return False

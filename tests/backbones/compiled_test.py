@@ -1,0 +1,307 @@
+"""What is compiled follows scopes and gains, whichever model it is of."""
+
+import contextlib
+import functools
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+from keras_hub.models import PaliGemmaCausalLM
+
+import keras_laid
+from keras_laid import DistanceWeightedAttentionDistillation
+from keras_laid import MultiImagePaliGemmaCausalLM
+from keras_laid import attach_gain_modulation
+from keras_laid import fold_gain_modulation
+from keras_laid.backbones import linear_memory
+from keras_laid.backbones.without_heads import without_heads
+from tests.backbones import extension_support as support
+from tests.backbones import self_extend_test
+from tests.backbones import yarn_test
+from tests.support import PALI_GEMMA
+from tests.support import attention_of
+from tests.support import make_multi_image
+from tests.support import make_pali_gemma
+from tests.support import to_numpy
+
+BACKEND = keras.backend.backend()
+LENGTH = 9
+SMALL = dict(PALI_GEMMA, num_layers=1)
+SCOPES = {
+    "yarn": functools.partial(keras_laid.yarn, **yarn_test.SETTINGS),
+    "self_extend": functools.partial(
+        keras_laid.self_extend, **self_extend_test.SETTINGS
+    ),
+    "linear_memory": keras_laid.linear_memory_attention,
+    "positions": functools.partial(
+        keras_laid.rotary_positions, positions=3 * np.arange(4 + LENGTH)
+    ),
+    "heads": functools.partial(without_heads, heads=[(0, 1)]),
+}
+
+
+def make_task():
+    """A plain PaliGemma whose attention is sharp, so that scopes show."""
+    task = make_pali_gemma(SMALL)
+    for layer in attention_of(task):
+        for dense in (layer.query_dense, layer.key_dense):
+            dense.kernel.assign(2.0 * dense.kernel)
+    return task
+
+
+class Subclassed(keras.Model):
+    """A user's model, with the backbone in a dictionary."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.parts = {"body": backbone}
+
+    def call(self, inputs):
+        body = self.parts["body"]
+        return body.token_embedding(body(inputs)[:, -LENGTH:], reverse=True)
+
+
+def functional(task):
+    """A user's model of a part of the backbone's graph."""
+    block = task.backbone.transformer_layers[0]
+    hidden = task.backbone.get_layer(block.name).output
+    return keras.Model(task.backbone.input, hidden[:, -LENGTH:])
+
+
+def distiller(task, teacher):
+    return DistanceWeightedAttentionDistillation(
+        MultiImagePaliGemmaCausalLM(teacher.backbone),
+        MultiImagePaliGemmaCausalLM(task.backbone),
+        retrieval_weight=0.0,
+    )
+
+
+@functools.cache
+def other():
+    return make_multi_image(SMALL, seed=5)
+
+
+# Models that run the backbone of a plain PaliGemma.
+WRAPPERS = {
+    "task": lambda task: PaliGemmaCausalLM(None, task.backbone),
+    "multi_image": lambda task: MultiImagePaliGemmaCausalLM(task.backbone),
+    "functional": functional,
+    "subclassed": lambda task: Subclassed(task.backbone),
+    "student": lambda task: distiller(task, other()),
+    "teacher": lambda task: distiller(other(), task),
+}
+TAKE_SEVERAL_IMAGES = ("multi_image", "student", "teacher")
+GENERATE = ("task", "multi_image", "student")
+
+
+def compile_model(model, learning_rate=0.0):
+    """Losses tell all with a learning rate of 0."""
+    model.compile(
+        optimizer=keras.optimizers.SGD(learning_rate),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        jit_compile=BACKEND == "jax",
+    )
+    task = getattr(model, "student", model)
+    task.sampler = keras_hub.samplers.GreedySampler()
+
+
+def wrap(name, task):
+    model = WRAPPERS[name](task)
+    compile_model(model)
+    return model
+
+
+def batch_for(name):
+    x = support.make_inputs(images=1, length=LENGTH)
+    if name not in TAKE_SEVERAL_IMAGES:
+        x["images"] = x["images"][:, 0]
+    return x, x["token_ids"] % 16
+
+
+def loss_of_batch(model, x, y):
+    model.reset_metrics()
+    return model.train_on_batch(x, y, return_dict=True)["loss"]
+
+
+def generated(model, x, y):
+    prompt = {n: x[n] for n in ("images", "token_ids")}
+    prompt["padding_mask"] = np.tile(np.arange(LENGTH) < 6, (2, 1))
+    return model.generate(prompt, stop_token_ids=None)["token_ids"]
+
+
+ENTRIES = {
+    "fit": lambda model, x, y: model.fit(x, y, verbose=0).history["loss"],
+    "train_on_batch": loss_of_batch,
+    "evaluate": lambda model, x, y: model.evaluate(
+        x, y, verbose=0, return_dict=True
+    )["loss"],
+    "predict": lambda model, x, y: model.predict(x, verbose=0),
+    "call": lambda model, x, y: to_numpy(model(x)),
+    "generate": generated,
+}
+
+
+def check(scope, wrapper, entries, inside_first, monkeypatch):
+    """What a model does inside and outside is what a new one does there."""
+    task, batch = make_task(), batch_for(wrapper)
+    linear = []
+    compute = linear_memory.attention_output
+
+    def attend(*args):
+        linear.append(1)
+        return compute(*args)
+
+    monkeypatch.setattr(linear_memory, "attention_output", attend)
+
+    def opened(inside):
+        return SCOPES[scope](task) if inside else contextlib.nullcontext()
+
+    def run(model):
+        return [ENTRIES[entry](model, *batch) for entry in entries]
+
+    expected = {}
+    for inside in (False, True):
+        with opened(inside):
+            expected[inside] = run(wrap(wrapper, task))
+    model = wrap(wrapper, task)
+    for inside in (inside_first, not inside_first, inside_first):
+        del linear[:]
+        with opened(inside):
+            found = run(model)
+        message = f"{scope}, {wrapper}, {entries}, inside={inside}"
+        for one, right in zip(found, expected[inside], strict=True):
+            np.testing.assert_allclose(
+                one, right, rtol=2e-4, atol=2e-4, err_msg=message
+            )
+        if scope == "linear_memory":  # With the same outputs.
+            assert bool(linear) == inside, message
+    if scope != "linear_memory" and entries != ["generate"]:
+        for entry, one, other in zip(entries, *expected.values(), strict=True):
+            of_teacher = entry in ("fit", "train_on_batch", "evaluate")
+            if entry != "generate" and (wrapper != "teacher" or of_teacher):
+                assert np.abs(np.subtract(one, other)).max() > 1e-3, entry
+
+
+@pytest.mark.parametrize(
+    "scope, wrapper, entries, inside_first",
+    [
+        ("yarn", "student", ["fit", "generate"], False),
+        ("yarn", "teacher", ["train_on_batch"], True),
+        ("self_extend", "multi_image", ["predict", "call"], False),
+        ("linear_memory", "functional", ["evaluate", "predict"], True),
+        ("positions", "subclassed", ["train_on_batch"], False),
+        ("heads", "task", ["generate", "evaluate"], True),
+    ],
+)
+def test_a_scope(scope, wrapper, entries, inside_first, monkeypatch):
+    check(scope, wrapper, entries, inside_first, monkeypatch)
+
+
+@pytest.mark.extra_large
+@pytest.mark.parametrize("inside_first", [False, True])
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("scope", SCOPES)
+def test_every_scope(scope, wrapper, inside_first, monkeypatch):
+    entries = list(ENTRIES)
+    # A token at a time cannot be given the positions of all.
+    if wrapper not in GENERATE or scope == "positions":
+        entries.remove("generate")
+    check(scope, wrapper, entries, inside_first, monkeypatch)
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="PyTorch runs uncompiled.")
+def test_nothing_is_traced_again_where_nothing_changed(monkeypatch):
+    task, (x, y) = make_task(), batch_for("task")
+    model = wrap("task", task)
+    block, traces = type(task.backbone.transformer_layers[0]), []
+    call = block.call
+
+    def counted(*args, **kwargs):
+        traces.append(1)
+        return call(*args, **kwargs)
+
+    monkeypatch.setattr(block, "call", counted)
+
+    def traced():
+        before = len(traces)
+        for entry in ("fit", "predict", "generate"):
+            ENTRIES[entry](model, x, y)
+        return len(traces) - before
+
+    assert traced() > 0
+    with SCOPES["yarn"](task):
+        assert traced() > 0
+        assert traced() == 0
+    assert traced() == 0
+
+
+def test_what_is_compiled_inside_counts_outside():
+    task, batch = make_task(), batch_for("functional")
+    model = wrap("functional", task)
+    before = loss_of_batch(model, *batch)
+    with SCOPES["yarn"](task):
+        compile_model(model, learning_rate=0.1)
+        inside = loss_of_batch(model, *batch)
+    first, second = [loss_of_batch(model, *batch) for _ in range(2)]
+    assert abs(inside - before) > 1e-3
+    assert second < first < before
+
+
+def test_a_scope_between_the_epochs_of_fit():
+    task, batch = make_task(), batch_for("task")
+    model = wrap("task", task)
+
+    class Predict(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            with SCOPES["yarn"](task):
+                self.model.predict(batch[0], verbose=0)
+
+    losses = model.fit(
+        *batch, epochs=3, verbose=0, callbacks=[Predict()]
+    ).history["loss"]
+    np.testing.assert_allclose(losses, losses[:1] * 3, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "wrapper, entry",
+    [
+        ("multi_image", "generate"),
+        ("student", "evaluate"),
+        ("functional", "predict"),
+    ],
+)
+def test_gains_come_and_go_behind_a_wrapper(wrapper, entry):
+    task, batch = make_task(), batch_for(wrapper)
+    model = wrap(wrapper, task)
+
+    def run(model):
+        return ENTRIES[entry](model, *batch)
+
+    run(model)
+    (gain,) = attach_gain_modulation(task)
+    gain.log_gain.assign(np.linspace(-3, 3, gain.log_gain.shape[0]))
+    for change in (lambda: None, lambda: fold_gain_modulation(task)):
+        change()
+        expected = run(wrap(wrapper, task))
+        np.testing.assert_allclose(run(model), expected, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("wrapper", ["student", "functional"])
+def test_gains_attached_late_train_as_early_ones(wrapper):
+    batch, trained = batch_for(wrapper), []
+    for late in (False, True):
+        task = make_task()
+        gains = [] if late else attach_gain_modulation(task)
+        model = wrap(wrapper, task)
+        if late:
+            loss_of_batch(model, *batch)
+            gains = attach_gain_modulation(task)
+            with pytest.raises(ValueError, match=r"call `compile\(\)`"):
+                loss_of_batch(model, *batch)
+        compile_model(model, learning_rate=0.1)
+        for _ in range(3):
+            loss_of_batch(model, *batch)
+        trained.append(to_numpy(gains[0].log_gain))
+    np.testing.assert_allclose(*trained, rtol=1e-4, atol=1e-6)
+    assert np.abs(trained[0]).max() > 1e-4
