@@ -134,6 +134,14 @@ def check_inputs(model: keras.Model, inputs: dict[str, Tensor]) -> None:
             check_shape(name, inputs[name], batch=batch, length=length)
 
 
+def is_mixed_float16(model: keras.Model) -> bool:
+    """Whether layers compute in float16 and keep their weights in float32."""
+    return any(
+        (layer.compute_dtype, layer.variable_dtype) == ("float16", "float32")
+        for layer in backbone_of(model)._flatten_layers()
+    )
+
+
 def forget_compiled(model: keras.Model) -> None:
     """Drops a model's and its backbone's compiled functions."""
     for part in (model, backbone_of(model)):

@@ -19,6 +19,7 @@ from keras_laid.arguments import check_choice
 from keras_laid.arguments import check_kind
 from keras_laid.arguments import check_number
 from keras_laid.arguments import check_switch
+from keras_laid.backbones import decoder
 from keras_laid.backbones.forward import forward
 from keras_laid.backbones.head_examples import matters
 from keras_laid.backbones.linear_memory import check_choice_of_memory
@@ -345,6 +346,7 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         loss: Literal["auto"]
         | keras.losses.Loss
         | Callable[[Tensor, Tensor], Tensor] = "auto",
+        auto_scale_loss: bool = True,
         **kwargs: Any,
     ) -> None:
         """Configures training.
@@ -356,6 +358,12 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
                 logits, or a function of them, averaged over the tokens that
                 `sample_weight` marks. Defaults to `"auto"`: cross-entropy,
                 averaged likewise over those whose label is 0 or more.
+            auto_scale_loss: Boolean, whether the loss is scaled for a student
+                that computes in float16 and keeps its weights in float32, as
+                with `dtype="mixed_float16"`: small gradients would become 0.
+                The optimizer is wrapped in a
+                `keras.optimizers.LossScaleOptimizer`, unless it is one or has
+                a `loss_scale_factor`. Defaults to `True`.
             **kwargs: Passed to `keras.Model.compile`.
 
         Raises:
@@ -381,8 +389,11 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
             )
         supervised_loss = as_loss(loss)
         optimizer = keras.optimizers.get(optimizer)
+        if auto_scale_loss and decoder.is_mixed_float16(self.student):
+            optimizer = scaling_the_loss(optimizer)
         self.supervised_loss = supervised_loss
-        super().compile(optimizer=optimizer, **kwargs)
+        # Keras would look at the distiller's dtype policy.
+        super().compile(optimizer=optimizer, auto_scale_loss=False, **kwargs)
         # Somebody else wants to see all of them.
         self.needs_logits = (
             self.supervised_loss is not None
@@ -847,6 +858,14 @@ def as_loss(loss: Any) -> keras.losses.Loss | None:
             f"Received: {loss.name!r} with reduction={loss.reduction!r}"
         )
     return loss
+
+
+def scaling_the_loss(optimizer: keras.Optimizer) -> keras.Optimizer:
+    """The optimizer in a `LossScaleOptimizer`, unless it scales by itself."""
+    scales = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+    if scales or optimizer.loss_scale_factor is not None:
+        return optimizer
+    return keras.optimizers.LossScaleOptimizer(optimizer)
 
 
 class FunctionLoss(keras.losses.Loss):
