@@ -19,6 +19,7 @@ from keras_laid.arguments import check_choice
 from keras_laid.arguments import check_kind
 from keras_laid.arguments import check_number
 from keras_laid.arguments import check_switch
+from keras_laid.arguments import check_tokens
 from keras_laid.backbones import decoder
 from keras_laid.backbones.forward import forward
 from keras_laid.backbones.head_examples import matters
@@ -112,6 +113,10 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
     terms: an example without any marked token does not count. It must be 0 or
     more, which a compiled step does not check.
 
+    Evaluation weights distances and terms as at the end of training, whatever
+    the step, so that `val_loss` can be compared over epochs; `val_progress` is
+    1. Schedules are taken at the last step of `fit`.
+
     The wrapper learns the student's trainable variables and the mixers', never
     the teacher's, whatever the teacher's `trainable` says. `predict`,
     `evaluate` and `generate` are the student's. Weight files of the wrapper
@@ -191,6 +196,8 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
     Reference:
      - [Zhou et al., 2026](https://arxiv.org/abs/2512.21576), equations 7, 8.
     """
+
+    supervised_loss: keras.losses.Loss | None = None
 
     def __init__(
         self,
@@ -496,8 +503,11 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         | keras.callbacks.Callback
         | None = None,
         initial_epoch: int = 0,
+        class_weight: None = None,
         **kwargs: Any,
     ) -> keras.callbacks.History:
+        checks.check_no_class_weight(class_weight)
+        self.check_tokens(x, y, sample_weight)
         self.find_heads_once(x, y, sample_weight, batch_size)
         callbacks = [
             *keras.tree.flatten(callbacks or []),
@@ -524,6 +534,8 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
+        self.check_tokens(x, y, sample_weight)
+        self.check_end_is_known()
         self.find_heads_once(x, y, sample_weight, batch_size)
         return super().evaluate(
             x, y, batch_size, verbose, sample_weight, *args, **kwargs
@@ -534,12 +546,14 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         x: Any,
         y: Any = None,
         sample_weight: Any = None,
-        class_weight: Any = None,
+        class_weight: None = None,
         return_dict: bool = False,
     ) -> Any:
+        checks.check_no_class_weight(class_weight)
+        self.check_tokens(x, y, sample_weight)
         self.find_heads_once([(x, y, sample_weight)])
         return super().train_on_batch(
-            x, y, sample_weight, class_weight, return_dict
+            x, y, sample_weight, return_dict=return_dict
         )
 
     def test_on_batch(
@@ -549,6 +563,8 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         sample_weight: Any = None,
         return_dict: bool = False,
     ) -> Any:
+        self.check_tokens(x, y, sample_weight)
+        self.check_end_is_known()
         self.find_heads_once([(x, y, sample_weight)])
         return super().test_on_batch(x, y, sample_weight, return_dict)
 
@@ -595,7 +611,17 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         """A batch as `(x, y, sample_weight)`, checked."""
         batch = keras.utils.unpack_x_y_sample_weight(data)
         checks.check_batch(self.student, batch)
+        self.check_tokens(*batch)
         return batch
+
+    def check_tokens(self, x: Any, y: Any, sample_weight: Any) -> None:
+        """Refuses ids and labels of no token, where values are at hand."""
+        student, teacher = [each.vocabulary_size for each in self.descriptions]
+        is_stored = isinstance(self.teacher, StoredTeacher)
+        if isinstance(x, dict) and "token_ids" in x:
+            read_by_all = student if is_stored else min(student, teacher)
+            check_tokens("token_ids", x["token_ids"], read_by_all, least=0)
+        checks.check_labels(student, self.supervised_loss, y, sample_weight)
 
     def compute_terms(
         self,
@@ -640,41 +666,81 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
             sample_weight = ops.ones_like(y)
         sample_weight = ops.cast(sample_weight, "float32")
         terms, loss = {}, sum(self.losses)
+        progress, weights = self.schedule(training)
+        if "progress" in self.trackers:
+            terms["progress"] = progress
         if self.mixers:
             terms.update(
                 self.attention_terms(
-                    x, sample_weight, attention, targets.attention
+                    x, sample_weight, attention, targets.attention, progress
                 )
             )
         if self.term_weights["retrieval"]:
-            terms["progress"] = self.progress()
             terms["retrieval"] = ops.zeros(())
         if self.retrieval_targets:
             terms["retrieval"] = self.retrieval_term(
-                x, sample_weight, attention, targets.log_shares
+                x, sample_weight, attention, targets.log_shares, progress
             )
         for name in ("retrieval", "attention", "query_key"):
             if name in terms:
-                loss = loss + self.weight_now(name) * terms[name]
+                loss = loss + weights[name] * terms[name]
         if self.supervised_loss and self.term_weights["supervised"]:
-            terms["supervised"] = self.supervised_loss(
+            supervised = self.supervised_loss(
                 y, y_pred, sample_weight=sample_weight
             )
-            loss = loss + self.weight_now("supervised") * terms["supervised"]
-        of_tokens = self.token_terms(student, targets, y, sample_weight)
+            # As in the loss of the distiller.
+            outside = ops.logical_and(
+                y >= student.vocabulary, sample_weight > 0
+            )
+            terms["supervised"] = ops.where(
+                ops.any(outside), float("nan"), supervised
+            )
+            loss = loss + weights["supervised"] * terms["supervised"]
+        of_tokens = self.token_terms(
+            student, targets, y, sample_weight, weights
+        )
         terms["loss"] = loss + of_tokens.pop("loss", 0.0)
         terms.update(of_tokens)
         if training:
             self.step.assign(self.step + 1)
         return y_pred, terms
 
-    def weight_now(self, name: str) -> float | Tensor:
-        """The weight of a term at the present step."""
-        weight = self.term_weights[name]
-        return weight(self.step) if callable(weight) else weight
+    def schedule(
+        self, training: bool
+    ) -> tuple[Tensor, dict[str, float | Tensor]]:
+        """Progress, and the weight of each term.
 
-    def progress(self) -> Tensor:
-        return self.distance_weighting.progress(self.step, self.total_steps)
+        In evaluation those of the end of training, at every step, so that the
+        losses of two epochs can be compared.
+        """
+        weighting = self.distance_weighting
+        step, progress = self.total_steps, ops.ones(())
+        if training:
+            step = self.step
+            progress = weighting.progress(
+                step, weighting.steps or self.total_steps
+            )
+        weights = {
+            name: weight(step) if callable(weight) else weight
+            for name, weight in self.term_weights.items()
+        }
+        return progress, weights
+
+    def check_end_is_known(self) -> None:
+        """Refuses to evaluate a schedule whose last step is not known."""
+        names = [
+            f"{name}_weight"
+            for name, weight in self.term_weights.items()
+            if callable(weight)
+        ]
+        if names and not int(self.total_steps):
+            raise ValueError(
+                "Evaluation weights terms as at the end of training, so that "
+                "the number of steps must be known for schedules. Received: "
+                f"{names} before `fit`. Call `fit` first; where the data has "
+                "no length, with `steps_per_epoch` or "
+                "`DistanceWeighting(steps=...)`."
+            )
 
     def rows_of(
         self,
@@ -691,6 +757,7 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         sample_weight: Tensor,
         student: dict[int, Attention],
         log_shares: dict[int, Tensor],
+        progress: Tensor,
     ) -> Tensor:
         """Mean over examples of the divergence of their rows."""
         rows = self.rows_of(x, student, "text")
@@ -717,7 +784,7 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
                 segments,
                 rows.row_positions,
                 rows.key_positions,
-                self.distance_weighting.strength * self.progress(),
+                self.distance_weighting.strength * progress,
                 self.distance_weighting.exponent,
             ),
             self.head_pooling and self.head_pooling.mixture()[0],
@@ -734,10 +801,10 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         sample_weight: Tensor,
         student: dict[int, Attention],
         teacher: dict[int, Attention],
+        progress: Tensor,
     ) -> dict[str, Tensor]:
         """Attention and query/key terms, averaged over the layer pairs."""
         rows = self.rows_of(x, student, self.rows)
-        progress = self.progress()
         distance = Distance(
             row_positions=rows.row_positions,
             key_positions=rows.key_positions,
@@ -773,7 +840,7 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
                     key_mask=rows.attended,
                 )
                 distances.append(weighted_mean(of_heads, example_weight))
-        terms = {"progress": progress}
+        terms = {}
         if divergences:
             terms["attention"] = sum(divergences) / len(divergences)
         if distances:
@@ -786,6 +853,7 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         targets: Targets | None,
         y: Tensor,
         sample_weight: Tensor,
+        weights: dict[str, float | Tensor],
     ) -> dict[str, Tensor]:
         """The terms of next tokens, and `"loss"`, their weighted sum."""
         teacher = targets.tokens if self.term_weights["logits"] else None
@@ -799,8 +867,8 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
             teacher,
             labels,
             sample_weight,
-            divergence_weight=self.weight_now("logits"),
-            cross_entropy_weight=self.weight_now("supervised"),
+            divergence_weight=weights["logits"],
+            cross_entropy_weight=weights["supervised"],
             temperature=self.temperature,
             vocabulary=self.vocabulary,
         )
@@ -888,10 +956,10 @@ class TotalSteps(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         weighting = self.model.distance_weighting
-        if weighting.steps is not None:
-            self.model.total_steps.assign(weighting.steps)
-            return
         if self.params["steps"] is None:
+            if weighting.steps is not None:
+                self.model.total_steps.assign(weighting.steps)
+                return
             weighted = self.model.mixers or self.model.retrieval_heads
             if weighting.schedule == "constant" or not weighted:
                 return

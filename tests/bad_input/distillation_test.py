@@ -92,6 +92,44 @@ def fit(g, x=None, y=None, sample_weight=None, through="fit"):
     getattr(g.distiller, through)(Batches(tuple(batch)), verbose=0)
 
 
+def fit_arrays(g, x=None, y=None, **kwargs):
+    """Runs a batch of which some is replaced, not from a dataset."""
+    x, y = x or g.batch[0], g.batch[1] if y is None else y
+    weights = {} if kwargs else {"sample_weight": marks(g)}
+    g.distiller.fit(x, y, verbose=0, **kwargs, **weights)
+
+
+def evaluate(g, y):
+    g.distiller.evaluate(g.batch[0], y, sample_weight=marks(g), verbose=0)
+
+
+def train_on_batch(g, y=None, **kwargs):
+    y = g.batch[1] if y is None else y
+    g.distiller.train_on_batch(g.batch[0], y, **kwargs)
+
+
+def test_on_batch(g, y):
+    g.distiller.test_on_batch(g.batch[0], y, marks(g))
+
+
+test_on_batch.__test__ = False
+
+
+def marks(g):
+    return np.ones_like(g.batch[2])
+
+
+def size_of(g):
+    return g.student.backbone.vocabulary_size
+
+
+def replaced(g, part, token):
+    """Labels or token ids of the batch, with another one in the first row."""
+    tokens = np.array((g.batch[0]["token_ids"], g.batch[1])[part])
+    tokens[0, 12] = token
+    return tokens
+
+
 def inputs(g, **changes):
     changed = g.batch[0] | changes
     return {k: v for k, v in changed.items() if v is not None}
@@ -468,6 +506,42 @@ BATCHES = [
             "sample_weight.shape=(",
         )
         for through in ("fit", "evaluate")
+    ],
+    *[
+        refused(
+            f"class weights alone, through {through.__name__}",
+            lambda g, through=through: through(g, class_weight={0: 1.0}),
+            ValueError,
+            "`class_weight` must be left out",
+            "class_weight={0: 1.0}",
+            "`sample_weight` of shape (batch, length)",
+        )
+        for through in (fit_arrays, train_on_batch)
+    ],
+    *[
+        refused(
+            f"labels beyond the vocabulary, through {through.__name__}",
+            lambda g, through=through: through(g, y=replaced(g, 1, size_of(g))),
+            ValueError,
+            "`labels` must be less than",
+            "the size of the vocabulary",
+            "labels[0, 12]=",
+            "a sample weight of 0",
+        )
+        for through in (fit_arrays, evaluate, train_on_batch, test_on_batch)
+    ],
+    *[
+        refused(
+            f"token {token}",
+            lambda g, token=token: fit_arrays(
+                g, x=inputs(g, token_ids=replaced(g, 0, token))
+            ),
+            ValueError,
+            "`token_ids` must be less than",
+            "and at least 0",
+            f"token_ids[0, 12]={token}",
+        )
+        for token in (-1, 10**6)
     ],
     refused(
         "no labels",
