@@ -178,10 +178,12 @@ class GradientRecorder(keras.optimizers.Optimizer):
         self.assign(kept, ops.cast(gradient, "float32"))
 
 
-def gradients_of(distiller, batch, **kwargs):
-    """Gradients of one step, from the variable's path; `kwargs` to compile."""
-    recorder = GradientRecorder()
-    distiller.compile(recorder, **kwargs)
+def gradients_of(distiller, batch, scale=None, **kwargs):
+    """Gradients of one step by path; `scale` is the loss's, if not its own."""
+    recorder = optimizer = GradientRecorder()
+    if scale is not None:
+        optimizer = keras.optimizers.LossScaleOptimizer(recorder, scale)
+    distiller.compile(optimizer, **kwargs)
     distiller.train_on_batch(*batch)
     gradients = map(to_numpy, recorder.gradients)
     paths = [each.path for each in distiller.trainable_variables]

@@ -424,6 +424,8 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
             has two images or segments: the term is 0 then.
         """
         batches = first_batches(data)
+        for batch in batches:
+            self.check_tokens(*keras.utils.unpack_x_y_sample_weight(batch))
         with contextlib.ExitStack() as scopes:
             if self.linear_memory:
                 scopes.enter_context(

@@ -14,6 +14,7 @@ from keras_laid import DistanceWeightedAttentionDistillation
 from keras_laid import ResumableTraining
 from keras_laid import RetrievalMatching
 from keras_laid import StoredTeacher
+from keras_laid import find_retrieval_heads
 from keras_laid import store_teacher
 from tests.bad_input.table import assert_refused
 from tests.bad_input.table import refused
@@ -530,6 +531,24 @@ BATCHES = [
         )
         for through in (fit_arrays, evaluate, train_on_batch, test_on_batch)
     ],
+    refused(
+        "labels beyond the vocabulary, among the first batches",
+        lambda g: g.distiller.find_heads(
+            [(g.batch[0], replaced(g, 1, 10**6), marks(g))]
+        ),
+        ValueError,
+        "`labels` must be less than",
+        "labels[0, 12]=1000000",
+    ),
+    refused(
+        "a token beyond the vocabulary, in a search for heads",
+        lambda g: find_retrieval_heads(
+            g.teacher, [(inputs(g, token_ids=replaced(g, 0, 10**6)),)], 1
+        ),
+        ValueError,
+        "`token_ids` must be less than",
+        "token_ids[0, 12]=1000000",
+    ),
     *[
         refused(
             f"token {token}",
@@ -639,6 +658,13 @@ STORE = [
         "data without an attribute `epoch`",
     ),
 ]
+
+
+def test_a_store_is_of_tokens_that_the_teacher_has(given, tmp_path):
+    x = inputs(given, token_ids=replaced(given, 0, 10**6))
+    data = Batches((x, *given.batch[1:]))
+    with pytest.raises(ValueError, match="`token_ids` must be less than"):
+        store(given, tmp_path, data=data, retrieval_heads=())
 
 
 @pytest.mark.parametrize(("call", "error", "words"), STORE)
