@@ -7,6 +7,7 @@ from collections.abc import Collection
 from typing import Any
 
 import keras
+import numpy as np
 
 from keras_laid.typing import Tensor
 
@@ -179,6 +180,55 @@ def check_dtype(name: str, tensor: Tensor, kind: str) -> None:
             f"`{name}` must be a tensor of dtype {kind}. "
             f"Received: {name}.dtype={dtype}"
         )
+
+
+def check_tokens(
+    name: str,
+    tokens: Tensor,
+    vocabulary: int,
+    weights: Tensor | None = None,
+    least: int | None = None,
+) -> None:
+    """Refuses tokens outside a vocabulary, where their values are at hand.
+
+    Args:
+        name: String.
+        tokens: Integer tensor of shape `(batch, length)`.
+        vocabulary: Integer, the number of tokens.
+        weights: Tensor of that shape: tokens of weight 0 may be any. Defaults
+            to `None`, which checks all.
+        least: Integer, the least token, or `None` for any negative one.
+    """
+    if not (at_hand(tokens) and (weights is None or at_hand(weights))):
+        return
+    if weights is not None and weights.shape != tokens.shape:
+        return  # Refused for that.
+    values = keras.ops.convert_to_numpy(tokens)
+    outside, of_least = values >= vocabulary, ""
+    if least is not None:
+        outside |= values < least
+        of_least = f", and at least {least}"
+    if weights is not None:
+        outside &= keras.ops.convert_to_numpy(weights) > 0
+    if outside.any():
+        place = tuple(np.argwhere(outside)[0].tolist())
+        raise ValueError(
+            f"`{name}` must be less than {vocabulary}, the size of the "
+            f"vocabulary{of_least}. Received: {name}{list(place)}="
+            f"{values[place]}. Use the model's own tokenizer, and "
+            "give labels that do not count a sample weight of 0."
+        )
+
+
+def at_hand(tensor: object) -> bool:
+    """Whether values can be read without a wait for a device."""
+    if keras.backend.backend() == "torch":
+        import torch
+
+        if isinstance(tensor, torch.Tensor):
+            # What is compiled cannot depend on values.
+            return tensor.is_cpu and not torch.compiler.is_compiling()
+    return isinstance(tensor, np.ndarray)
 
 
 def check_positions(

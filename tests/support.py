@@ -160,6 +160,45 @@ def value_and_grads(function, *arrays):
     return value, tuple(tape.gradient(value, arrays))
 
 
+class GradientRecorder(keras.optimizers.Optimizer):
+    """Keeps the gradients of a step, in float32, and moves no variable."""
+
+    def __init__(self):
+        super().__init__(learning_rate=0.0)
+
+    def build(self, variables):
+        super().build(variables)
+        self.gradients = [
+            self.add_variable(each.shape, dtype="float32", name=f"of_{number}")
+            for number, each in enumerate(variables)
+        ]
+
+    def update_step(self, gradient, variable, learning_rate):
+        kept = self.gradients[self._get_variable_index(variable)]
+        self.assign(kept, ops.cast(gradient, "float32"))
+
+
+def gradients_of(distiller, batch, scale=None, **kwargs):
+    """Gradients of one step by path; `scale` is the loss's, if not its own."""
+    recorder = optimizer = GradientRecorder()
+    if scale is not None:
+        optimizer = keras.optimizers.LossScaleOptimizer(recorder, scale)
+    distiller.compile(optimizer, **kwargs)
+    distiller.train_on_batch(*batch)
+    gradients = map(to_numpy, recorder.gradients)
+    paths = [each.path for each in distiller.trainable_variables]
+    return dict(zip(paths, gradients, strict=True))
+
+
+def cosine(some, others):
+    """Of two dictionaries of arrays with the same names."""
+    one, other = (
+        np.concatenate([each[name].ravel() for name in sorted(each)])
+        for each in (some, others)
+    )
+    return one @ other / np.linalg.norm(one) / np.linalg.norm(other)
+
+
 # The most that one rounding changes a number, in shares of it.
 ROUNDING = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
 

@@ -12,6 +12,7 @@ from keras_laid.arguments import check_dtype
 from keras_laid.arguments import check_indices
 from keras_laid.arguments import check_kind
 from keras_laid.arguments import check_shape
+from keras_laid.arguments import check_tokens
 from keras_laid.backbones.families import AttentionLayer
 from keras_laid.backbones.families import attention_layers
 from keras_laid.typing import Tensor
@@ -133,7 +134,7 @@ def check_values(model: keras.Model) -> None:
 
 
 def check_inputs(model: keras.Model, inputs: dict[str, Tensor]) -> None:
-    """Refuses inputs that lack a name, or whose shapes do not fit."""
+    """Refuses inputs that lack a name, or whose shapes or tokens do not fit."""
     check_kind("inputs", inputs, dict, "a dictionary of the model's inputs")
     missing = [name for name in input_names(model) if name not in inputs]
     if missing:
@@ -144,10 +145,20 @@ def check_inputs(model: keras.Model, inputs: dict[str, Tensor]) -> None:
     token_ids = inputs["token_ids"]
     check_shape("token_ids", token_ids, batch=None, length=None)
     check_dtype("token_ids", token_ids, "int")
+    vocabulary = backbone_of(model).vocabulary_size
+    check_tokens("token_ids", token_ids, vocabulary, least=0)
     batch, length = token_ids.shape
     for name in TOKEN_MASKS:
         if name in inputs:
             check_shape(name, inputs[name], batch=batch, length=length)
+
+
+def is_mixed_float16(model: keras.Model) -> bool:
+    """Whether layers compute in float16 and keep their weights in float32."""
+    return any(
+        (layer.compute_dtype, layer.variable_dtype) == ("float16", "float32")
+        for layer in backbone_of(model)._flatten_layers()
+    )
 
 
 @contextlib.contextmanager

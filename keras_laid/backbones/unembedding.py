@@ -1,6 +1,7 @@
 """Stops a KerasHub decoder short of its logits, and tells how to make them."""
 
 import contextlib
+from collections.abc import Callable
 from collections.abc import Iterator
 
 import keras
@@ -47,8 +48,7 @@ def unembedding(model: keras.Model, hidden: Tensor) -> Unembedding:
     dtype = embedding.reverse_dtype or embedding.compute_dtype
     if is_quantized(embedding):
         if embedding.inputs_quantizer:
-            integers, scale = embedding.inputs_quantizer(hidden)
-            hidden = ops.cast(integers, dtype) / ops.cast(scale, dtype)
+            hidden = rounded(embedding.inputs_quantizer, hidden, dtype)
         kernel = dequantized_kernel(embedding)
     elif embedding.tie_weights:
         kernel = ops.transpose(embedding.embeddings)
@@ -59,6 +59,22 @@ def unembedding(model: keras.Model, hidden: Tensor) -> Unembedding:
         ops.cast(kernel, dtype),
         embedding.logit_soft_cap,
     )
+
+
+def rounded(
+    quantizer: Callable[[Tensor], tuple[Tensor, Tensor]],
+    hidden: Tensor,
+    dtype: str,
+) -> Tensor:
+    """What a quantiser makes of hidden states, with their gradient.
+
+    The gradient goes straight through, as if nothing was rounded: that of
+    rounding is 0, and no layer below would learn.
+    """
+    integers, scale = quantizer(hidden)
+    values = ops.cast(integers, dtype) / ops.cast(scale, dtype)
+    hidden = ops.cast(hidden, dtype)
+    return ops.stop_gradient(values) + (hidden - ops.stop_gradient(hidden))
 
 
 def is_quantized(embedding: keras.layers.Layer) -> bool:

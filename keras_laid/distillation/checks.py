@@ -7,8 +7,10 @@ from typing import Any
 import keras
 from keras.optimizers.schedules import LearningRateSchedule
 
+from keras_laid.arguments import at_hand
 from keras_laid.arguments import check_number
 from keras_laid.arguments import check_shape
+from keras_laid.arguments import check_tokens
 from keras_laid.backbones import decoder
 from keras_laid.distillation.description import Description
 
@@ -132,6 +134,35 @@ def check_dropout(student: keras.Model) -> None:
             "state may not change inside a block. "
             f"Received: student.backbone.dropout={dropout}"
         )
+
+
+def check_no_class_weight(class_weight: object) -> None:
+    if class_weight is not None:
+        raise ValueError(
+            "`class_weight` must be left out: examples have a label for each "
+            f"token, and no class. Received: class_weight={class_weight!r:.80}."
+            " Weigh tokens by `sample_weight` of shape (batch, length)."
+        )
+
+
+def check_labels(
+    vocabulary: int, loss: keras.losses.Loss | None, y: Any, sample_weight: Any
+) -> None:
+    """Refuses labels that are no tokens, unless the loss ignores them.
+
+    Args:
+        vocabulary: Integer, the student's.
+        loss: The compiled loss, or `None` for that of the distiller, which
+            ignores all labels less than 0.
+        y: Labels of shape `(batch, length)`.
+        sample_weight: Weights of that shape, or `None`.
+    """
+    least = None
+    if isinstance(loss, keras.losses.SparseCategoricalCrossentropy):
+        least = 0
+        if loss.ignore_class is not None and at_hand(y):
+            y = y * (y != loss.ignore_class)
+    check_tokens("labels", y, vocabulary, sample_weight, least)
 
 
 def check_batch(model: keras.Model, batch: tuple[Any, Any, Any]) -> None:

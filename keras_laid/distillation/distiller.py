@@ -19,7 +19,8 @@ from keras_laid.arguments import check_choice
 from keras_laid.arguments import check_kind
 from keras_laid.arguments import check_number
 from keras_laid.arguments import check_switch
-from keras_laid.backbones.decoder import check_values
+from keras_laid.arguments import check_tokens
+from keras_laid.backbones import decoder
 from keras_laid.backbones.forward import forward
 from keras_laid.backbones.head_examples import matters
 from keras_laid.backbones.linear_memory import check_choice_of_memory
@@ -116,6 +117,10 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
     terms: an example without any marked token does not count. It must be 0 or
     more, which a compiled step does not check.
 
+    Evaluation weights distances and terms as at the end of training, whatever
+    the step, so that `val_loss` can be compared over epochs; `val_progress` is
+    1. Schedules are taken at the last step of `fit`.
+
     The wrapper learns the student's trainable variables and the mixers', never
     the teacher's, whatever the teacher's `trainable` says. `predict`,
     `evaluate` and `generate` are the student's. Weight files of the wrapper
@@ -195,6 +200,8 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
     Reference:
      - [Zhou et al., 2026](https://arxiv.org/abs/2512.21576), equations 7, 8.
     """
+
+    supervised_loss: keras.losses.Loss | None = None
 
     def __init__(
         self,
@@ -351,6 +358,7 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         loss: Literal["auto"]
         | keras.losses.Loss
         | Callable[[Tensor, Tensor], Tensor] = "auto",
+        auto_scale_loss: bool = True,
         **kwargs: Any,
     ) -> None:
         """Configures training.
@@ -362,6 +370,12 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
                 logits, or a function of them, averaged over the tokens that
                 `sample_weight` marks. Defaults to `"auto"`: cross-entropy,
                 averaged likewise over those whose label is 0 or more.
+            auto_scale_loss: Boolean, whether the loss is scaled for a student
+                that computes in float16 and keeps its weights in float32, as
+                with `dtype="mixed_float16"`: small gradients would become 0.
+                The optimizer is wrapped in a
+                `keras.optimizers.LossScaleOptimizer`, unless it is one or has
+                a `loss_scale_factor`. Defaults to `True`.
             **kwargs: Passed to `keras.Model.compile`.
 
         Raises:
@@ -387,8 +401,11 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
             )
         supervised_loss = as_loss(loss)
         optimizer = keras.optimizers.get(optimizer)
+        if auto_scale_loss and decoder.is_mixed_float16(self.student):
+            optimizer = scaling_the_loss(optimizer)
         self.supervised_loss = supervised_loss
-        super().compile(optimizer=optimizer, **kwargs)
+        # Keras would look at the distiller's dtype policy.
+        super().compile(optimizer=optimizer, auto_scale_loss=False, **kwargs)
         # Somebody else wants to see all of them.
         self.needs_logits = (
             self.supervised_loss is not None
@@ -412,6 +429,8 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
             has two images or segments: the term is 0 then.
         """
         batches = first_batches(data)
+        for batch in batches:
+            self.check_tokens(*keras.utils.unpack_x_y_sample_weight(batch))
         with contextlib.ExitStack() as scopes:
             if self.linear_memory:
                 scopes.enter_context(
@@ -506,8 +525,11 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         | keras.callbacks.Callback
         | None = None,
         initial_epoch: int = 0,
+        class_weight: None = None,
         **kwargs: Any,
     ) -> keras.callbacks.History:
+        checks.check_no_class_weight(class_weight)
+        self.check_tokens(x, y, sample_weight)
         self.find_heads_once(x, y, sample_weight, batch_size)
         callbacks = [
             *keras.tree.flatten(callbacks or []),
@@ -537,6 +559,8 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
+        self.check_tokens(x, y, sample_weight)
+        self.check_end_is_known()
         self.find_heads_once(x, y, sample_weight, batch_size)
         return super().evaluate(
             x, y, batch_size, verbose, sample_weight, *args, **kwargs
@@ -547,13 +571,15 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         x: Any,
         y: Any = None,
         sample_weight: Any = None,
-        class_weight: Any = None,
+        class_weight: None = None,
         return_dict: bool = False,
     ) -> Any:
+        checks.check_no_class_weight(class_weight)
+        self.check_tokens(x, y, sample_weight)
         self.find_heads_once([(x, y, sample_weight)])
         self.check_progress()
         return super().train_on_batch(
-            x, y, sample_weight, class_weight, return_dict
+            x, y, sample_weight, return_dict=return_dict
         )
 
     def test_on_batch(
@@ -563,6 +589,8 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         sample_weight: Any = None,
         return_dict: bool = False,
     ) -> Any:
+        self.check_tokens(x, y, sample_weight)
+        self.check_end_is_known()
         self.find_heads_once([(x, y, sample_weight)])
         return super().test_on_batch(x, y, sample_weight, return_dict)
 
@@ -573,7 +601,7 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generates with the student; see `keras_hub.models.CausalLM`."""
-        check_values(self.student)
+        decoder.check_values(self.student)
         return self.student.generate(*args, **kwargs)
 
     def get_config(self) -> dict[str, Any]:
@@ -610,7 +638,17 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         """A batch as `(x, y, sample_weight)`, checked."""
         batch = keras.utils.unpack_x_y_sample_weight(data)
         checks.check_batch(self.student, batch)
+        self.check_tokens(*batch)
         return batch
+
+    def check_tokens(self, x: Any, y: Any, sample_weight: Any) -> None:
+        """Refuses ids and labels of no token, where values are at hand."""
+        student, teacher = [each.vocabulary_size for each in self.descriptions]
+        is_stored = isinstance(self.teacher, StoredTeacher)
+        if isinstance(x, dict) and "token_ids" in x:
+            read_by_all = student if is_stored else min(student, teacher)
+            check_tokens("token_ids", x["token_ids"], read_by_all, least=0)
+        checks.check_labels(student, self.supervised_loss, y, sample_weight)
 
     def compute_terms(
         self,
@@ -657,44 +695,81 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
             sample_weight = ops.ones_like(y)
         sample_weight = ops.cast(sample_weight, "float32")
         terms, loss = {}, sum(self.losses)
+        progress, weights = self.schedule(training)
+        if "progress" in self.trackers:
+            terms["progress"] = progress
         if self.mixers:
             terms.update(
                 self.attention_terms(
-                    x, sample_weight, attention, targets.attention
+                    x, sample_weight, attention, targets.attention, progress
                 )
             )
         if self.term_weights["retrieval"]:
-            terms["progress"] = self.progress()
             terms["retrieval"] = ops.zeros(())
         if self.retrieval_targets:
             terms["retrieval"] = self.retrieval_term(
-                x, sample_weight, attention, targets.log_shares
+                x, sample_weight, attention, targets.log_shares, progress
             )
         for name in ("retrieval", "attention", "query_key"):
             if name in terms:
-                loss = loss + self.weight_now(name) * terms[name]
+                loss = loss + weights[name] * terms[name]
         if self.supervised_loss and self.term_weights["supervised"]:
-            terms["supervised"] = self.supervised_loss(
+            supervised = self.supervised_loss(
                 y, y_pred, sample_weight=sample_weight
             )
-            loss = loss + self.weight_now("supervised") * terms["supervised"]
-        of_tokens = self.token_terms(student, targets, y, sample_weight)
+            # As in the loss of the distiller.
+            outside = ops.logical_and(
+                y >= student.vocabulary, sample_weight > 0
+            )
+            terms["supervised"] = ops.where(
+                ops.any(outside), float("nan"), supervised
+            )
+            loss = loss + weights["supervised"] * terms["supervised"]
+        of_tokens = self.token_terms(
+            student, targets, y, sample_weight, weights
+        )
         terms["loss"] = loss + of_tokens.pop("loss", 0.0)
         terms.update(of_tokens)
         if training:
             self.step.assign(self.step + 1)
         return y_pred, terms
 
-    def weight_now(self, name: str) -> float | Tensor:
-        """The weight of a term at the present step."""
-        weight = self.term_weights[name]
-        return weight(self.step) if callable(weight) else weight
+    def schedule(
+        self, training: bool
+    ) -> tuple[Tensor, dict[str, float | Tensor]]:
+        """Progress, and the weight of each term.
 
-    def progress(self) -> Tensor:
+        In evaluation those of the end of training, at every step, so that the
+        losses of two epochs can be compared.
+        """
         weighting = self.distance_weighting
-        return weighting.progress(
-            self.step, weighting.steps or self.total_steps
-        )
+        step, progress = self.total_steps, ops.ones(())
+        if training:
+            step = self.step
+            progress = weighting.progress(
+                step, weighting.steps or self.total_steps
+            )
+        weights = {
+            name: weight(step) if callable(weight) else weight
+            for name, weight in self.term_weights.items()
+        }
+        return progress, weights
+
+    def check_end_is_known(self) -> None:
+        """Refuses to evaluate a schedule whose last step is not known."""
+        names = [
+            f"{name}_weight"
+            for name, weight in self.term_weights.items()
+            if callable(weight)
+        ]
+        if names and not int(self.total_steps):
+            raise ValueError(
+                "Evaluation weights terms as at the end of training, so that "
+                "the number of steps must be known for schedules. Received: "
+                f"{names} before `fit`. Call `fit` first; where the data has "
+                "no length, with `steps_per_epoch` or "
+                "`DistanceWeighting(steps=...)`."
+            )
 
     def rows_of(
         self,
@@ -711,6 +786,7 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         sample_weight: Tensor,
         student: dict[int, Attention],
         log_shares: dict[int, Tensor],
+        progress: Tensor,
     ) -> Tensor:
         """Mean over examples of the divergence of their rows."""
         rows = self.rows_of(x, student, "text")
@@ -737,7 +813,7 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
                 segments,
                 rows.row_positions,
                 rows.key_positions,
-                self.distance_weighting.strength * self.progress(),
+                self.distance_weighting.strength * progress,
                 self.distance_weighting.exponent,
             ),
             self.head_pooling and self.head_pooling.mixture()[0],
@@ -754,10 +830,10 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         sample_weight: Tensor,
         student: dict[int, Attention],
         teacher: dict[int, Attention],
+        progress: Tensor,
     ) -> dict[str, Tensor]:
         """Attention and query/key terms, averaged over the layer pairs."""
         rows = self.rows_of(x, student, self.rows)
-        progress = self.progress()
         distance = Distance(
             row_positions=rows.row_positions,
             key_positions=rows.key_positions,
@@ -793,7 +869,7 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
                     key_mask=rows.attended,
                 )
                 distances.append(weighted_mean(of_heads, example_weight))
-        terms = {"progress": progress}
+        terms = {}
         if divergences:
             terms["attention"] = sum(divergences) / len(divergences)
         if distances:
@@ -806,6 +882,7 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         targets: Targets | None,
         y: Tensor,
         sample_weight: Tensor,
+        weights: dict[str, float | Tensor],
     ) -> dict[str, Tensor]:
         """The terms of next tokens, and `"loss"`, their weighted sum."""
         teacher = targets.tokens if self.term_weights["logits"] else None
@@ -819,8 +896,8 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
             teacher,
             labels,
             sample_weight,
-            divergence_weight=self.weight_now("logits"),
-            cross_entropy_weight=self.weight_now("supervised"),
+            divergence_weight=weights["logits"],
+            cross_entropy_weight=weights["supervised"],
             temperature=self.temperature,
             vocabulary=self.vocabulary,
         )
@@ -880,6 +957,14 @@ def as_loss(loss: Any) -> keras.losses.Loss | None:
     return loss
 
 
+def scaling_the_loss(optimizer: keras.Optimizer) -> keras.Optimizer:
+    """The optimizer in a `LossScaleOptimizer`, unless it scales by itself."""
+    scales = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+    if scales or optimizer.loss_scale_factor is not None:
+        return optimizer
+    return keras.optimizers.LossScaleOptimizer(optimizer)
+
+
 class FunctionLoss(keras.losses.Loss):
     """The weighted mean of a function of labels and logits."""
 
@@ -899,9 +984,13 @@ class TotalSteps(keras.callbacks.Callback):
         self.initial_epoch = initial_epoch
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
-        self.model.fit_knows_steps = self.params["steps"] is not None
-        self.model.check_progress()
-        if not self.model.fit_knows_steps:
+        model = self.model
+        model.fit_knows_steps = self.params["steps"] is not None
+        model.check_progress()
+        if not model.fit_knows_steps:
+            # Evaluation takes schedules at their end.
+            if model.distance_weighting.steps is not None:
+                model.total_steps.assign(model.distance_weighting.steps)
             return
         # Set where a callback has found an earlier run.
         initial_epoch = self.model._initial_epoch or self.initial_epoch

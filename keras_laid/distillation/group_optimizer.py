@@ -34,7 +34,8 @@ def group_optimizer(
     Raises:
         TypeError: If one is no `keras.Optimizer`, or an argument is that of
             one, such as `clipnorm`.
-        ValueError: If two of them are one and the same.
+        ValueError: If two of them are one and the same, or one scales the
+            loss, which has one scale for all groups.
 
     Reference:
      - [Zhou et al., 2026](https://arxiv.org/abs/2512.21576), settings.
@@ -52,6 +53,7 @@ def group_optimizer(
         check_kind(
             name, optimizer, keras.optimizers.Optimizer, "a `keras.Optimizer`"
         )
+        check_unscaled(name, optimizer)
     if len({id(optimizer) for optimizer in given.values()}) < len(given):
         raise ValueError(
             "Each group must have an optimizer of its own, which keeps the "
@@ -70,3 +72,15 @@ def group_optimizer(
         ),
         **kwargs,
     )
+
+
+def check_unscaled(name: str, optimizer: keras.Optimizer) -> None:
+    """Refuses an optimizer that would scale the loss for its group alone."""
+    is_scaling = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+    if is_scaling or optimizer.loss_scale_factor is not None:
+        raise ValueError(
+            "The loss must have one scale for all groups. Received: "
+            f"{name}={optimizer.name!r}, which has one of its own. Pass "
+            "`keras.optimizers.LossScaleOptimizer(group_optimizer(...))` or "
+            "`group_optimizer(..., loss_scale_factor=...)`."
+        )

@@ -19,6 +19,7 @@ from keras_laid.arguments import check_indices
 from keras_laid.arguments import check_integer
 from keras_laid.arguments import check_number
 from keras_laid.arguments import check_path
+from keras_laid.backbones.decoder import check_inputs
 from keras_laid.backbones.decoder import chosen_layers
 from keras_laid.backbones.forward import forward
 from keras_laid.backbones.retrieval_heads import find_retrieval_heads
@@ -259,6 +260,7 @@ def write_shard(
         if hasattr(data, "epoch"):
             data.epoch = epoch
         x, marked = stored_teacher.inputs_and_marked(data[of_epoch])
+        check_inputs(model.teacher, x)
         records, tokens = model.records(x, marked)
         for record in records:
             writer.write(record)

@@ -14,6 +14,7 @@ from keras_laid import DistanceWeightedAttentionDistillation
 from keras_laid import ResumableTraining
 from keras_laid import RetrievalMatching
 from keras_laid import StoredTeacher
+from keras_laid import find_retrieval_heads
 from keras_laid import store_teacher
 from tests.bad_input.table import assert_refused
 from tests.bad_input.table import refused
@@ -90,6 +91,44 @@ def fit(g, x=None, y=None, sample_weight=None, through="fit"):
         for own, other in zip(g.batch, (x, y, sample_weight), strict=True)
     ]
     getattr(g.distiller, through)(Batches(tuple(batch)), verbose=0)
+
+
+def fit_arrays(g, x=None, y=None, **kwargs):
+    """Runs a batch of which some is replaced, not from a dataset."""
+    x, y = x or g.batch[0], g.batch[1] if y is None else y
+    weights = {} if kwargs else {"sample_weight": marks(g)}
+    g.distiller.fit(x, y, verbose=0, **kwargs, **weights)
+
+
+def evaluate(g, y):
+    g.distiller.evaluate(g.batch[0], y, sample_weight=marks(g), verbose=0)
+
+
+def train_on_batch(g, y=None, **kwargs):
+    y = g.batch[1] if y is None else y
+    g.distiller.train_on_batch(g.batch[0], y, **kwargs)
+
+
+def test_on_batch(g, y):
+    g.distiller.test_on_batch(g.batch[0], y, marks(g))
+
+
+test_on_batch.__test__ = False
+
+
+def marks(g):
+    return np.ones_like(g.batch[2])
+
+
+def size_of(g):
+    return g.student.backbone.vocabulary_size
+
+
+def replaced(g, part, token):
+    """Labels or token ids of the batch, with another one in the first row."""
+    tokens = np.array((g.batch[0]["token_ids"], g.batch[1])[part])
+    tokens[0, 12] = token
+    return tokens
 
 
 def inputs(g, **changes):
@@ -469,6 +508,60 @@ BATCHES = [
         )
         for through in ("fit", "evaluate")
     ],
+    *[
+        refused(
+            f"class weights alone, through {through.__name__}",
+            lambda g, through=through: through(g, class_weight={0: 1.0}),
+            ValueError,
+            "`class_weight` must be left out",
+            "class_weight={0: 1.0}",
+            "`sample_weight` of shape (batch, length)",
+        )
+        for through in (fit_arrays, train_on_batch)
+    ],
+    *[
+        refused(
+            f"labels beyond the vocabulary, through {through.__name__}",
+            lambda g, through=through: through(g, y=replaced(g, 1, size_of(g))),
+            ValueError,
+            "`labels` must be less than",
+            "the size of the vocabulary",
+            "labels[0, 12]=",
+            "a sample weight of 0",
+        )
+        for through in (fit_arrays, evaluate, train_on_batch, test_on_batch)
+    ],
+    refused(
+        "labels beyond the vocabulary, among the first batches",
+        lambda g: g.distiller.find_heads(
+            [(g.batch[0], replaced(g, 1, 10**6), marks(g))]
+        ),
+        ValueError,
+        "`labels` must be less than",
+        "labels[0, 12]=1000000",
+    ),
+    refused(
+        "a token beyond the vocabulary, in a search for heads",
+        lambda g: find_retrieval_heads(
+            g.teacher, [(inputs(g, token_ids=replaced(g, 0, 10**6)),)], 1
+        ),
+        ValueError,
+        "`token_ids` must be less than",
+        "token_ids[0, 12]=1000000",
+    ),
+    *[
+        refused(
+            f"token {token}",
+            lambda g, token=token: fit_arrays(
+                g, x=inputs(g, token_ids=replaced(g, 0, token))
+            ),
+            ValueError,
+            "`token_ids` must be less than",
+            "and at least 0",
+            f"token_ids[0, 12]={token}",
+        )
+        for token in (-1, 10**6)
+    ],
     refused(
         "no labels",
         lambda g: g.distiller.fit(Batches((g.batch[0],)), verbose=0),
@@ -565,6 +658,13 @@ STORE = [
         "data without an attribute `epoch`",
     ),
 ]
+
+
+def test_a_store_is_of_tokens_that_the_teacher_has(given, tmp_path):
+    x = inputs(given, token_ids=replaced(given, 0, 10**6))
+    data = Batches((x, *given.batch[1:]))
+    with pytest.raises(ValueError, match="`token_ids` must be less than"):
+        store(given, tmp_path, data=data, retrieval_heads=())
 
 
 @pytest.mark.parametrize(("call", "error", "words"), STORE)

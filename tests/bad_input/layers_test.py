@@ -76,6 +76,20 @@ def rotated(shape, **positions):
 
 
 ROWS = [
+    *[
+        refused(
+            f"a group that scales the loss: {type(scaling).__name__}",
+            lambda scaling=scaling: optimizers(mixer=scaling),
+            ValueError,
+            "The loss must have one scale for all groups",
+            "mixer=",
+            "Pass `keras.optimizers.LossScaleOptimizer(group_optimizer(...))`",
+        )
+        for scaling in (
+            keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD()),
+            keras.optimizers.SGD(loss_scale_factor=8.0),
+        )
+    ],
     *numbers("student_heads", mixer, 2, True, (0, -1)),
     *numbers("teacher_heads", mixer, 4, True, (0,)),
     *numbers("sharpness", mixer, 0.0, False, (NAN, INFINITY)),

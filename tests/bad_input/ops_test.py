@@ -1,5 +1,6 @@
 """Ops and what describes their inputs."""
 
+import numpy as np
 import pytest
 
 from keras_laid.ops import Attention
@@ -628,6 +629,13 @@ def top(**changes):
             lambda: tokens(labels=zeros(2, 3)),
             TypeError,
             "`labels` must be a tensor of dtype int",
+        ),
+        refused(
+            "labels beyond the vocabulary",
+            lambda: tokens(labels=np.array([[0, 6, -1], [7, 0, 0]])),
+            ValueError,
+            "`labels` must be less than 7",
+            "labels[1, 0]=7",
         ),
         refused(
             "labels of other tokens",

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import strategies
 from keras import ops
 
+from keras_laid import arguments
 from keras_laid.ops import TopLogits
 from keras_laid.ops import Unembedding
 from keras_laid.ops import logits_divergence
@@ -403,3 +404,28 @@ def test_no_tensor_of_all_logits(monkeypatch):
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes("chunked") < 0.2 * temporary_bytes("definition")
+
+
+@IMPLEMENTATION
+def test_labels_of_weight_0_may_be_any(implementation):
+    case = Case()
+    expected = case.value_and_grads(implementation)
+    case.labels[case.weights == 0] = 99
+    found = case.value_and_grads(implementation)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(to_numpy(one), to_numpy(other))
+
+
+@IMPLEMENTATION
+def test_labels_beyond_the_vocabulary_are_seen(implementation, monkeypatch):
+    """Compiled code cannot refuse them: they give NaN, and no gradient."""
+    monkeypatch.setattr(arguments, "at_hand", lambda tensor: False)
+    case = Case()
+    row, column = np.argwhere(case.weights > 0)[0]
+    case.labels[row, column] = -1
+    _, *expected = case.value_and_grads(implementation)
+    case.labels[row, column] = case.arrays[1].shape[1]
+    loss, *found = case.value_and_grads(implementation)
+    assert np.isnan(to_numpy(loss))
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(to_numpy(one), to_numpy(other), atol=1e-7)

@@ -12,6 +12,7 @@ from keras_laid.arguments import check_kind
 from keras_laid.arguments import check_number
 from keras_laid.arguments import check_scalar
 from keras_laid.arguments import check_shape
+from keras_laid.arguments import check_tokens
 from keras_laid.ops.dispatch import Implementation
 from keras_laid.ops.dispatch import select
 from keras_laid.ops.logits_divergence import chunked
@@ -86,7 +87,10 @@ def logits_divergence(
             No gradient reaches it.
         labels: Integer tensor of shape `(batch, length)`, the next tokens, or
             `None`. A token with a label less than 0 has none, and does not
-            count in the cross-entropy.
+            count in the cross-entropy. Labels at or beyond the student's
+            vocabulary are refused where their values can be read at no cost,
+            in NumPy arrays and torch tensors of the CPU; elsewhere the
+            cross-entropy is NaN, unless their weight is 0.
         weights: Float tensor of shape `(batch, length)`, 0 or more. Tokens of
             weight 0 are not computed. Defaults to 1 for all.
         divergence_weight: Float or scalar tensor. Defaults to `1.0`.
@@ -104,7 +108,7 @@ def logits_divergence(
     Raises:
         TypeError: If an argument is of another kind.
         ValueError: If there is neither a teacher nor labels, shapes or
-            vocabularies do not fit, or an argument is out of range.
+            vocabularies do not fit, or an argument or a label is out of range.
         NotImplementedError: If the named `implementation` cannot run here.
 
     Reference:
@@ -116,7 +120,9 @@ def logits_divergence(
     check_number("temperature", temperature, "(0, inf)")
     check_choice("vocabulary", vocabulary, ("same", "shared"))
     check_models(student, teacher, temperature, vocabulary)
-    check_tokens(student, teacher, labels, weights)
+    check_shapes(student, teacher, labels, weights)
+    if labels is not None:
+        check_tokens("labels", labels, student.vocabulary, weights)
     if teacher is not None:
         shared = min(student.vocabulary, teacher.vocabulary)
         teacher = teacher.first(shared).constant()
@@ -125,8 +131,9 @@ def logits_divergence(
     weights = ops.stop_gradient(ops.cast(weights, "float32"))
     labelled = weights
     if labels is not None:
-        labels = ops.cast(labels, "int32")
-        labelled = ops.where(labels < 0, 0.0, weights)
+        labels = ops.where(weights > 0, ops.cast(labels, "int32"), -1)
+        is_token = ops.logical_and(labels >= 0, labels < student.vocabulary)
+        labelled = ops.where(is_token, weights, 0.0)
     means = [
         each / ops.maximum(ops.sum(each), TINY) for each in (weights, labelled)
     ]
@@ -177,7 +184,7 @@ def check_models(
         )
 
 
-def check_tokens(
+def check_shapes(
     student: Unembedding,
     teacher: Unembedding | TopLogits | None,
     labels: Tensor | None,

@@ -47,6 +47,8 @@ def kl_divergence(log_q: Tensor, log_p: Tensor) -> Tensor:
 
 
 def of_labels(log_q: Tensor, labels: Tensor) -> Tensor:
-    """What a label less than 0 gives has no share in the loss."""
-    labels = ops.maximum(labels, 0)[..., None]
-    return ops.take_along_axis(log_q, labels, axis=-1)[..., 0]
+    """NaN for labels beyond the vocabulary; those less than 0 do not count."""
+    last = log_q.shape[-1] - 1
+    index = ops.clip(labels, 0, last)[..., None]
+    found = ops.take_along_axis(log_q, index, axis=-1)[..., 0]
+    return ops.where(labels > last, float("nan"), found)

@@ -1,0 +1,122 @@
+"""Gradients of a student in any number format, against those of float32."""
+
+import numpy as np
+import pytest
+
+from keras_laid import DistanceWeightedAttentionDistillation
+from keras_laid import RetrievalMatching
+from keras_laid import attach_gain_modulation
+from tests.backbones import small_models
+from tests.backbones.small_models import LENGTH
+from tests.backbones.small_models import make_inputs
+from tests.backbones.small_models import make_model
+from tests.support import cosine
+from tests.support import gradients_of
+from tests.support import to_numpy
+
+# Dtype, quantisation, whether LoRA is enabled, and the least cosine.
+FORMATS = {
+    "bfloat16": ("bfloat16", None, False, 0.95),
+    "mixed_float16": ("mixed_float16", None, False, 0.95),
+    # Its gradients have two bits after the point.
+    "float8": ("float32", "float8", False, 0.7),
+    "LoRA": ("float32", None, True, 0.999),
+    "int8 and LoRA": ("float32", "int8", True, 0.95),
+    "int4 and LoRA": ("float32", "int4", True, 0.8),
+}
+QUICK = small_models.llama
+
+
+def make_distiller(
+    family, dtype="float32", quantization=None, lora=False, **kwargs
+):
+    """One that trains gains, and all weights or low-rank adapters."""
+    student = make_model(family, dtype=dtype)
+    if quantization:
+        student.quantize(quantization)
+    if lora:
+        student.backbone.enable_lora(2)
+        rng = np.random.default_rng(3)
+        for a, _, _ in adapters(student):
+            a.assign(rng.normal(size=a.shape) / 4)
+    attach_gain_modulation(student)
+    return DistanceWeightedAttentionDistillation(
+        teacher=make_model(family, seed=5, **small_models.LARGER),
+        student=student,
+        attention_weight=1.0,
+        query_key_weight=0.01,
+        retrieval=RetrievalMatching([(-1, 0)], num_segments=2),
+        **kwargs,
+    )
+
+
+def adapters(student):
+    """LoRA's two factors and the path of the kernel, for each layer."""
+    for layer in student.backbone._flatten_layers():
+        if getattr(layer, "lora_enabled", False):
+            a, b = layer.lora_kernel_a, layer.lora_kernel_b
+            yield a, b, a.path.replace("lora_kernel_a", "kernel")
+
+
+def make_batch(student):
+    inputs = make_inputs(student)
+    if not {"images", "pixel_values"} & {*inputs}:
+        segments = np.repeat([1, 2, 0], [5, 5, LENGTH - 10])
+        inputs["segments"] = np.tile(segments, (2, 1))
+    return inputs, inputs["token_ids"], inputs["padding_mask"]
+
+
+def gradients_in(family, *form, **kwargs):
+    """Gradients of the student by path, and the student."""
+    distiller = make_distiller(family, *form, **kwargs)
+    student = distiller.student
+    # At the usual scale, 2 ** 15, the first steps would only lower it.
+    found = gradients_of(distiller, make_batch(student), scale=2.0**8)
+    trained = {each.path for each in student.trainable_variables}
+    return {k: found[k] for k in found if k in trained}, student
+
+
+def for_adapters(gradients, student):
+    """What the chain rule makes of a kernel's gradient for the factor `b`.
+
+    That of the factor `a` is 0 at first, as `b` is.
+    """
+    found = {k: v for k, v in gradients.items() if k.endswith("log_gain")}
+    for a, b, kernel in adapters(student):
+        a = to_numpy(a).reshape(-1, 2)
+        gradient = gradients[kernel].reshape(len(a), -1)
+        found[b.path] = (a.T @ gradient).reshape(b.shape)
+    return found
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(
+            family, marks=() if family is QUICK else pytest.mark.extra_large
+        )
+        for family in small_models.FAMILIES
+    ],
+    ids=lambda family: family.__name__,
+)
+def test_gradients_are_those_of_float32(family):
+    exact, _ = gradients_in(family)
+    table = {}
+    for name, (*form, least) in FORMATS.items():
+        found, student = gradients_in(family, *form)
+        expected = exact
+        if form[2]:
+            expected = for_adapters(exact, student)
+        found = {path: found[path] for path in expected}
+        table[name] = cosine(found, expected), least
+    for name, (found, least) in table.items():
+        assert found >= least, (name, table)
+
+
+@pytest.mark.extra_large
+def test_int8_in_less_memory():
+    form = FORMATS["int8 and LoRA"][:3]
+    expected, _ = gradients_in(small_models.llama, *form)
+    for name in ("rematerialize", "linear_memory"):
+        found, _ = gradients_in(small_models.llama, *form, **{name: True})
+        assert cosine(found, expected) > 0.9999, name
