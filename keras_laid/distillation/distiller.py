@@ -27,6 +27,8 @@ from keras_laid.backbones.linear_memory import linear_blocks
 from keras_laid.backbones.linear_memory import named
 from keras_laid.backbones.retrieval_heads import RetrievalHeads
 from keras_laid.backbones.retrieval_heads import find_retrieval_heads
+from keras_laid.backbones.workers import build_without_workers
+from keras_laid.backbones.workers import check_workers
 from keras_laid.distillation import checks
 from keras_laid.distillation.description import Description
 from keras_laid.distillation.distance_weighting import DistanceWeighting
@@ -487,7 +489,9 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         initial_epoch: int = 0,
         **kwargs: Any,
     ) -> keras.callbacks.History:
+        check_workers(x, kwargs)
         self.find_heads_once(x, y, sample_weight, batch_size)
+        build_without_workers(self, x)
         callbacks = [
             *keras.tree.flatten(callbacks or []),
             TotalSteps(initial_epoch),
@@ -514,6 +518,7 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         **kwargs: Any,
     ) -> Any:
         self.find_heads_once(x, y, sample_weight, batch_size)
+        build_without_workers(self, x)
         return super().evaluate(
             x, y, batch_size, verbose, sample_weight, *args, **kwargs
         )
