@@ -69,6 +69,11 @@ if args.quick:
 
 output = pathlib.Path(args.output)
 output.mkdir(parents=True, exist_ok=True)
+settings, arguments = output / "settings.json", json.dumps(vars(args))
+if settings.exists() and settings.read_text() != arguments:
+    # Its presets and its half-trained student are another run's.
+    parser.error(f"{output} holds a run with other arguments: pass --output")
+settings.write_text(arguments)
 keras.utils.set_random_seed(args.seed)
 
 """
