@@ -43,6 +43,7 @@ import numpy as np
 
 import keras_laid
 from keras_laid import spectral
+from keras_laid.haystacks.questions import question
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--teacher", help="a preset; default: a tiny one")
@@ -68,6 +69,11 @@ if args.quick:
 
 output = pathlib.Path(args.output)
 output.mkdir(parents=True, exist_ok=True)
+settings, arguments = output / "settings.json", json.dumps(vars(args))
+if settings.exists() and settings.read_text() != arguments:
+    # Its presets and its half-trained student are another run's.
+    parser.error(f"{output} holds a run with other arguments: pass --output")
+settings.write_text(arguments)
 keras.utils.set_random_seed(args.seed)
 
 """
@@ -117,6 +123,24 @@ class Squares(keras_laid.haystacks.PairSource):
         return np.clip(images + noise, 0, 255).astype("uint8")
 
 
+def with_images(preprocessor, images):
+    """The same preprocessor for prompts of so many images."""
+    return keras_hub.models.Gemma3CausalLMPreprocessor(
+        tokenizer=preprocessor.tokenizer,
+        image_converter=preprocessor.image_converter,
+        add_start_token=preprocessor.add_start_token,
+        add_end_token=preprocessor.add_end_token,
+        max_images_per_prompt=images,
+        num_vision_tokens_per_image=preprocessor.num_vision_tokens_per_image,
+    )
+
+
+def longest_text(preprocessor, names):
+    """Tokens of the longest question, and 4 of its start, answer and end."""
+    questions = [question(a, b) for a in names for b in names]
+    return max(map(len, preprocessor.tokenizer(questions))) + 4
+
+
 class ImageQuestions(keras.utils.PyDataset):
     """Batches for Gemma 3, others in each epoch; each has one size."""
 
@@ -125,7 +149,10 @@ class ImageQuestions(keras.utils.PyDataset):
         self.epoch = 0
         side, _ = preprocessor.image_converter.image_size
         self.source = Squares(side)
-        self.preprocessor = preprocessor
+        self.preprocessors = {
+            size: with_images(preprocessor, size) for size in sizes
+        }
+        self.text_length = longest_text(preprocessor, self.source.names)
         self.steps = steps
         self.sizes = sizes
         self.stretching = stretching
@@ -140,15 +167,15 @@ class ImageQuestions(keras.utils.PyDataset):
                 self.source, 32, (size,), seed=(args.seed, self.epoch, index)
             )
         )
-        self.preprocessor.max_images_per_prompt = size
-        tokens_an_image = self.preprocessor.num_vision_tokens_per_image + 4
-        batch = self.preprocessor(
+        preprocessor = self.preprocessors[size]
+        tokens_an_image = preprocessor.num_vision_tokens_per_image + 4
+        batch = preprocessor(
             {
                 "images": np.stack([h.images for h in haystacks]),
                 "prompts": [IMAGE * size + h.question for h in haystacks],
                 "responses": [h.answer for h in haystacks],
             },
-            sequence_length=size * tokens_an_image + 24,
+            sequence_length=size * tokens_an_image + self.text_length,
         )
         batch = keras.tree.map_structure(keras.ops.convert_to_numpy, batch)
         if self.stretching is not None:

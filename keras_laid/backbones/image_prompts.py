@@ -1,6 +1,5 @@
 """Prompts with several images, as each family of KerasHub wants them."""
 
-import zlib
 from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +13,8 @@ from keras_hub.models import PaliGemmaCausalLM
 
 from keras_laid.backbones.decoder import check_values
 from keras_laid.backbones.decoder import replaced_method
+from keras_laid.backbones.fingerprint import model_fingerprint
+from keras_laid.backbones.fingerprint import preprocessor_fingerprint
 from keras_laid.backbones.multi_image_pali_gemma import (
     MultiImagePaliGemmaCausalLM,
 )
@@ -198,18 +199,12 @@ class ImagePrompts:
             )
 
     def fingerprint(self) -> str:
-        """A string that tells models and their weights apart.
-
-        A few numbers of each variable are read, so that it is quick for a
-        large model; whatever trains a variable changes them.
-        """
-        backbone = self._family.causal_lm.backbone
-        checksum = 0
-        for variable in backbone.weights:
-            row = variable[(0,) * (len(variable.shape) - 1)]
-            numbers = ops.convert_to_numpy(ops.cast(row, "float32"))
-            checksum = zlib.crc32(numbers.tobytes(), checksum)
-        return f"{type(backbone).__name__}, weights {checksum:08x}"
+        """A string that changes with all that answers depend on."""
+        model, preprocessor = self._family.causal_lm, self._preprocessor
+        return (
+            f"{model_fingerprint(model)}, "
+            f"{preprocessor_fingerprint(preprocessor)}"
+        )
 
     def first_tokens(self, word: str) -> set[int]:
         """What an answer can begin with.

@@ -1,5 +1,6 @@
 """PaliGemma over several images."""
 
+import functools
 from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Any
@@ -19,8 +20,13 @@ from keras_laid.arguments import check_shape
 from keras_laid.backbones.decoder import check_inputs
 from keras_laid.backbones.decoder import check_values
 from keras_laid.backbones.decoder import pali_gemma_backbone_of
+from keras_laid.backbones.decoder import replaced_method
 from keras_laid.backbones.gain_modulation import check_no_gains
 from keras_laid.backbones.rotary_positions import rotary_embeddings_at
+from keras_laid.backbones.text_length import generation_length
+from keras_laid.backbones.text_length import training_length
+from keras_laid.backbones.workers import build_without_workers
+from keras_laid.backbones.workers import check_workers
 from keras_laid.typing import PathLike
 from keras_laid.typing import Tensor
 
@@ -32,11 +38,27 @@ class MultiImageConverter(PaliGemmaImageConverter):
     backbone_cls = None  # As below.
 
     def call(self, inputs: Tensor) -> Tensor:
+        if isinstance(inputs, (list, tuple)):
+            inputs = stacked_images(inputs)
         shape = ops.shape(inputs)
         if len(shape) < 5:
             return super().call(inputs)
         flat = super().call(ops.reshape(inputs, (-1, *shape[-3:])))
         return ops.reshape(flat, (*shape[:2], *ops.shape(flat)[1:]))
+
+
+def stacked_images(images: Sequence[Any]) -> np.ndarray:
+    """Images of several prompts, or of one, as one array."""
+    shapes = {np.shape(image) for image in keras.tree.flatten(images)}
+    counts = [len(each) for each in images]
+    if len(shapes) > 1 or len(set(counts)) > 1:
+        raise ValueError(
+            "All prompts of a call must have the same number of images, and "
+            "all images the same shape. Received: "
+            f"{counts} images, of shapes {sorted(shapes)}. Call once for each "
+            "number of images."
+        )
+    return np.asarray(images)
 
 
 @keras.saving.register_keras_serializable(package="keras_laid")
@@ -177,17 +199,52 @@ class MultiImagePaliGemmaCausalLM(PaliGemmaCausalLM):
     def fit(
         self, x: Any = None, *args: Any, **kwargs: Any
     ) -> keras.callbacks.History:
+        check_examples_fit(self.preprocessor, x)
+        check_workers(x, kwargs)
+        build_without_workers(self, x)
         return _trainer(self, x).fit(x, *args, **kwargs)
 
     def evaluate(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
+        check_examples_fit(self.preprocessor, x)
+        build_without_workers(self, x)
         return _trainer(self, x).evaluate(x, *args, **kwargs)
 
     def predict(self, x: Any = None, *args: Any, **kwargs: Any) -> np.ndarray:
+        check_examples_fit(self.preprocessor, x)
         return _trainer(self, x).predict(x, *args, **kwargs)
 
     def make_generate_function(self) -> Callable[..., dict[str, Tensor]]:
         check_values(self)
         return super().make_generate_function()
+
+    def generate(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Answers prompts in words; see `keras_hub.models.CausalLM.generate`.
+
+        Args:
+            inputs: A dictionary with `"images"`, an array of shape
+                `(batch, images, height, width, 3)`, and `"prompts"`, a list of
+                `batch` strings; or, for one prompt, an array of shape
+                `(images, height, width, 3)` and a string; or a
+                `tf.data.Dataset` of such batches. All prompts of a call have
+                the same number of images.
+            *args: As in KerasHub: `max_length`, etc.
+            **kwargs: The same, by name.
+
+        Returns:
+            A list of strings, or a string.
+
+        Raises:
+            ValueError: If prompts differ in their number of images, or if a
+                prompt leaves no room for an answer in `max_length` tokens,
+                which KerasHub would cut.
+        """
+        if self.preprocessor is None:
+            return super().generate(inputs, *args, **kwargs)
+        preprocess = functools.partial(preprocess_whole, self.preprocessor)
+        with replaced_method(
+            self.preprocessor, "generate_preprocess", preprocess
+        ):
+            return super().generate(inputs, *args, **kwargs)
 
     def compute_output_shape(
         self, input_shape: dict[str, Sequence[int | None]]
@@ -300,6 +357,42 @@ def _trainer(model: MultiImagePaliGemmaCausalLM, x: Any) -> Any:
     if isinstance(x, keras.utils.PyDataset):
         return super(PipelineModel, model)
     return super(MultiImagePaliGemmaCausalLM, model)
+
+
+def preprocess_whole(
+    preprocessor: PaliGemmaCausalLMPreprocessor,
+    x: dict[str, Any],
+    sequence_length: int | None = None,
+) -> dict[str, Tensor]:
+    """What the class's `generate_preprocess` makes of prompts that fit."""
+    length = sequence_length or preprocessor.sequence_length
+    needed = generation_length(preprocessor, x)
+    if needed > length:
+        raise ValueError(
+            "`max_length`, or `preprocessor.sequence_length` where it is not "
+            "given, must have room for each prompt and a token of its answer. "
+            f"Received: max_length={length}, and prompts that need {needed}. "
+            f"Pass `max_length={needed}` or more."
+        )
+    return type(preprocessor).generate_preprocess(
+        preprocessor, x, sequence_length=sequence_length
+    )
+
+
+def check_examples_fit(
+    preprocessor: PaliGemmaCausalLMPreprocessor | None, x: Any
+) -> None:
+    """Refuses prompts and responses, as strings, that would be cut."""
+    if preprocessor is None or not isinstance(x, dict) or "prompts" not in x:
+        return
+    needed = training_length(preprocessor, x["prompts"], x["responses"])
+    if needed > preprocessor.sequence_length:
+        raise ValueError(
+            "`preprocessor.sequence_length` must have room for each prompt "
+            "with its response. Received: sequence_length="
+            f"{preprocessor.sequence_length}, and examples that need {needed}. "
+            f"Set `model.preprocessor.sequence_length = {needed}`."
+        )
 
 
 def multi_image_preprocessor(

@@ -29,6 +29,8 @@ from keras_laid.backbones.linear_memory import linear_blocks
 from keras_laid.backbones.linear_memory import named
 from keras_laid.backbones.retrieval_heads import RetrievalHeads
 from keras_laid.backbones.retrieval_heads import find_retrieval_heads
+from keras_laid.backbones.workers import build_without_workers
+from keras_laid.backbones.workers import check_workers
 from keras_laid.distillation import checks
 from keras_laid.distillation.description import Description
 from keras_laid.distillation.distance_weighting import DistanceWeighting
@@ -529,8 +531,10 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         **kwargs: Any,
     ) -> keras.callbacks.History:
         checks.check_no_class_weight(class_weight)
+        check_workers(x, kwargs)
         self.check_tokens(x, y, sample_weight)
         self.find_heads_once(x, y, sample_weight, batch_size)
+        build_without_workers(self, x)
         callbacks = [
             *keras.tree.flatten(callbacks or []),
             TotalSteps(initial_epoch),
@@ -562,6 +566,7 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         self.check_tokens(x, y, sample_weight)
         self.check_end_is_known()
         self.find_heads_once(x, y, sample_weight, batch_size)
+        build_without_workers(self, x)
         return super().evaluate(
             x, y, batch_size, verbose, sample_weight, *args, **kwargs
         )

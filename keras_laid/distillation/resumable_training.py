@@ -6,12 +6,18 @@ import pathlib
 import random
 import shutil
 from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 import numpy as np
 
 from keras_laid.arguments import check_path
+from keras_laid.distillation.callback_states import list_being_called
+from keras_laid.distillation.callback_states import read_states
+from keras_laid.distillation.callback_states import set_states
+from keras_laid.distillation.callback_states import states_of
+from keras_laid.distillation.callback_states import write_states
 from keras_laid.typing import PathLike
 
 SEED = "seed_generator_state"  # What paths of seed generators end with.
@@ -21,29 +27,55 @@ class ResumableTraining(keras.callbacks.Callback):
     """Saves all that training needs after each epoch, and restores it.
 
     A run that was killed, also during a save, and is started again by the same
-    command, takes the same steps as one that was not. The last state is in the
-    folder `epoch_<number>`, complete or not there at all: weights of the
-    student and the mixers, optimizer, step counters, seeds of layers and of
-    shuffling, and the logs of every epoch. With
-    `keras.callbacks.BackupAndRestore` a kill between its two files, or in the
-    middle of one, gives other steps or none.
+    command, takes the same steps as one that was not, bit for bit. The last
+    state is in the folder `epoch_<number>`, complete or not there at all:
+
+    - weights of the student and the mixers, optimizer, step counters;
+    - seeds of layers, and the states of Python's, NumPy's and torch's own
+      random numbers, by which data are shuffled;
+    - the attribute `epoch` of `data`, and the logs of every epoch;
+    - the states of other callbacks of the same `fit`, wherever they stand in
+      the list: `EarlyStopping` with its best weights, `ModelCheckpoint`,
+      `ReduceLROnPlateau`, `SwapEMAWeights`, those derived from these, and any
+      callback with methods `get_state()` and `set_state(state)`. A state is
+      made of numbers, strings, `None`, arrays, lists, and dictionaries whose
+      keys are strings.
+
+    Not restored are: other callbacks' own variables, those of a
+    `LambdaCallback` for example; files that callbacks write, so pass
+    `append=True` to `CSVLogger`, which may have the last epoch twice, and
+    expect `TensorBoard` to count steps anew; the place in a generator, in a
+    `tf.data.Dataset`, or in data of which `steps_per_epoch` takes a part an
+    epoch; operations of TensorFlow that are random without a seed.
+
+    With `keras.callbacks.BackupAndRestore` a kill between its two files, or in
+    the middle of one, gives other steps or none.
 
     An epoch is the most that is lost: pass short ones to `fit` where steps are
-    long. A run that has ended takes no further step.
+    long. A run that has ended takes no further step, be it by its number of
+    epochs or since a callback has set `model.stop_training`. To pause a run,
+    end the process.
+
+    The loss of an epoch that is not finite, which one image of NaN is enough
+    for, is never saved: the last state before it stays, to go on from when the
+    data or the learning rate are mended.
 
     Args:
         folder: Path of a folder for this run alone; made if it is not there.
         data: The training data, if they change with the epoch by an attribute
-            `epoch`, as `keras_laid.Haystacks` with stretched positions do.
+            `epoch`, as `keras_laid.Haystacks` with stretched positions do; or a
+            list of all such data, those of validation included.
 
     Attributes:
         history: List of dictionaries, the logs of every epoch so far, those
             before the run was killed included.
 
     Raises:
-        TypeError: If `folder` is no path.
+        TypeError: If `folder` is no path, or the state of a callback is of
+            another kind.
         ValueError: If `data` have no attribute `epoch`; before the first step,
-            if a folder `epoch_<number>` holds something else.
+            if a folder `epoch_<number>` holds something else, or states of
+            other callbacks.
         OSError: If the folder cannot be written to, before the first step; or
             if a state cannot be saved, since the disk is full for example. The
             one before it is kept.
@@ -56,25 +88,40 @@ class ResumableTraining(keras.callbacks.Callback):
     distiller.fit(
         haystacks,
         epochs=100,
-        callbacks=[keras_laid.ResumableTraining("runs/a", haystacks)],
+        callbacks=[
+            keras_laid.ResumableTraining("runs/a", haystacks),
+            keras.callbacks.EarlyStopping("loss", patience=3),
+        ],
     )
     ```
     """
 
     def __init__(
-        self, folder: PathLike, data: keras.utils.PyDataset | None = None
+        self,
+        folder: PathLike,
+        data: keras.utils.PyDataset
+        | Sequence[keras.utils.PyDataset]
+        | None = None,
     ) -> None:
         super().__init__()
         check_path("folder", folder)
-        if data is not None and not hasattr(data, "epoch"):
-            raise ValueError(
-                "`data` must have an attribute `epoch`. Received: data of type "
-                f"{type(data).__name__}. Leave out data that do not change "
-                "with the epoch."
-            )
+        self.data = keras.tree.flatten(data) if data is not None else []
+        for each in self.data:
+            if not hasattr(each, "epoch"):
+                raise ValueError(
+                    "`data` must have an attribute `epoch`. Received: data of "
+                    f"type {type(each).__name__}. Leave out data that do not "
+                    "change with the epoch."
+                )
         self.folder = pathlib.Path(folder)
-        self.data = data
         self.history: list[dict[str, float]] = []
+        self._beside: list[keras.callbacks.Callback] = []
+
+    def set_model(self, model: keras.Model) -> None:
+        super().set_model(model)
+        # States are saved once all callbacks have seen the end of an epoch.
+        self._beside = list_being_called().callbacks
+        self._beside.append(AfterAll(self))
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         try:
@@ -96,15 +143,21 @@ class ResumableTraining(keras.callbacks.Callback):
         # A later `fit` begins at its own first epoch.
         self.model._initial_epoch = None
 
-    def on_epoch_end(
-        self, epoch: int, logs: dict[str, float] | None = None
-    ) -> None:
-        logs = {name: float(value) for name, value in (logs or {}).items()}
+    def restore_callbacks(self) -> None:
+        """Restores the states of other callbacks, once all have begun."""
+        saved = self.saved()
+        if saved:
+            set_states(self._beside, read_states(saved[-1]))
+
+    def end_epoch(self, epoch: int, logs: dict[str, float]) -> None:
+        """Saves the state after an epoch, once all callbacks have seen it."""
+        logs = {name: float(value) for name, value in logs.items()}
         if not math.isfinite(logs.get("loss", 0.0)):
             raise FloatingPointError(
                 f"The loss of epoch {epoch} is {logs['loss']}. The state "
                 f"before it is kept in {str(self.folder)!r}. Lower the "
-                "learning rate, or clip gradients with `clipnorm`."
+                "learning rate, clip gradients with `clipnorm`, or look for "
+                "images that are not finite."
             )
         self.history.append(logs)
         try:
@@ -141,13 +194,15 @@ class ResumableTraining(keras.callbacks.Callback):
                 keras.ops.convert_to_numpy(seed).tolist()
                 for seed in self.seeds()
             ],
-            "data_epoch": getattr(self.data, "epoch", None),
+            "data_epoch": [data.epoch for data in self.data],
+            "stopped": bool(self.model.stop_training),
             "random": random.getstate(),
             # A tuple, and not the dictionary that one may ask for.
             "numpy_random": [keys.tolist(), *position],  # type: ignore[attr-defined]
             "torch_random": torch_random_states(),
         }
         (self.new / "training.json").write_text(json.dumps(state))
+        write_states(self.new, states_of(self._beside))
         self.new.rename(self.folder / f"epoch_{epochs}")
         for path in before:
             shutil.rmtree(path)
@@ -166,12 +221,46 @@ class ResumableTraining(keras.callbacks.Callback):
         self.history = state["history"]
         # Where Keras's own callback says it too.
         self.model._initial_epoch = state["epochs"]
-        if self.data is not None:
-            # Keras counts one more while it builds the model.
-            self.data.epoch = state["data_epoch"]
+        if state.get("stopped"):  # By a callback, before its last epoch.
+            self.model._initial_epoch = max(
+                state["epochs"], self.params["epochs"]
+            )
+        # Keras counts one more while it builds the model.
+        for data, epoch in zip(self.data, self.epochs_in(state), strict=True):
+            data.epoch = epoch
+
+    def epochs_in(self, state: dict[str, Any]) -> list[int]:
+        """The epochs of data in a state, which must be as many as the data."""
+        # Version 0.1.0 wrote a number, or `None`, in place of a list.
+        epochs = keras.tree.flatten(state["data_epoch"])
+        epochs = [epoch for epoch in epochs if epoch is not None]
+        if len(epochs) != len(self.data):
+            raise ValueError(
+                "A training must be resumed with the data that it was begun "
+                f"with. Received: {len(self.data)} of them in `data`, where "
+                f"{len(epochs)} were saved. Pass the same ones, or another "
+                "folder."
+            )
+        return epochs
 
     def seeds(self) -> list[keras.Variable]:
         return [v for v in self.model.variables if v.path.endswith(SEED)]
+
+
+class AfterAll(keras.callbacks.Callback):
+    """The last callback of a `fit`, for one that stands anywhere in it."""
+
+    def __init__(self, resumable: ResumableTraining) -> None:
+        super().__init__()
+        self.resumable = resumable
+
+    def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
+        self.resumable.restore_callbacks()
+
+    def on_epoch_end(
+        self, epoch: int, logs: dict[str, float] | None = None
+    ) -> None:
+        self.resumable.end_epoch(epoch, logs or {})
 
 
 def read_state(path: pathlib.Path) -> dict[str, Any]:

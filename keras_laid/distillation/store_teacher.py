@@ -1,7 +1,6 @@
 """Runs a teacher once over the training data, and keeps what losses need."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
@@ -21,6 +20,7 @@ from keras_laid.arguments import check_number
 from keras_laid.arguments import check_path
 from keras_laid.backbones.decoder import check_inputs
 from keras_laid.backbones.decoder import chosen_layers
+from keras_laid.backbones.fingerprint import model_fingerprint
 from keras_laid.backbones.forward import forward
 from keras_laid.backbones.retrieval_heads import find_retrieval_heads
 from keras_laid.distillation import checks
@@ -107,8 +107,9 @@ def store_teacher(
     Raises:
         TypeError: If an argument is of another kind.
         ValueError: If an argument is out of range, the folder holds a store
-            with other settings or of other weights, or queries and keys are too
-            large for `dtype`.
+            with other settings, or of a teacher of another config, of other
+            weights or in other scopes, such as `keras_laid.yarn`; if inputs are
+            not finite; or if queries and keys are too large for `dtype`.
         OSError: If the folder cannot be written to. Complete shards stay.
     """
     checks.check_task("teacher", teacher)
@@ -151,7 +152,7 @@ def store_teacher(
         description, vocabulary_size=settings["vocabulary_size"]
     )
     stored_teacher.file_formats()
-    settings["weights"] = weights_checksum(teacher)
+    settings["teacher"] = model_fingerprint(teacher)
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     begin(folder, settings, description)
@@ -261,6 +262,7 @@ def write_shard(
             data.epoch = epoch
         x, marked = stored_teacher.inputs_and_marked(data[of_epoch])
         check_inputs(model.teacher, x)
+        check_finite(x, of_epoch)
         records, tokens = model.records(x, marked)
         for record in records:
             writer.write(record)
@@ -282,6 +284,16 @@ def write_shard(
     values = {"sha256": stored_teacher.checksum(new), "batches": batches}
     new.replace(shard)
     write_whole(stored_teacher.sidecar(shard), json.dumps(values))
+
+
+def check_finite(x: dict[str, np.ndarray], index: int) -> None:
+    """Refuses inputs that would make all targets of an example NaN."""
+    for name, array in x.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise ValueError(
+                "The inputs of a teacher must be finite. Received: NaN or "
+                f"infinity in {name!r} of batch {index}. Mend the data."
+            )
 
 
 class Targets(keras.Model):
@@ -387,15 +399,6 @@ class Targets(keras.Model):
                 f'{np.abs(values).max()}. Pass `dtype="float32"`.'
             )
         return rounded
-
-
-def weights_checksum(model: keras.Model) -> str:
-    """SHA-256 of all weights of a model."""
-    parts = hashlib.sha256()
-    for variable in model.weights:
-        parts.update(variable.path.encode())
-        parts.update(ops.convert_to_numpy(variable).tobytes())
-    return parts.hexdigest()
 
 
 def write_whole(path: pathlib.Path, text: str) -> None:

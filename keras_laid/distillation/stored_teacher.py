@@ -295,6 +295,18 @@ class StoredTargets(keras.utils.PyDataset):
         x, *rest = batch = self.data[index]
         return x | self.teacher.read(batch), *rest
 
+    @property
+    def epoch(self) -> int:
+        """That of the data, if they change with it."""
+        return self.data.epoch
+
+    @epoch.setter
+    def epoch(self, value: int) -> None:
+        self.data.epoch = value
+
+    def on_epoch_begin(self) -> None:
+        self.data.on_epoch_begin()
+
     def on_epoch_end(self) -> None:
         self.data.on_epoch_end()
         if hasattr(self.data, "epoch"):

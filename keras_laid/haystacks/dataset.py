@@ -10,6 +10,7 @@ from keras_hub.models import PaliGemmaCausalLMPreprocessor
 
 from keras_laid.arguments import check_integer
 from keras_laid.arguments import check_integers
+from keras_laid.backbones.text_length import training_length
 from keras_laid.haystacks.questions import question
 from keras_laid.haystacks.sampling import PairSource
 from keras_laid.haystacks.sampling import check_pair_source
@@ -30,12 +31,20 @@ class Haystacks(keras.utils.PyDataset):
     anchor: a model must find the needle to answer.
 
     Batch `i` depends on `seed` and `i` alone, so that questions and images are
-    the same in every epoch, on every backend and after a restart. All
-    haystacks of a batch have one size.
+    the same in every epoch, on every backend and after a restart; positions
+    depend on the attribute `epoch` too. All haystacks of a batch have one size.
+
+    Workers, threads or processes, change no batch where they read for
+    `keras_laid.DistanceWeightedAttentionDistillation` or
+    `keras_laid.MultiImagePaliGemmaCausalLM`. Another Keras model must be built
+    before its `fit`, on JAX and PyTorch: what workers read while Keras builds
+    it comes again in the first epoch. With `steps_per_epoch`, TensorFlow and
+    GPUs may read positions ahead that are of the epoch before.
 
     Args:
         source: Where images come from, such as `keras_laid.haystacks.Digits`:
-            has `names` and `render(pairs, rng)`.
+            has `names` and `render(pairs, rng)`, which must depend on its
+            arguments alone.
         preprocessor: A `keras_hub.models.PaliGemmaCausalLMPreprocessor`. It
             tokenizes questions and answers; `scale` and `offset` of its image
             converter are applied to the images.
@@ -51,18 +60,25 @@ class Haystacks(keras.utils.PyDataset):
     Attributes:
         batch_images: Integer array of shape `(batches,)`, images in the
             haystacks of each batch.
+        epoch: Integer, how often `on_epoch_end` was called. Keras calls it once
+            before the first epoch of a `fit`. `keras_laid.ResumableTraining`
+            restores it.
 
     Each batch is a tuple `(x, y, sample_weight)` as PaliGemma's preprocessor
     makes it: `x` has `"images"` of shape `(batch, size, height, width, 3)`,
     `"token_ids"`, `"padding_mask"` and `"response_mask"` of shape
     `(batch, length)`, and `"needle"` of shape `(batch,)`, the needle's place
     from 0, which `keras_laid.find_retrieval_heads` reads; `y` holds the next
-    tokens and `sample_weight` marks those of the answer.
+    tokens and `sample_weight` marks those of the answer. `length` is
+    `preprocessor.sequence_length`, or that of the longest question with its
+    answer where this is longer: no question is cut.
 
     Raises:
         ValueError: If a number or a size is not positive, if the source has
             fewer than three names or two that are the same, or if the images'
-            size is not the one that the preprocessor makes.
+            size is not the one that the preprocessor makes, or would not be
+            finite; when a batch is made, if the source renders other images
+            than `uint8`, which hold no NaN.
         TypeError: If an argument is of another kind.
     """
 
@@ -105,6 +121,14 @@ class Haystacks(keras.utils.PyDataset):
         converter = preprocessor.image_converter
         self._scale = 1.0 if converter.scale is None else converter.scale
         self._offset = 0.0 if converter.offset is None else converter.offset
+        if not (
+            np.isfinite(self._scale).all() and np.isfinite(self._offset).all()
+        ):
+            raise ValueError(
+                "`scale` and `offset` of the preprocessor's image converter "
+                f"must be finite. Received: scale={converter.scale}, "
+                f"offset={converter.offset}"
+            )
         expected = (source.image_size, source.image_size)
         if converter.image_size not in (None, expected):
             raise ValueError(
@@ -156,12 +180,14 @@ class Haystacks(keras.utils.PyDataset):
             *(self.text(*(names[i] for i in key)) for key in unique),
             strict=True,
         )
+        needed = training_length(self.preprocessor, prompts, responses)
         x, y, sample_weight = self.preprocessor(
             {
                 "images": np.zeros((len(unique), size, size, 3), "uint8"),
                 "prompts": list(prompts),
                 "responses": list(responses),
-            }
+            },
+            sequence_length=max(self.preprocessor.sequence_length, needed),
         )
         self._text = {
             name: np.asarray(keras.ops.convert_to_numpy(x[name]), "int32")

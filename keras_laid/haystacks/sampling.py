@@ -255,7 +255,8 @@ def rendered(
     ):
         raise ValueError(
             "`source.render` must return a `uint8` array of shape `(images, "
-            "height, width, 3)`, with one image a pair. Received: "
+            "height, width, 3)`, with one image a pair: colours of 0 to 255, "
+            "of which none can be NaN. Received: "
             f"{type(images).__name__} of shape {shape} and dtype "
             f"{getattr(images, 'dtype', None)} for {len(pairs)} pairs"
         )

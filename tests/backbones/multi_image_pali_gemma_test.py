@@ -4,6 +4,7 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras import ops
 
 from keras_laid import MultiImagePaliGemmaCausalLM
@@ -116,6 +117,72 @@ def test_generate_equals_calling_again_and_again():
     assert len(texts) == 2
     one = model.generate({"images": images[0], "prompts": prompts[0]}, 12)
     assert one == texts[0]
+
+
+LONG = "For the image with a seven, is there an eight?"  # 10 tokens.
+
+
+@pytest.fixture(scope="module")
+def with_preprocessor():
+    preprocessor = make_preprocessor()
+    preprocessor.sequence_length = 11
+    return MultiImagePaliGemmaCausalLM.from_causal_lm(
+        make_pali_gemma(None, preprocessor)
+    )
+
+
+def asked(prompts, images=2, **kwargs):
+    images = np.zeros((len(prompts), images, 16, 16, 3), "uint8")
+    return {"images": images, "prompts": prompts, **kwargs}
+
+
+@pytest.mark.parametrize("max_length", [None, 11, 4])
+def test_prompts_that_would_be_cut_are_refused(with_preprocessor, max_length):
+    received = f"max_length={max_length or 11}, and prompts that need 12"
+    for inputs in (
+        asked([LONG, "seven"]),
+        tf.data.Dataset.from_tensors(asked([LONG])),
+    ):
+        with pytest.raises(ValueError, match=received):
+            with_preprocessor.generate(inputs, max_length)
+
+
+def test_prompts_that_fit_are_answered(with_preprocessor):
+    data = tf.data.Dataset.from_tensors(asked([LONG, "seven"]))
+    for inputs in (data, asked([LONG, "seven"])):
+        one, other = with_preprocessor.generate(inputs, 12)
+        assert one.startswith(LONG) and other
+
+
+@pytest.mark.parametrize("method", ["fit", "evaluate", "predict"])
+def test_examples_that_would_be_cut_are_refused(with_preprocessor, method):
+    call = getattr(with_preprocessor, method)
+    with pytest.raises(ValueError, match="sequence_length=11.*need 12"):
+        call(asked([LONG], responses=["yes"]))
+
+
+@pytest.mark.parametrize(
+    "images, words",
+    [
+        ([np.zeros((2, 16, 16, 3)), np.zeros((3, 16, 16, 3))], r"\[2, 3\]"),
+        ([[np.zeros((16, 16, 3))], 2 * [np.zeros((16, 16, 3))]], r"\[1, 2\]"),
+        (
+            [[np.zeros((16, 16, 3))], [np.zeros((8, 8, 3))]],
+            r"shapes \[\(8, 8, 3\), \(16, 16, 3\)\]",
+        ),
+    ],
+)
+def test_ragged_images_are_refused(with_preprocessor, images, words):
+    inputs = {"images": images, "prompts": ["seven", "eight"]}
+    with pytest.raises(ValueError, match=f"same number of images.*{words}"):
+        with_preprocessor.generate(inputs)
+
+
+def test_images_may_be_lists(with_preprocessor):
+    inputs = asked(["seven", "eight"])
+    expected = with_preprocessor.generate(dict(inputs))
+    lists = [list(images) for images in inputs["images"]]
+    assert with_preprocessor.generate({**inputs, "images": lists}) == expected
 
 
 def test_stops_at_the_stop_token():

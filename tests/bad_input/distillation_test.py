@@ -16,6 +16,7 @@ from keras_laid import RetrievalMatching
 from keras_laid import StoredTeacher
 from keras_laid import find_retrieval_heads
 from keras_laid import store_teacher
+from keras_laid import yarn
 from tests.bad_input.table import assert_refused
 from tests.bad_input.table import refused
 from tests.bad_input.table import unchanged
@@ -718,6 +719,11 @@ def test_a_cut_store_is_not_gone_on_with(given, written, tmp_path):
         assert_refused(ValueError, [CUT], store, given, tmp_path)
 
 
+def store_in_yarn(given, folder):
+    with yarn(given.teacher, factor=4.0, original_length=8):
+        store(given, folder)
+
+
 STORED = [
     refused(
         "no folder",
@@ -744,7 +750,13 @@ STORED = [
         "another teacher",
         lambda g, folder: store(g, folder, teacher=g.student),
         ValueError,
-        "'weights']",
+        "'teacher']",
+    ),
+    refused(
+        "the same teacher in a scope",
+        store_in_yarn,
+        ValueError,
+        "'teacher']",
     ),
     refused(
         "a list of batches",

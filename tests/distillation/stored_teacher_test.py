@@ -98,6 +98,38 @@ def assert_same_losses(found, expected, rtol):
         )
 
 
+def test_a_store_has_whole_questions(teacher, tmp_path):
+    """Of names that take more tokens than the preprocessor was set to."""
+    short = make_preprocessor()
+    short.sequence_length = 4
+    data = make_haystacks(short, **QUESTIONS)
+    stored = store(teacher, data, tmp_path, retrieval_heads=(), epochs=1)
+    batch = data[0]
+    last = batch[2].argmax(axis=1)  # The answer is the twelfth token.
+    logits = stored.read(batch)["teacher_logits"]
+    assert (np.abs(logits[np.arange(4), last]).max(axis=1) > 0).all()
+    assert batch[1].shape == (4, 12) and (last == 10).all()
+
+
+def test_inputs_that_are_not_finite_are_refused(
+    teacher, preprocessor, tmp_path
+):
+    data = make_haystacks(preprocessor, **QUESTIONS)
+    data._offset = float("nan")  # As a photograph that was read wrongly.
+    with pytest.raises(ValueError, match="infinity in 'images' of batch 0"):
+        store(teacher, data, tmp_path)
+
+
+def test_epochs_of_a_store_can_be_restored(written, preprocessor):
+    data = make_haystacks(preprocessor, **QUESTIONS)
+    targets = StoredTeacher(written).targets_for(data)
+    keras_laid.ResumableTraining("unused", targets)
+    targets.epoch = 1
+    assert data.epoch == 1
+    targets.on_epoch_end()
+    assert targets.epoch == 0
+
+
 def test_losses_are_those_beside_the_teacher(teacher, written, preprocessor):
     data = make_haystacks(preprocessor, **QUESTIONS)
     expected, beside = distil(teacher, in_turn(data), preprocessor)

@@ -1,3 +1,4 @@
+import keras_hub
 import numpy as np
 import pytest
 
@@ -58,6 +59,37 @@ def test_question_is_a_sentence(preprocessor):
     )
     x, _, _ = make_haystacks(preprocessor)[0]
     assert (x["token_ids"] != 3).all()  # No unknown token.
+
+
+@pytest.mark.parametrize("length", [4, 11, 12, 20])
+def test_no_question_is_cut(preprocessor, length):
+    """Inputs are of 12 tokens: a start, ten words and an answer."""
+    whole = make_haystacks(with_length(preprocessor, 30))[0]
+    x, y, sample_weight = make_haystacks(with_length(preprocessor, length))[0]
+    expected = max(length, 12)
+    assert whole[0]["padding_mask"].sum(axis=1).max() == 13  # With an end.
+    assert y.shape == (4, expected)
+    for name in ("token_ids", "padding_mask", "response_mask"):
+        np.testing.assert_array_equal(x[name], whole[0][name][:, :expected])
+    np.testing.assert_array_equal(y, whole[1][:, :expected])
+    np.testing.assert_array_equal(sample_weight, whole[2][:, :expected])
+
+
+def test_positions_are_as_long_as_the_text(preprocessor):
+    data = make_haystacks(
+        with_length(preprocessor, 4), stretching=PositionStretching(9, 4)
+    )
+    x, _, _ = data[0]
+    tokens = 4 * x["images"].shape[1] + x["token_ids"].shape[1]
+    assert x["positions"].shape == (4, tokens)
+
+
+def with_length(preprocessor, length):
+    return keras_hub.models.PaliGemmaCausalLMPreprocessor(
+        preprocessor.tokenizer,
+        preprocessor.image_converter,
+        sequence_length=length,
+    )
 
 
 def test_batches_depend_on_seed_and_index_alone(preprocessor):
@@ -123,3 +155,26 @@ def test_images_of_another_size_are_refused(preprocessor):
     with pytest.raises(ValueError, match=r"image_size=16.*\(224, 224\)"):
         Haystacks(Digits("train"), other, 4, (2,))
     Haystacks(Digits("train", image_size=224), other, 4, (2,))
+
+
+@pytest.mark.parametrize(
+    "wrong", [dict(scale=float("nan")), dict(offset=[0.0, 0.0, float("inf")])]
+)
+def test_images_that_are_not_finite_are_refused(preprocessor, wrong):
+    converter = keras_hub.layers.PaliGemmaImageConverter(**wrong)
+    other = keras_hub.models.PaliGemmaCausalLMPreprocessor(
+        preprocessor.tokenizer, converter
+    )
+    with pytest.raises(ValueError, match="must be finite. Received: scale="):
+        make_haystacks(other)
+
+
+def test_sources_that_could_render_nan_are_refused(preprocessor):
+    class Broken(Labels):
+        def render(self, pairs, rng):
+            images = super().render(pairs, rng).astype("float32")
+            images[0, 0, 0] = np.nan
+            return images
+
+    with pytest.raises(ValueError, match="none can be NaN.*float32"):
+        _ = Haystacks(Broken(), preprocessor, 4, (2,))[0]

@@ -1,5 +1,6 @@
 import csv
 import dataclasses
+import functools
 import inspect
 import io
 import json
@@ -23,6 +24,7 @@ from keras_laid.haystacks import plots
 from keras_laid.haystacks.digits import NAMES
 from keras_laid.haystacks.evaluation import Asking
 from keras_laid.haystacks.evaluation import check_asking
+from tests.support import make_coco
 from tests.support import make_haystacks
 from tests.support import make_multi_image
 from tests.support import make_pali_gemma
@@ -458,6 +460,57 @@ def test_refuses_answers_of_other_weights(tmp_path):
     kernel.assign(kernel + 0.01)
     with pytest.raises(ValueError, match="Received: model=.*weights"):
         evaluate(model, haystacks, output=tmp_path)
+
+
+def test_refuses_answers_in_another_state(tmp_path):
+    """Scopes, scaling of images, and one number in the middle of a table."""
+    haystacks = digits(4)
+    model = make_pali_gemma(None, make_preprocessor())
+    one = evaluate(model, haystacks, output=tmp_path)
+
+    def again():
+        return evaluate(model, haystacks, output=tmp_path)
+
+    refused = functools.partial(
+        pytest.raises, ValueError, match="Received: model="
+    )
+    for scope in (
+        keras_laid.yarn(model, factor=8.0, original_length=10),
+        keras_laid.self_extend(model, group_size=2, neighbor_window=4),
+        keras_laid.rotary_positions(model, np.arange(36)),
+    ):
+        with scope, refused():
+            again()
+    converter = model.preprocessor.image_converter
+    scale, converter.scale = converter.scale, 1 / 255
+    with refused():
+        again()
+    converter.scale = scale
+    assert again() == one
+    table = model.backbone.token_embedding.embeddings
+    values = to_numpy(table).copy()
+    values[7, 3] += 0.01
+    table.assign(values)
+    with refused():
+        again()
+
+
+def test_refuses_answers_about_other_photographs(tmp_path):
+    make_coco(tmp_path / "one")
+    make_coco(tmp_path / "other")
+    coco = keras_laid.haystacks.Coco(tmp_path / "one", "train")
+    haystacks = list(draw_haystacks(coco, 2, (1,)))
+    model = make_pali_gemma(None, make_preprocessor())
+    arguments = dict(output=tmp_path / "output", verbose=False)
+    one = evaluate_haystacks(
+        model, haystacks, root=tmp_path / "one", **arguments
+    )
+    with pytest.raises(ValueError, match="Received: root="):
+        evaluate_haystacks(
+            model, haystacks, root=tmp_path / "other", **arguments
+        )
+    root = tmp_path / "other" / ".." / "one"
+    assert evaluate_haystacks(model, haystacks, root=root, **arguments) == one
 
 
 def test_refuses_a_broken_record(tmp_path):
