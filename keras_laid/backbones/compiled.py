@@ -110,7 +110,8 @@ def models_around(model: keras.Model) -> list[keras.Model]:
 def subclasses(parent: type) -> list[type]:
     """A class, and all that inherit from it."""
     found = [parent]
-    for child in type.__subclasses__(parent):
+    children: list[type] = type.__subclasses__(parent)
+    for child in children:
         found += subclasses(child)
     return found
 
