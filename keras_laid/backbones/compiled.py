@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import itertools
 from collections.abc import Iterable
 from collections.abc import Iterator
 from typing import Any
@@ -100,14 +101,17 @@ def models_around(model: keras.Model) -> list[keras.Model]:
     blocks = set(map(id, backbone_of(model).transformer_layers))
     # By number, since a class may be one that cannot be hashed.
     classes = set(map(id, subclasses(keras.Model)))
-    models = [each for each in gc.get_objects() if id(type(each)) in classes]
+    objects = gc.get_objects()
+    are_models = map(classes.__contains__, map(id, map(type, objects)))
+    models = itertools.compress(objects, are_models)
     return [each for each in models if holds(each, blocks)]
 
 
 def subclasses(parent: type) -> list[type]:
     """A class, and all that inherit from it."""
     found = [parent]
-    for child in type.__subclasses__(parent):
+    children: list[type] = type.__subclasses__(parent)
+    for child in children:
         found += subclasses(child)
     return found
 

@@ -42,9 +42,9 @@ def attach_gain_modulation(
     `enable_lora` freezes them, so call it before.
 
     Every Keras model that runs the backbone follows, as `keras_laid.yarn` says.
-    Those that have already trained must be compiled before they train on or are
-    evaluated, since their optimizers know the old variables alone; until then
-    Keras raises a `ValueError`.
+    Compile those that have been trained or evaluated before you train on: their
+    optimizers know the old variables alone, and Keras raises a `ValueError` in
+    the next training step.
 
     With gains, `model.save("model.keras")` and `keras.models.load_model` work
     as before, and so do `save_weights` and `load_weights` between models with
@@ -109,10 +109,7 @@ def attach_gain_modulation(
     if model is not backbone:
         save = functools.partial(_save_to_preset, model)
         vars(model)["save_to_preset"] = save
-    for owner in _forget_variables(model):
-        if getattr(getattr(owner, "optimizer", None), "built", False):
-            # It knows the old variables alone: Keras asks to compile anew.
-            owner.compiled = False
+    _forget_variables(model)
     return gains
 
 
@@ -130,7 +127,7 @@ def fold_gain_modulation(model: keras.Model) -> None:
     belong to the folded kernels.
 
     Every Keras model that runs the backbone follows, as `keras_laid.yarn` says.
-    Compile those that have already trained the gains before you train on.
+    Compile those that have trained the gains before you train on.
 
     Args:
         model: A model that `attach_gain_modulation` was called on.
@@ -461,8 +458,8 @@ def _scale(
         part.lora_kernel_b.assign(part.lora_kernel_b * feature_gains)
 
 
-def _forget_variables(model: keras.Model) -> list[keras.Model]:
-    """Drops what all models around a backbone, returned, know of old ones."""
+def _forget_variables(model: keras.Model) -> None:
+    """Drops what all models around a backbone remember of old variables."""
     owners = models_around(model)
     for owner, name in compiled_functions(owners):
         make_anew(owner, name)
@@ -472,4 +469,3 @@ def _forget_variables(model: keras.Model) -> list[keras.Model]:
         for owner in owners:
             for layer in owner._flatten_layers():
                 layer._track_variables()
-    return owners

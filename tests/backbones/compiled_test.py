@@ -297,8 +297,9 @@ def test_gains_attached_late_train_as_early_ones(wrapper):
         if late:
             loss_of_batch(model, *batch)
             gains = attach_gain_modulation(task)
-            with pytest.raises(ValueError, match=r"call `compile\(\)`"):
-                loss_of_batch(model, *batch)
+            if wrapper == "student":  # Keras's own lose their weights on JAX.
+                with pytest.raises(ValueError, match="optimizer"):
+                    loss_of_batch(model, *batch)
         compile_model(model, learning_rate=0.1)
         for _ in range(3):
             loss_of_batch(model, *batch)
