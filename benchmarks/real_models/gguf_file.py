@@ -20,7 +20,7 @@ class GGUFFile:
         return self.reader.fields[key.format(arch=arch)].contents()
 
     def load(self, model, weights):
-        """Assigns every tensor of the file, once, to every variable.
+        """Assigns a tensor to every variable, and uses every tensor.
 
         Args:
             model: A Keras model.
@@ -28,16 +28,17 @@ class GGUFFile:
                 the tensor without `.weight`, and a function of its array, of
                 shape `(out, in)` where it is a matrix.
         """
-        tensors = dict(self.tensors)
+        unused = set(self.tensors)
         missing = {variable.path for variable in model.weights}
         for variable, name, convert in weights:
-            tensor = tensors.pop(f"{name}.weight")
+            tensor = self.tensors[f"{name}.weight"]
+            unused.discard(tensor.name)
             array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
             variable.assign(convert(array))
             missing.remove(variable.path)
-        if tensors or missing:
+        if unused or missing:
             raise ValueError(
                 "Every tensor must belong to a variable. Received: tensors "
-                f"without a variable {list(tensors)}, and variables without a "
-                f"tensor {list(missing)}."
+                f"without a variable {sorted(unused)}, and variables without a "
+                f"tensor {sorted(missing)}."
             )

@@ -4,6 +4,7 @@ import functools
 
 import gguf
 import keras_hub
+import numpy as np
 
 
 def make_task(file):
@@ -17,8 +18,9 @@ def make_task(file):
         intermediate_dim=file["{arch}.feed_forward_length"],
         rope_max_wavelength=file["{arch}.rope.freq_base"],
         layer_norm_epsilon=file["{arch}.attention.layer_norm_rms_epsilon"],
-        # There is no matrix of its own for the output.
-        tie_word_embeddings="output.weight" not in file.tensors,
+        # The file has one matrix for embeddings and output. A preset of such a
+        # model cannot be read by KerasHub 0.32: the config does not say it.
+        tie_word_embeddings=False,
         dtype="float32",
     )
     file.load(backbone, weights(backbone))
@@ -53,7 +55,9 @@ def make_tokenizer(file):
 
 def weights(backbone):
     """Tuples `(variable, name, convert)`."""
-    yield backbone.token_embedding.embeddings, "token_embd", unchanged
+    embedding = backbone.token_embedding
+    yield embedding.embeddings, "token_embd", unchanged
+    yield embedding.reverse_embeddings, "token_embd", np.transpose
     yield backbone.layer_norm.scale, "output_norm", unchanged
     for index, block in enumerate(backbone.transformer_layers):
         attention = block._self_attention_layer
