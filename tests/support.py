@@ -183,7 +183,9 @@ def gradients_of(distiller, batch, scale=None, **kwargs):
     recorder = optimizer = GradientRecorder()
     if scale is not None:
         optimizer = keras.optimizers.LossScaleOptimizer(recorder, scale)
-    distiller.compile(optimizer, **kwargs)
+    # TensorFlow takes longer to trace a step than to take it.
+    eager = keras.backend.backend() == "tensorflow"
+    distiller.compile(optimizer, run_eagerly=eager, **kwargs)
     distiller.train_on_batch(*batch)
     gradients = map(to_numpy, recorder.gradients)
     paths = [each.path for each in distiller.trainable_variables]

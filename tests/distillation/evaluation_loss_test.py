@@ -25,7 +25,9 @@ def make_distiller(loss="auto", **kwargs):
         student=make_model(small_models.llama),
         **kwargs,
     )
-    distiller.compile(keras.optimizers.SGD(0.0), loss=loss)
+    # TensorFlow takes long to trace, and JAX to run operations one by one.
+    eager = keras.backend.backend() == "tensorflow"
+    distiller.compile(keras.optimizers.SGD(0.0), loss=loss, run_eagerly=eager)
     return distiller
 
 
@@ -40,7 +42,6 @@ def make_batch(model):
 @pytest.mark.parametrize(
     "weights",
     [
-        {"attention_weight": 1.0},
         {"attention_weight": 1.0, "steps": 4, "schedule": "cosine"},
         {
             "retrieval_weight": FADE,
@@ -50,7 +51,7 @@ def make_batch(model):
             "retrieval": RetrievalMatching([(-1, 0)], num_segments=2),
         },
     ],
-    ids=["progress", "steps", "schedules"],
+    ids=["progress", "schedules"],
 )
 def test_val_loss_is_that_of_the_end_of_training(weights):
     weights = dict(weights)

@@ -55,7 +55,6 @@ def test_small_gradients_do_not_vanish():
                 distiller,
                 batch_for(distiller),
                 auto_scale_loss=scale,
-                run_eagerly=True,
             )
         )
     exact, scaled, unscaled = gradients
