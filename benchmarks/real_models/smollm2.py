@@ -36,8 +36,9 @@ def make_task(file):
 def make_tokenizer(file):
     """Byte pairs in GPT-2's form.
 
-    Its start and end token is `<|endoftext|>`; the model ends its answers in a
-    chat with `<|im_end|>`.
+    Its end token, `<|endoftext|>`, is also what it pads with, so that `generate`
+    would stop at once: pass `stop_token_ids=[2]`, `<|im_end|>`, with which the
+    model ends its answers in a chat.
     """
     tokens = file["tokenizer.ggml.tokens"]
     kinds = file["tokenizer.ggml.token_type"]

@@ -27,6 +27,7 @@ pytestmark = [
     ),
 ]
 PROMPT = "The capital of France is"
+IM_END = 2  # Ends an answer.
 # What the model has read often.
 TEXT = (
     "The quick brown fox jumps over the lazy dog. To be, or not to be, that is "
@@ -57,7 +58,7 @@ def inputs_of(tokenizer, text):
 
 
 def test_greedy_generation_knows_the_capital(model):
-    text = model.generate(PROMPT, max_length=10)
+    text = model.generate(PROMPT, max_length=10, stop_token_ids=[IM_END])
     assert text.startswith(f"{PROMPT} Paris"), text
 
 
