@@ -25,7 +25,7 @@ from keras_laid.backbones.gain_modulation import check_no_gains
 from keras_laid.backbones.rotary_positions import rotary_embeddings_at
 from keras_laid.backbones.text_length import generation_length
 from keras_laid.backbones.text_length import training_length
-from keras_laid.backbones.workers import build_without_workers
+from keras_laid.backbones.workers import batch_to_build_on
 from keras_laid.backbones.workers import check_workers
 from keras_laid.typing import PathLike
 from keras_laid.typing import Tensor
@@ -201,12 +201,10 @@ class MultiImagePaliGemmaCausalLM(PaliGemmaCausalLM):
     ) -> keras.callbacks.History:
         check_examples_fit(self.preprocessor, x)
         check_workers(x, kwargs)
-        build_without_workers(self, x)
         return _trainer(self, x).fit(x, *args, **kwargs)
 
     def evaluate(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
         check_examples_fit(self.preprocessor, x)
-        build_without_workers(self, x)
         return _trainer(self, x).evaluate(x, *args, **kwargs)
 
     def predict(self, x: Any = None, *args: Any, **kwargs: Any) -> np.ndarray:
@@ -216,6 +214,13 @@ class MultiImagePaliGemmaCausalLM(PaliGemmaCausalLM):
     def make_generate_function(self) -> Callable[..., dict[str, Tensor]]:
         check_values(self)
         return super().make_generate_function()
+
+    def _symbolic_build(
+        self, iterator: Any = None, data_batch: Any = None
+    ) -> None:
+        if data_batch is None:
+            data_batch = batch_to_build_on(iterator)
+        super()._symbolic_build(iterator, data_batch)
 
     def generate(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Answers prompts in words; see `keras_hub.models.CausalLM.generate`.

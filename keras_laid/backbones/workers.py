@@ -32,15 +32,21 @@ def check_workers(x: Any, arguments: dict[str, Any]) -> None:
             )
 
 
-def build_without_workers(model: keras.Model, x: Any) -> None:
-    """Builds a model on a batch, where Keras would let workers read it.
+def batch_to_build_on(iterator: Any) -> Any:
+    """A batch that Keras is to build a model on, in place of the next one.
 
-    Those read more than that batch, and all that they have read would come
-    again in the first epoch.
+    Where workers read, more than the next one is read, and all of it would
+    come again in the first epoch.
+
+    Args:
+        iterator: What Keras's `_symbolic_build` is given, or `None`.
+
+    Returns:
+        A batch, or `None` where no workers read.
     """
-    # On TensorFlow, Keras builds a model when it is traced.
-    if has_workers(x) and keras.backend.backend() != "tensorflow":
-        model._symbolic_build(data_batch=x[0])
+    adapter = getattr(iterator, "data_adapter", None)
+    data = getattr(adapter, "py_dataset", None)
+    return data[0] if has_workers(data) else None
 
 
 def has_workers(x: Any) -> bool:

@@ -29,7 +29,7 @@ from keras_laid.backbones.linear_memory import linear_blocks
 from keras_laid.backbones.linear_memory import named
 from keras_laid.backbones.retrieval_heads import RetrievalHeads
 from keras_laid.backbones.retrieval_heads import find_retrieval_heads
-from keras_laid.backbones.workers import build_without_workers
+from keras_laid.backbones.workers import batch_to_build_on
 from keras_laid.backbones.workers import check_workers
 from keras_laid.distillation import checks
 from keras_laid.distillation.description import Description
@@ -534,7 +534,6 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         check_workers(x, kwargs)
         self.check_tokens(x, y, sample_weight)
         self.find_heads_once(x, y, sample_weight, batch_size)
-        build_without_workers(self, x)
         callbacks = [
             *keras.tree.flatten(callbacks or []),
             TotalSteps(initial_epoch),
@@ -566,10 +565,16 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         self.check_tokens(x, y, sample_weight)
         self.check_end_is_known()
         self.find_heads_once(x, y, sample_weight, batch_size)
-        build_without_workers(self, x)
         return super().evaluate(
             x, y, batch_size, verbose, sample_weight, *args, **kwargs
         )
+
+    def _symbolic_build(
+        self, iterator: Any = None, data_batch: Any = None
+    ) -> None:
+        if data_batch is None:
+            data_batch = batch_to_build_on(iterator)
+        super()._symbolic_build(iterator, data_batch)
 
     def train_on_batch(
         self,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from keras_laid import MultiImagePaliGemmaCausalLM
-from keras_laid.backbones.workers import build_without_workers
+from keras_laid.backbones.workers import batch_to_build_on
 from keras_laid.backbones.workers import check_workers
 
 BATCHES = 5
@@ -39,8 +39,12 @@ class Reader(keras.Sequential):
 
     def fit(self, x, **kwargs):
         check_workers(x, kwargs)
-        build_without_workers(self, x)
         return super().fit(x, **kwargs)
+
+    def _symbolic_build(self, iterator=None, data_batch=None):
+        if data_batch is None:
+            data_batch = batch_to_build_on(iterator)
+        super()._symbolic_build(iterator, data_batch)
 
     def train_step(self, *arguments):
         self.note(arguments)

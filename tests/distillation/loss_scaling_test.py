@@ -17,11 +17,11 @@ from tests.support import to_numpy
 
 
 def make_distiller(dtype="mixed_float16", quantize=None, **kwargs):
-    student = make_model(small_models.llama, dtype=dtype)
+    student = make_model(small_models.gemma_2, dtype=dtype)
     if quantize:
         student.quantize(quantize)
     return DistanceWeightedAttentionDistillation(
-        teacher=make_model(small_models.llama, seed=5),
+        teacher=make_model(small_models.gemma_2, seed=5),
         student=student,
         retrieval_weight=0.0,
         **kwargs,
