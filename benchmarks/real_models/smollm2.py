@@ -36,9 +36,9 @@ def make_task(file):
 def make_tokenizer(file):
     """Byte pairs in GPT-2's form.
 
-    Its end token, `<|endoftext|>`, is also what it pads with, so that `generate`
-    would stop at once: pass `stop_token_ids=[2]`, `<|im_end|>`, with which the
-    model ends its answers in a chat.
+    It pads with its end token, `<|endoftext|>`, so that `generate` would stop
+    at once: pass `stop_token_ids=[2]`, `<|im_end|>`, with which the model ends
+    its answers in a chat.
     """
     tokens = file["tokenizer.ggml.tokens"]
     kinds = file["tokenizer.ggml.token_type"]
