@@ -36,6 +36,8 @@ class Reader(keras.Sequential):
     def __init__(self, layers):
         super().__init__(layers)
         self.read = []
+        # Never built, as preprocessors: Keras builds in each `fit`.
+        self.unused = keras.layers.Dense(1)
 
     def fit(self, x, **kwargs):
         check_workers(x, kwargs)
