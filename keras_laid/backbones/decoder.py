@@ -127,9 +127,9 @@ def check_values(model: keras.Model) -> None:
             "A model must hold the values of its variables to be run. On JAX, "
             "Keras takes them out for the steps of an epoch, and `fit` hands "
             f"them from step to step. Received: {model.name!r} between two "
-            "steps, as in `on_train_batch_end`. In the callback, call "
-            "`self.model.jax_state_sync()` first, which puts them back, or run "
-            "the model in `on_epoch_end`."
+            "steps, as in `on_train_batch_end`. In the callback, reach it by "
+            "`self.model`, as in `self.model.student`, which puts them back, "
+            "or run it in `on_epoch_end`."
         ) from error
 
 
