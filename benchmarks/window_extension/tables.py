@@ -65,12 +65,15 @@ def interval(values):
 
 def cell(values):
     mean, half = interval(values)
-    return f"{mean:.3f} ± {half:.3f}"
+    # One seed has no interval.
+    return f"{mean:.3f}" if np.isnan(half) else f"{mean:.3f} ± {half:.3f}"
 
 
 def geometric(values):
     """Geometric mean and its 95% interval."""
     mean, half = interval(np.log(values))
+    if np.isnan(half):
+        return f"{np.exp(mean):.1f}"
     low, high = np.exp(mean - half), np.exp(mean + half)
     return f"{np.exp(mean):.1f} ({low:.1f} to {high:.1f})"
 
