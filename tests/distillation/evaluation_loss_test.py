@@ -44,6 +44,7 @@ def make_batch(model):
     [
         {"attention_weight": 1.0, "steps": 4, "schedule": "cosine"},
         {
+            "schedule": "constant",
             "retrieval_weight": FADE,
             "query_key_weight": FADE,
             "logits_weight": FADE,

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from keras_laid import DistanceWeightedAttentionDistillation
+from keras_laid import DistanceWeighting
 from keras_laid import RetrievalMatching
 from keras_laid import attach_gain_modulation
 from tests.backbones import small_models
@@ -58,6 +59,7 @@ def make_distiller(
         teacher=make_model(family, seed=5, **small_models.LARGER),
         student=student,
         attention_weight=1.0,
+        distance_weighting=DistanceWeighting(schedule="constant"),
         query_key_weight=0.01,
         retrieval=RetrievalMatching([(-1, 0)], num_segments=2),
         **kwargs,

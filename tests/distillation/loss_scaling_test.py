@@ -7,6 +7,7 @@ from keras.optimizers import SGD
 from keras.optimizers import LossScaleOptimizer
 
 from keras_laid import DistanceWeightedAttentionDistillation
+from keras_laid import DistanceWeighting
 from keras_laid import group_optimizer
 from tests.backbones import small_models
 from tests.backbones.small_models import make_inputs
@@ -98,7 +99,11 @@ def test_a_scale_of_the_users_is_kept():
 
 
 def test_groups_are_scaled_and_saved(tmp_path):
-    distillers = [make_distiller(attention_weight=1.0) for _ in range(2)]
+    weighting = DistanceWeighting(schedule="constant")
+    distillers = [
+        make_distiller(attention_weight=1.0, distance_weighting=weighting)
+        for _ in range(2)
+    ]
     for distiller in distillers:
         distiller.compile(group_optimizer(SGD(0.0), mixer=SGD(1.0)))
         assert isinstance(distiller.optimizer, LossScaleOptimizer)
