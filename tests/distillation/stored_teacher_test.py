@@ -282,7 +282,7 @@ def test_another_store_is_not_gone_on_with(teacher, written, preprocessor):
     with pytest.raises(ValueError, match=r"other \['dtype'\]"):
         store(teacher, data, written, dtype="float16")
     other = make_multi_image(PALI_GEMMA_2, preprocessor, seed=3, hidden_dim=24)
-    with pytest.raises(ValueError, match=r"other \['weights'\]"):
+    with pytest.raises(ValueError, match=r"other \['teacher'\]"):
         store(other, data, written)
 
 
