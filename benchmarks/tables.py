@@ -66,6 +66,16 @@ def single_image_summary():
     return methods_table("single_image", names, (1, 5, 10, 20))
 
 
+def single_image_far_summary():
+    """How far the whole method carries a student of single images."""
+    names = {
+        "untouched": "untouched",
+        "logits_stretched": "logits alone",
+        "retrieval_stretched": "LAid: retrieval and logits",
+    }
+    return methods_table("single_image_far", names, (1, 20, 50, 100, 150))
+
+
 def compare_methods():
     """An earlier guide, and labels alone, on each seed."""
     names = {
@@ -384,6 +394,7 @@ def mutation_survivors():
 TABLES = (
     guide_runs,
     single_image_summary,
+    single_image_far_summary,
     compare_methods,
     few_labels,
     attention_divergence_cpu,

@@ -34,9 +34,14 @@ def plot_low_frequency(by_method, path):
 
 
 def draw_line(axes, numbers, found, **style):
-    """Means of what was found at each number, and a band of intervals."""
+    """Means of what was found at each number, and a band of intervals.
+
+    Two seeds have an interval that is too wide to be drawn.
+    """
     means, halves = np.transpose([interval(values) for values in found])
     (line,) = axes.plot(numbers, means, **style)
+    if min(map(len, found)) < 3:
+        return
     axes.fill_between(
         numbers,
         means - halves,
