@@ -35,7 +35,7 @@ def with_own_gradient(
     tensors = [leaf for leaf in leaves if ops.is_tensor(leaf)]
 
     @ops.custom_gradient
-    def run(*arguments):
+    def run(*arguments: Tensor) -> tuple[Tensor, Callable[..., Any]]:
         variables = arguments[: len(arguments) - len(tensors)]
         # Only floats have gradients, if of 0.
         floats = arguments[len(variables) :]
@@ -50,7 +50,9 @@ def with_own_gradient(
             keras.tree.pack_sequence_as(constants, filled), *variables
         )
 
-        def gradients(*arguments, upstream=None):
+        def gradients(
+            *arguments: Tensor, upstream: Tensor | None = None
+        ) -> tuple[Tensor, ...]:
             if upstream is None:  # Only torch gives it by name.
                 (upstream,) = arguments
             zeros = [ops.zeros_like(each) for each in floats]
