@@ -5,6 +5,9 @@ import functools
 import keras_hub
 from sentencepiece import sentencepiece_model_pb2
 
+from benchmarks.real_models.gguf_file import kernels
+from benchmarks.real_models.gguf_file import unchanged
+
 
 def make_task(file):
     """Args: file: `GGUFFile`."""
@@ -74,14 +77,15 @@ def weights(backbone):
         ):
             convert = functools.partial(to_heads, dense.kernel.shape)
             yield dense.kernel, f"blk.{index}.{name}", convert
-        for dense, name in (
-            (attention.output_dense, "attn_output"),
-            (block.gating_ffw, "ffn_gate"),
-            (block.gating_ffw_2, "ffn_up"),
-            (block.ffw_linear, "ffn_down"),
-        ):
-            convert = functools.partial(transposed, dense.kernel.shape)
-            yield dense.kernel, f"blk.{index}.{name}", convert
+        yield from kernels(
+            index,
+            (
+                (attention.output_dense, "attn_output"),
+                (block.gating_ffw, "ffn_gate"),
+                (block.gating_ffw_2, "ffn_up"),
+                (block.ffw_linear, "ffn_down"),
+            ),
+        )
         for norm, name in (
             (attention.query_norm, "attn_q_norm"),
             (attention.key_norm, "attn_k_norm"),
@@ -91,14 +95,6 @@ def weights(backbone):
             (block.post_ffw_norm, "post_ffw_norm"),
         ):
             yield norm.scale, f"blk.{index}.{name}", less_one
-
-
-def unchanged(array):
-    return array
-
-
-def transposed(shape, matrix):
-    return matrix.T.reshape(shape)
 
 
 def to_heads(shape, matrix):

@@ -1,5 +1,7 @@
 """Reads a GGUF file into the variables of a KerasHub model."""
 
+import functools
+
 import gguf
 
 
@@ -42,3 +44,25 @@ class GGUFFile:
                 f"without a variable {sorted(unused)}, and variables without a "
                 f"tensor {sorted(missing)}."
             )
+
+
+def unchanged(array):
+    return array
+
+
+def kernels(block, denses):
+    """Tuples for `load` of dense layers whose kernel is a matrix there.
+
+    A kernel is `(in, ...)` or `(..., out)`, with heads in between.
+
+    Args:
+        block: Integer, the index of the transformer block.
+        denses: Iterable of pairs of a dense layer and its name in the file.
+    """
+    for dense, name in denses:
+        convert = functools.partial(transposed, dense.kernel.shape)
+        yield dense.kernel, f"blk.{block}.{name}", convert
+
+
+def transposed(shape, matrix):
+    return matrix.T.reshape(shape)

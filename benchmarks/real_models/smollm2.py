@@ -6,6 +6,10 @@ import gguf
 import keras_hub
 import numpy as np
 
+from benchmarks.real_models.gguf_file import kernels
+from benchmarks.real_models.gguf_file import transposed
+from benchmarks.real_models.gguf_file import unchanged
+
 
 def make_task(file):
     """Args: file: `GGUFFile`."""
@@ -62,16 +66,16 @@ def weights(backbone):
     yield backbone.layer_norm.scale, "output_norm", unchanged
     for index, block in enumerate(backbone.transformer_layers):
         attention = block._self_attention_layer
-        for dense, name in (
-            (attention._value_dense, "attn_v"),
-            (attention._output_dense, "attn_output"),
-            (block._feedforward_gate_dense, "ffn_gate"),
-            (block._feedforward_intermediate_dense, "ffn_up"),
-            (block._feedforward_output_dense, "ffn_down"),
-        ):
-            # (in, ...) or (..., out) here, with heads in between.
-            convert = functools.partial(transposed, dense.kernel.shape)
-            yield dense.kernel, f"blk.{index}.{name}", convert
+        yield from kernels(
+            index,
+            (
+                (attention._value_dense, "attn_v"),
+                (attention._output_dense, "attn_output"),
+                (block._feedforward_gate_dense, "ffn_gate"),
+                (block._feedforward_intermediate_dense, "ffn_up"),
+                (block._feedforward_output_dense, "ffn_down"),
+            ),
+        )
         for dense, name in (
             (attention._query_dense, "attn_q"),
             (attention._key_dense, "attn_k"),
@@ -83,14 +87,6 @@ def weights(backbone):
             (block._feedforward_layernorm, "ffn_norm"),
         ):
             yield norm.scale, f"blk.{index}.{name}", unchanged
-
-
-def unchanged(array):
-    return array
-
-
-def transposed(shape, matrix):
-    return matrix.T.reshape(shape)
 
 
 def halves(shape, matrix):

@@ -16,7 +16,7 @@ from keras_laid.backbones.decoder import backbone_of
 DIGITS = 16  # Of a hash in hexadecimal.
 # Methods that Keras itself replaces in each layer.
 WRAPPED_BY_KERAS = ("build", "quantize")
-# Of preprocessors: set anew for each batch.
+# Of preprocessors: they change with each batch.
 BY_BATCH = ("sequence_length", "max_images_per_prompt")
 
 

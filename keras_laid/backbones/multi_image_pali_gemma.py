@@ -25,7 +25,7 @@ from keras_laid.backbones.gain_modulation import check_no_gains
 from keras_laid.backbones.rotary_positions import rotary_embeddings_at
 from keras_laid.backbones.text_length import generation_length
 from keras_laid.backbones.text_length import training_length
-from keras_laid.backbones.workers import batch_to_build_on
+from keras_laid.backbones.workers import BuiltBesideWorkers
 from keras_laid.backbones.workers import check_workers
 from keras_laid.typing import PathLike
 from keras_laid.typing import Tensor
@@ -62,7 +62,7 @@ def stacked_images(images: Sequence[Any]) -> np.ndarray:
 
 
 @keras.saving.register_keras_serializable(package="keras_laid")
-class MultiImagePaliGemmaCausalLM(PaliGemmaCausalLM):
+class MultiImagePaliGemmaCausalLM(BuiltBesideWorkers, PaliGemmaCausalLM):
     """A PaliGemma whose prompts hold several images.
 
     It shares every layer and weight with the PaliGemma it is made from:
@@ -214,13 +214,6 @@ class MultiImagePaliGemmaCausalLM(PaliGemmaCausalLM):
     def make_generate_function(self) -> Callable[..., dict[str, Tensor]]:
         check_values(self)
         return super().make_generate_function()
-
-    def _symbolic_build(
-        self, iterator: Any = None, data_batch: Any = None
-    ) -> None:
-        if data_batch is None:
-            data_batch = batch_to_build_on(iterator)
-        super()._symbolic_build(iterator, data_batch)
 
     def generate(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Answers prompts in words; see `keras_hub.models.CausalLM.generate`.

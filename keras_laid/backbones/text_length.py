@@ -41,7 +41,7 @@ def generation_length(
     Args:
         preprocessor: A `keras_hub.models.PaliGemmaCausalLMPreprocessor`.
         inputs: A dictionary with `"prompts"`, a sequence of strings, and maybe
-            as many `"responses"`, which are gone on with.
+            as many `"responses"`, which generation continues.
 
     Returns:
         Integer, in tokens: a start, the longest text and one token more.

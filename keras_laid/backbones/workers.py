@@ -32,6 +32,17 @@ def check_workers(x: Any, arguments: dict[str, Any]) -> None:
             )
 
 
+class BuiltBesideWorkers:
+    """A base class of Keras models that are not built on what workers read."""
+
+    def _symbolic_build(
+        self, iterator: Any = None, data_batch: Any = None
+    ) -> None:
+        if data_batch is None:
+            data_batch = batch_to_build_on(iterator)
+        super()._symbolic_build(iterator, data_batch)  # type: ignore[misc]
+
+
 def batch_to_build_on(iterator: Any) -> Any:
     """A batch that Keras is to build a model on, in place of the next one.
 

@@ -50,7 +50,7 @@ def yarn(
     Every Keras model that runs the same backbone follows, whatever was done
     with it before: a distiller, a `keras_laid.MultiImagePaliGemmaCausalLM`, a
     functional or subclassed model of your own. Inside, its functions for `fit`,
-    `evaluate`, `predict` and `generate` are traced anew; outside, it has those
+    `evaluate`, `predict` and `generate` are traced again; outside, it has those
     from before. To find such models, Python's garbage collector is asked for
     all objects, on entry and on exit, which takes a fraction of a second. What
     it cannot find keeps what it was traced with, and must be made inside:

@@ -29,7 +29,7 @@ from keras_laid.backbones.linear_memory import linear_blocks
 from keras_laid.backbones.linear_memory import named
 from keras_laid.backbones.retrieval_heads import RetrievalHeads
 from keras_laid.backbones.retrieval_heads import find_retrieval_heads
-from keras_laid.backbones.workers import batch_to_build_on
+from keras_laid.backbones.workers import BuiltBesideWorkers
 from keras_laid.backbones.workers import check_workers
 from keras_laid.distillation import checks
 from keras_laid.distillation.description import Description
@@ -88,7 +88,9 @@ class Targets(NamedTuple):
     log_shares: dict[int, Tensor]
 
 
-class DistanceWeightedAttentionDistillation(Steps, keras.Model):
+class DistanceWeightedAttentionDistillation(
+    BuiltBesideWorkers, Steps, keras.Model
+):
     """Long-window anchoring distillation (LAid) as a Keras model.
 
     A training step runs the student once and the teacher once, and minimises
@@ -568,13 +570,6 @@ class DistanceWeightedAttentionDistillation(Steps, keras.Model):
         return super().evaluate(
             x, y, batch_size, verbose, sample_weight, *args, **kwargs
         )
-
-    def _symbolic_build(
-        self, iterator: Any = None, data_batch: Any = None
-    ) -> None:
-        if data_batch is None:
-            data_batch = batch_to_build_on(iterator)
-        super()._symbolic_build(iterator, data_batch)
 
     def train_on_batch(
         self,

@@ -9,30 +9,12 @@ import pytest
 from keras_laid import ResumableTraining
 from keras_laid.distillation.callback_states import read_states
 from keras_laid.distillation.callback_states import write_states
+from tests.distillation.resumable_training_test import Killed
+from tests.distillation.resumable_training_test import Noise
 from tests.support import to_numpy
 
 EPOCHS = 7
 C = keras.callbacks
-
-
-class Noise(keras.utils.PyDataset):
-    """Other numbers in each epoch."""
-
-    epoch = 0
-
-    def __len__(self):
-        return 3
-
-    def __getitem__(self, index):
-        rng = np.random.default_rng((index, self.epoch))
-        return rng.normal(size=(4, 3)), rng.normal(size=(4, 2))
-
-    def on_epoch_end(self):
-        self.epoch += 1
-
-
-class Killed(BaseException):
-    """Stands for a signal that nothing catches."""
 
 
 class Kill(C.Callback):
