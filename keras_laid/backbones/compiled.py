@@ -1,8 +1,9 @@
 """What Keras has compiled of the models that run a backbone's blocks."""
 
 import contextlib
+import functools
 import gc
-import itertools
+import weakref
 from collections.abc import Iterable
 from collections.abc import Iterator
 from typing import Any
@@ -92,28 +93,39 @@ def own_step(
     return replaced_method(owner, step_name, new_step)
 
 
+# Layers do not know what they are part of, so that all models are listed here,
+# as long as they live.
+MODELS: weakref.WeakValueDictionary[int, keras.Model]
+MODELS = weakref.WeakValueDictionary()  # By `id`: a model may have no hash.
+new_model = keras.Model.__new__
+
+
+@functools.wraps(new_model)
+def new_listed_model(
+    cls: type[keras.Model], *args: Any, **kwargs: Any
+) -> keras.Model:
+    model = new_model(cls, *args, **kwargs)
+    MODELS[id(model)] = model
+    return model
+
+
+keras.Model.__new__ = staticmethod(new_listed_model)
+
+
+@functools.cache
+def find_older_models() -> None:
+    """Lists, once, the models that are older than this module."""
+    for each in gc.get_objects():
+        if issubclass(type(each), keras.Model):
+            MODELS[id(each)] = each
+
+
 def models_around(model: keras.Model) -> list[keras.Model]:
-    """Every Keras model that runs blocks of a backbone, itself among them.
-
-    Layers do not know what they are part of, so that all objects of the
-    process are looked through, which takes a fraction of a second.
-    """
+    """Every Keras model that runs blocks of a backbone, itself among them."""
     blocks = set(map(id, backbone_of(model).transformer_layers))
-    # By number, since a class may be one that cannot be hashed.
-    classes = set(map(id, subclasses(keras.Model)))
-    objects = gc.get_objects()
-    are_models = map(classes.__contains__, map(id, map(type, objects)))
-    models = itertools.compress(objects, are_models)
-    return [each for each in models if holds(each, blocks)]
-
-
-def subclasses(parent: type) -> list[type]:
-    """A class, and all that inherit from it."""
-    found = [parent]
-    children: list[type] = type.__subclasses__(parent)
-    for child in children:
-        found += subclasses(child)
-    return found
+    find_older_models()
+    models = [reference() for reference in MODELS.valuerefs()]
+    return [each for each in models if each is not None and holds(each, blocks)]
 
 
 def holds(model: keras.Model, blocks: set[int]) -> bool:

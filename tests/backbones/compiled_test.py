@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import gc
+import weakref
 
 import keras
 import keras_hub
@@ -14,6 +16,7 @@ from keras_laid import DistanceWeightedAttentionDistillation
 from keras_laid import MultiImagePaliGemmaCausalLM
 from keras_laid import attach_gain_modulation
 from keras_laid import fold_gain_modulation
+from keras_laid.backbones import compiled
 from keras_laid.backbones import linear_memory
 from keras_laid.backbones.without_heads import without_heads
 from tests.backbones import extension_support as support
@@ -210,6 +213,30 @@ def test_every_scope(scope, wrapper, inside_first, monkeypatch):
     if wrapper not in GENERATE or scope == "positions":
         entries.remove("generate")
     check(scope, wrapper, entries, inside_first, monkeypatch)
+
+
+def test_models_are_found_wherever_they_are():
+    task = make_task()
+    models = [task, task.backbone, WRAPPERS["subclassed"](task)]
+    models.append(keras.Sequential([models[-1]]))
+    functional(make_task())  # Of another backbone.
+
+    def assert_found():
+        found = compiled.models_around(task)
+        assert set(map(id, found)) == set(map(id, models))
+
+    assert_found()
+    compiled.MODELS.clear()  # As if this library was imported only now.
+    compiled.find_older_models.cache_clear()
+    assert_found()
+    gc.freeze()
+    assert_found()
+
+
+def test_models_are_let_go():
+    gone = weakref.ref(functional(make_task()))
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.mark.skipif(BACKEND == "torch", reason="PyTorch runs uncompiled.")
