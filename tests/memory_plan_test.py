@@ -78,9 +78,7 @@ def test_activations_by_hand():
     assert half["student: what blocks are given"] == 2 * 4 * (decoder + vision)
 
 
-@pytest.mark.parametrize(
-    "family", small_models.FAMILIES, ids=lambda family: family.__name__
-)
+@small_models.EACH
 def test_every_family(family):
     text = "pali" not in family.__name__ and "gemma_" not in family.__name__
     found = plan(family, family, image_tokens=0 if text else 8)

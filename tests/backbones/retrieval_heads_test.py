@@ -21,9 +21,6 @@ from tests.backbones.small_models import make_model
 from tests.bad_input.table import unchanged
 from tests.support import to_numpy
 
-FAMILY = pytest.mark.parametrize(
-    "family", small_models.FAMILIES, ids=lambda family: family.__name__
-)
 
 
 def with_needles(batches, examples, head):
@@ -42,7 +39,7 @@ def with_needles(batches, examples, head):
     return batches, needles
 
 
-@FAMILY
+@small_models.EACH
 def test_a_planted_head_is_found_in_every_family(family):
     model = make_model(family)
     planted = (decoder.global_layers(model)[-1], 2)

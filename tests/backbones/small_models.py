@@ -1,7 +1,9 @@
 """A small model of every family, with each special feature switched on."""
 
+import keras
 import keras_hub
 import numpy as np
+import pytest
 from keras import ops
 
 from tests.support import PALI_GEMMA
@@ -206,6 +208,26 @@ SLIDING = {
     qwen_sliding: keras_hub.models.QwenCausalLM,
 }
 FAMILIES = tuple(TASKS)
+# For tests of compiled steps, which compilers take their time for: a prefix and
+# soft caps, images among text, and neither.
+FEW = (pali_gemma_2, gemma_3, llama)
+
+
+def few_where_compiled(family):
+    """The others are extra large, but with PyTorch."""
+    if family in FEW or keras.backend.backend() == "torch":
+        return family
+    return pytest.param(family, marks=pytest.mark.extra_large)
+
+
+def name_of(family):
+    return family.__name__
+
+
+EACH = pytest.mark.parametrize("family", FAMILIES, ids=name_of)
+EACH_COMPILED = pytest.mark.parametrize(
+    "family", [*map(few_where_compiled, FAMILIES)], ids=name_of
+)
 
 
 def make_model(family, seed=0, **larger):

@@ -48,8 +48,10 @@ def make_pair(preprocessor, gains=True):
 
 def make_distiller(preprocessor, optimizer=None, gains=True, **kwargs):
     compile_kwargs = kwargs.pop("compile_kwargs", {})
-    # XLA compiles TensorFlow's steps too, but takes its time.
+    # XLA compiles TensorFlow's steps too, but takes its time, and TensorFlow
+    # takes longer to trace a step than to take it.
     compile_kwargs.setdefault("jit_compile", BACKEND == "jax")
+    compile_kwargs.setdefault("run_eagerly", BACKEND == "tensorflow")
     kwargs.setdefault("attention_weight", 1.0)  # So that it shows.
     # Not those that are found, which may differ between dtypes and batches.
     kwargs.setdefault("retrieval", RetrievalMatching([(0, 1), (1, 2)]))
@@ -91,6 +93,7 @@ def test_one_pass_of_each_model_a_step(preprocessor, monkeypatch):
         query_key_weight=0.1,
         temperature=2.0,
         distance_weighting=DistanceWeighting(steps=1),
+        compile_kwargs=dict(run_eagerly=False),
     )
     batch = make_haystacks(preprocessor, sizes=(2,))[0]
     student_calls = Calls(distiller.student, monkeypatch)
@@ -105,7 +108,9 @@ def test_one_pass_of_each_model_a_step(preprocessor, monkeypatch):
 
 @pytest.mark.skipif(BACKEND == "torch", reason="PyTorch runs uncompiled.")
 def test_a_step_is_compiled_once(preprocessor, monkeypatch):
-    distiller = make_distiller(preprocessor)
+    distiller = make_distiller(
+        preprocessor, compile_kwargs=dict(run_eagerly=False)
+    )
     calls = Calls(distiller.student, monkeypatch)
     haystacks = make_haystacks(
         preprocessor,
@@ -149,6 +154,7 @@ def test_loss_curve_is_the_same_on_every_backend(preprocessor):
         rows="all",
         retrieval_weight=0.0,
         distance_weighting=DistanceWeighting(steps=20),
+        compile_kwargs=dict(run_eagerly=False),
     )
     haystacks = make_haystacks(
         preprocessor,
@@ -343,8 +349,6 @@ def losses_in(policy, preprocessor):
             keras.optimizers.Adam(3e-3),
             query_key_weight=0.1,
             distance_weighting=DistanceWeighting(schedule="constant"),
-            # A few steps: TensorFlow takes longer to make a graph of them.
-            compile_kwargs=dict(run_eagerly=BACKEND == "tensorflow"),
         )
         history = distiller.fit(
             make_haystacks(preprocessor, sizes=(2,)),
@@ -380,7 +384,7 @@ def test_mixed_precision(preprocessor, policy, roundoff, losses_in_float32):
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras refuses it with PyTorch.")
 def test_steps_per_execution(preprocessor):
     distiller = make_distiller(
-        preprocessor, compile_kwargs=dict(steps_per_execution=2)
+        preprocessor, compile_kwargs=dict(steps_per_execution=2, run_eagerly=False),
     )
     distiller.fit(
         make_haystacks(preprocessor, 16, sizes=(2,)), epochs=2, verbose=0
@@ -439,7 +443,9 @@ def test_schedule_needs_a_length(preprocessor):
         def __getitem__(self, index):
             return self.haystacks[index % 2]
 
-    distiller = make_distiller(preprocessor)
+    distiller = make_distiller(
+        preprocessor, compile_kwargs=dict(run_eagerly=False)
+    )
     x, y, sample_weight = batch = Endless.haystacks[0]
     targets = distiller.run_teacher(x)
     steps = [
