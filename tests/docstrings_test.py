@@ -14,6 +14,7 @@ import keras_laid
 from keras_laid import spectral
 from keras_laid.backbones import families
 from tests.backbones import small_models
+from tests.support import FEW_STEPS
 from tests.support import make_haystacks
 from tests.support import make_multi_image
 from tests.support import make_pali_gemma
@@ -67,7 +68,7 @@ def distiller(preprocessor):
     distiller = keras_laid.DistanceWeightedAttentionDistillation(
         teacher(preprocessor), student(preprocessor)
     )
-    distiller.compile(optimizer=keras.optimizers.Adam(1e-3))
+    distiller.compile(optimizer=keras.optimizers.Adam(1e-3), **FEW_STEPS)
     return distiller
 
 

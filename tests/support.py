@@ -46,6 +46,12 @@ PALI_GEMMA_2 = dict(
 )
 
 
+# For `compile`. TensorFlow takes longer to trace a step than to take it, and
+# XLA still longer to compile it.
+FEW_STEPS = dict(run_eagerly=keras.backend.backend() == "tensorflow")
+NO_XLA = dict(jit_compile=keras.backend.backend() == "jax")
+
+
 def make_preprocessor(**kwargs):
     """A preprocessor; `kwargs` go to the trainer of its tokenizer."""
     sentences = [question(a, b) for a in NAMES for b in NAMES] + ["yes", "no"]
@@ -183,9 +189,7 @@ def gradients_of(distiller, batch, scale=None, **kwargs):
     recorder = optimizer = GradientRecorder()
     if scale is not None:
         optimizer = keras.optimizers.LossScaleOptimizer(recorder, scale)
-    # TensorFlow takes longer to trace a step than to take it.
-    eager = keras.backend.backend() == "tensorflow"
-    distiller.compile(optimizer, run_eagerly=eager, **kwargs)
+    distiller.compile(optimizer, **FEW_STEPS, **kwargs)
     distiller.train_on_batch(*batch)
     gradients = map(to_numpy, recorder.gradients)
     paths = [each.path for each in distiller.trainable_variables]

@@ -11,6 +11,7 @@ from keras_laid.backbones.attention_capture import captured_attention
 from tests.backbones import small_models
 from tests.backbones.small_models import make_inputs
 from tests.backbones.small_models import make_model
+from tests.support import FEW_STEPS
 from tests.support import to_numpy
 
 SOME = pytest.mark.parametrize(
@@ -30,11 +31,7 @@ def make_distiller(student, family, teacher=None):
         retrieval_weight=0.0,
         attention_weight=1.0,
     )
-    # TensorFlow takes longer to trace a step than to take it.
-    distiller.compile(
-        optimizer=keras.optimizers.SGD(0.1),
-        run_eagerly=keras.backend.backend() == "tensorflow",
-    )
+    distiller.compile(optimizer=keras.optimizers.SGD(0.1), **FEW_STEPS)
     return distiller
 
 

@@ -22,6 +22,7 @@ from keras_laid.backbones.without_heads import without_heads
 from tests.backbones import extension_support as support
 from tests.backbones import self_extend_test
 from tests.backbones import yarn_test
+from tests.support import NO_XLA
 from tests.support import PALI_GEMMA
 from tests.support import attention_of
 from tests.support import make_multi_image
@@ -103,7 +104,7 @@ def compile_model(model, learning_rate=0.0):
     model.compile(
         optimizer=keras.optimizers.SGD(learning_rate),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        jit_compile=BACKEND == "jax",
+        **NO_XLA,
     )
     task = getattr(model, "student", model)
     task.sampler = keras_hub.samplers.GreedySampler()

@@ -22,8 +22,9 @@ from tests.backbones.small_models import EACH
 from tests.backbones.small_models import EACH_COMPILED
 from tests.backbones.small_models import make_inputs
 from tests.backbones.small_models import make_model
+from tests.support import FEW_STEPS
+from tests.support import NO_XLA
 from tests.support import to_numpy
-
 
 
 def outputs_of(model, inputs=None):
@@ -187,9 +188,7 @@ def test_generation_with_a_cache_is_that_without(family):
         # With a cache KerasHub leaves it out.
         changes["use_vision_bidirectional_attention"] = False
     model = make_model(family, **changes)
-    model.compile(
-        sampler="greedy", jit_compile=keras.backend.backend() == "jax"
-    )
+    model.compile(sampler="greedy", **NO_XLA)
     inputs = make_inputs(model)
     prompt = 11  # After the images.
     randomize(attach_gain_modulation(model))
@@ -248,9 +247,7 @@ def test_one_step_reaches_every_weight(family):
         attention_weight=1.0,
         query_key_weight=1.0,
     )
-    # TensorFlow takes longer to trace a step than to take it.
-    eager = keras.backend.backend() == "tensorflow"
-    distiller.compile(keras.optimizers.SGD(3.0), run_eagerly=eager)
+    distiller.compile(keras.optimizers.SGD(3.0), **FEW_STEPS)
     inputs = make_inputs(student)
     before = [to_numpy(v) for v in distiller.trainable_variables]
     labels = np.random.default_rng(2).integers(0, 24, inputs["token_ids"].shape)

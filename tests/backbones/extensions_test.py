@@ -13,6 +13,7 @@ from keras_laid import yarn
 from tests.backbones import extension_support as support
 from tests.backbones import self_extend_test
 from tests.backbones import yarn_test
+from tests.support import NO_XLA
 from tests.support import attention_of
 from tests.support import to_numpy
 
@@ -73,7 +74,7 @@ def test_model_is_left_as_it_was_also_after_an_error(extension):
 def test_compiled_functions_follow(extension):
     """`predict` and `generate` are those of the scope inside it alone."""
     model, inputs = support.make_model(), support.make_inputs()
-    model.compile(sampler="greedy")
+    model.compile(sampler="greedy", **NO_XLA)
     prompts = {
         name: inputs[name] for name in ("images", "token_ids", "padding_mask")
     }

@@ -225,6 +225,7 @@ def test_fit_trains_the_gains(config, per_head):
     model.compile(
         optimizer=keras.optimizers.SGD(0.1),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        **support.FEW_STEPS,
     )
     model.fit(make_inputs(), make_inputs()["token_ids"], verbose=0)
     for gain in gains:
@@ -280,7 +281,7 @@ def generate(model, length=10, prompt=4):
 @PER_HEAD
 def test_cached_generation_uses_the_gains(per_head):
     model = make_task(PALI_GEMMA)
-    model.compile(sampler="greedy")
+    model.compile(sampler="greedy", **support.NO_XLA)
     plain = generate(model)
     gains = attach_gain_modulation(model, per_head=per_head)
     np.testing.assert_array_equal(generate(model), plain)

@@ -10,6 +10,7 @@ from keras_laid import DistanceWeightedAttentionDistillation
 from keras_laid import attach_gain_modulation
 from keras_laid import fold_gain_modulation
 from keras_laid.backbones.attention_capture import captured_attention
+from tests.support import FEW_STEPS
 from tests.support import to_numpy
 
 WIDTH, HEADS, KEY_HEADS, HEAD_DIM, INNER, LAYERS = 16, 4, 2, 4, 24, 2
@@ -88,7 +89,7 @@ def test_gains_capture_and_distillation(tmp_path):
     distiller = DistanceWeightedAttentionDistillation(
         teacher=load(tmp_path / "teacher"), student=student
     )
-    distiller.compile(optimizer=keras.optimizers.Adam(0.1))
+    distiller.compile(optimizer=keras.optimizers.Adam(0.1), **FEW_STEPS)
     distiller.fit(inputs, inputs["token_ids"], verbose=0)
     assert all((to_numpy(gain.log_gain) != 0).all() for gain in gains)
     trained = to_numpy(student(inputs))

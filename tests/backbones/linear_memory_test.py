@@ -12,6 +12,7 @@ from keras_laid.ops import row_blocks
 from tests.backbones import small_models
 from tests.backbones.small_models import make_inputs
 from tests.backbones.small_models import make_model
+from tests.support import FEW_STEPS
 from tests.support import assert_as_good_as
 from tests.support import make_multi_image
 from tests.support import make_preprocessor
@@ -92,7 +93,7 @@ def one_step(family, **kwargs):
     distiller = keras_laid.DistanceWeightedAttentionDistillation(
         make_model(family, seed=5), student, layer_map="uniform", **kwargs
     )
-    distiller.compile(keras.optimizers.SGD(0.1), jit_compile=BACKEND == "jax")
+    distiller.compile(keras.optimizers.SGD(0.1), **FEW_STEPS)
     inputs = make_inputs(student)
     history = distiller.fit(inputs, inputs["token_ids"], verbose=0).history
     return history, [to_numpy(v) for v in distiller.trainable_variables]

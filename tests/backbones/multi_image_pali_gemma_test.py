@@ -13,6 +13,7 @@ from keras_laid import rotary_positions
 from keras_laid.backbones import decoder
 from keras_laid.backbones.attention_capture import attention_mask
 from keras_laid.backbones.attention_capture import captured_attention
+from tests.support import NO_XLA
 from tests.support import PALI_GEMMA
 from tests.support import PALI_GEMMA_2
 from tests.support import attention_of
@@ -283,7 +284,7 @@ def test_fit_reads_arrays_and_pydatasets():
     model = MultiImagePaliGemmaCausalLM(
         make_pali_gemma(None, preprocessor).backbone
     )
-    model.compile(keras.optimizers.SGD(0.1), "auto")
+    model.compile(keras.optimizers.SGD(0.1), "auto", **NO_XLA)
     x = make_inputs(images=2)
     x["token_ids"] %= 20
     arrays = model.evaluate(x, x["token_ids"], verbose=0)

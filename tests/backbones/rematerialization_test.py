@@ -13,6 +13,7 @@ from tests.backbones import small_models
 from tests.backbones.small_models import LENGTH
 from tests.backbones.small_models import make_inputs
 from tests.backbones.small_models import make_model
+from tests.support import NO_XLA
 from tests.support import to_numpy
 
 BACKEND = keras.backend.backend()
@@ -33,7 +34,7 @@ def one_step(family, rematerialize):
         query_key_weight=0.1,
         rematerialize=rematerialize,
     )
-    distiller.compile(keras.optimizers.SGD(0.1), jit_compile=BACKEND == "jax")
+    distiller.compile(keras.optimizers.SGD(0.1), **NO_XLA)
     inputs = make_inputs(student)
     if family is not small_models.phi_3:  # It takes one set for a batch.
         length = LENGTH + (

@@ -22,7 +22,6 @@ from tests.bad_input.table import unchanged
 from tests.support import to_numpy
 
 
-
 def with_needles(batches, examples, head):
     """The needle is where that head looks; the batches with it, too."""
     needles = []

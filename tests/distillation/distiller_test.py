@@ -18,6 +18,8 @@ from keras_laid import attach_gain_modulation
 from keras_laid.backbones.multi_image_pali_gemma import multi_image_preprocessor
 from keras_laid.distillation.distiller import weighted_mean
 from keras_laid.ops.logits_divergence import chunked
+from tests.support import FEW_STEPS
+from tests.support import NO_XLA
 from tests.support import PALI_GEMMA_2
 from tests.support import make_haystacks
 from tests.support import make_multi_image
@@ -48,10 +50,7 @@ def make_pair(preprocessor, gains=True):
 
 def make_distiller(preprocessor, optimizer=None, gains=True, **kwargs):
     compile_kwargs = kwargs.pop("compile_kwargs", {})
-    # XLA compiles TensorFlow's steps too, but takes its time, and TensorFlow
-    # takes longer to trace a step than to take it.
-    compile_kwargs.setdefault("jit_compile", BACKEND == "jax")
-    compile_kwargs.setdefault("run_eagerly", BACKEND == "tensorflow")
+    compile_kwargs = FEW_STEPS | NO_XLA | compile_kwargs
     kwargs.setdefault("attention_weight", 1.0)  # So that it shows.
     # Not those that are found, which may differ between dtypes and batches.
     kwargs.setdefault("retrieval", RetrievalMatching([(0, 1), (1, 2)]))
@@ -295,7 +294,7 @@ def test_student_equal_to_teacher_has_nothing_to_learn(preprocessor):
         mixer_sharpness=30.0,
         rows="all",
     )
-    distiller.compile("sgd")
+    distiller.compile("sgd", **FEW_STEPS)
     logs = distiller.evaluate(
         make_haystacks(preprocessor), verbose=0, return_dict=True
     )
@@ -384,7 +383,8 @@ def test_mixed_precision(preprocessor, policy, roundoff, losses_in_float32):
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras refuses it with PyTorch.")
 def test_steps_per_execution(preprocessor):
     distiller = make_distiller(
-        preprocessor, compile_kwargs=dict(steps_per_execution=2, run_eagerly=False),
+        preprocessor,
+        compile_kwargs=dict(steps_per_execution=2, run_eagerly=False),
     )
     distiller.fit(
         make_haystacks(preprocessor, 16, sizes=(2,)), epochs=2, verbose=0
@@ -565,7 +565,7 @@ def test_plain_kerashub_models_with_one_image(preprocessor):
     distiller = DistanceWeightedAttentionDistillation(
         teacher, student, layer_map=[(-1, 1)]
     )
-    distiller.compile(keras.optimizers.Adam(1e-2))
+    distiller.compile(keras.optimizers.Adam(1e-2), **FEW_STEPS)
     x, y, sample_weight = make_haystacks(
         preprocessor, sizes=(1,), stretching=PositionStretching(9, 4)
     )[0]
@@ -584,7 +584,7 @@ def test_shared_vocabulary(preprocessor):
     distiller = DistanceWeightedAttentionDistillation(
         teacher, student, vocabulary="shared"
     )
-    distiller.compile("sgd")
+    distiller.compile("sgd", **FEW_STEPS)
     logs = distiller.evaluate(
         make_haystacks(preprocessor), verbose=0, return_dict=True
     )

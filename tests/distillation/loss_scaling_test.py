@@ -12,6 +12,7 @@ from keras_laid import group_optimizer
 from tests.backbones import small_models
 from tests.backbones.small_models import make_inputs
 from tests.backbones.small_models import make_model
+from tests.support import FEW_STEPS
 from tests.support import cosine
 from tests.support import gradients_of
 from tests.support import to_numpy
@@ -37,7 +38,7 @@ def batch_for(distiller):
 def compiled(optimizer, dtype="mixed_float16", quantize=None, **kwargs):
     """The optimizer that a distiller makes of one."""
     distiller = make_distiller(dtype, quantize)
-    distiller.compile(optimizer, **kwargs)
+    distiller.compile(optimizer, **FEW_STEPS, **kwargs)
     return distiller.optimizer
 
 
@@ -105,7 +106,9 @@ def test_groups_are_scaled_and_saved(tmp_path):
         for _ in range(2)
     ]
     for distiller in distillers:
-        distiller.compile(group_optimizer(SGD(0.0), mixer=SGD(1.0)))
+        distiller.compile(
+            group_optimizer(SGD(0.0), mixer=SGD(1.0)), **FEW_STEPS
+        )
         assert isinstance(distiller.optimizer, LossScaleOptimizer)
         distiller.optimizer.build(distiller.trainable_variables)
     one, other = distillers

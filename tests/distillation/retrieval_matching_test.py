@@ -14,6 +14,7 @@ from keras_laid import RetrievalMatching
 from keras_laid.backbones.attention_capture import run_capturing
 from keras_laid.distillation.description import Description
 from tests.backbones import small_models
+from tests.support import FEW_STEPS
 from tests.support import PALI_GEMMA
 from tests.support import make_haystacks
 from tests.support import make_multi_image
@@ -21,7 +22,6 @@ from tests.support import make_pali_gemma
 from tests.support import make_preprocessor
 from tests.support import to_numpy
 
-BACKEND = keras.backend.backend()
 HEADS = ((0, 1), (1, 0), (1, 3))
 
 
@@ -39,9 +39,7 @@ def make_distiller(preprocessor, retrieval=None, **kwargs):
     distiller = DistanceWeightedAttentionDistillation(
         teacher, student, retrieval=retrieval, **kwargs
     )
-    distiller.compile(
-        keras.optimizers.SGD(0.1), run_eagerly=BACKEND == "tensorflow"
-    )
+    distiller.compile(keras.optimizers.SGD(0.1), **FEW_STEPS)
     return distiller
 
 
@@ -288,7 +286,7 @@ def test_a_stored_teacher_has_the_same_heads(preprocessor, tmp_path):
     )
     assert store.retrieval_heads == tuple(sorted(beside.retrieval_heads))
     alone = DistanceWeightedAttentionDistillation(store, beside.student)
-    alone.compile(run_eagerly=BACKEND == "tensorflow")
+    alone.compile(**FEW_STEPS)
     found = alone.evaluate(
         store.targets_for(haystacks), verbose=0, return_dict=True
     )
@@ -324,9 +322,7 @@ def test_segments_of_any_kind(family):
         logits_weight=0.0,
         supervised_weight=0.0,
     )
-    distiller.compile(
-        keras.optimizers.Adam(3e-3), run_eagerly=BACKEND == "tensorflow"
-    )
+    distiller.compile(keras.optimizers.Adam(3e-3), **FEW_STEPS)
     history = distiller.fit(
         inputs,
         inputs["token_ids"],

@@ -14,6 +14,7 @@ from keras_laid import PositionStretching
 from keras_laid import RetrievalMatching
 from keras_laid import StoredTeacher
 from keras_laid import store_teacher
+from tests.support import FEW_STEPS
 from tests.support import PALI_GEMMA_2
 from tests.support import make_haystacks
 from tests.support import make_multi_image
@@ -81,11 +82,7 @@ def distil(teacher, data, preprocessor, **kwargs):
     distiller = DistanceWeightedAttentionDistillation(
         teacher, student, **arguments | kwargs
     )
-    # A few steps: TensorFlow takes longer to make a graph of them.
-    distiller.compile(
-        keras.optimizers.SGD(0.1),
-        run_eagerly=keras.backend.backend() == "tensorflow",
-    )
+    distiller.compile(keras.optimizers.SGD(0.1), **FEW_STEPS)
     history = distiller.fit(data, epochs=2, shuffle=False, verbose=0).history
     return history, distiller
 
@@ -171,7 +168,7 @@ def test_few_logits_ask_for_less(teacher, preprocessor, tmp_path):
         distiller = DistanceWeightedAttentionDistillation(
             stored, student, attention_weight=0.0
         )
-        distiller.compile(jit_compile=False)
+        distiller.compile(run_eagerly=True)
         logs = distiller.evaluate(
             stored.targets_for(data), return_dict=True, verbose=0
         )

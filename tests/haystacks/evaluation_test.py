@@ -24,6 +24,7 @@ from keras_laid.haystacks import plots
 from keras_laid.haystacks.digits import NAMES
 from keras_laid.haystacks.evaluation import Asking
 from keras_laid.haystacks.evaluation import check_asking
+from tests.support import FEW_STEPS
 from tests.support import make_coco
 from tests.support import make_haystacks
 from tests.support import make_multi_image
@@ -583,6 +584,7 @@ def compiled(model):
     model.compile(
         keras.optimizers.SGD(0.5),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        **FEW_STEPS,
     )
     return model
 
@@ -598,7 +600,7 @@ def test_callback_sees_current_weights(kind, tmp_path, capsys):
             teacher=make_multi_image(None, preprocessor, seed=1),
             student=student,
         )
-        model.compile(keras.optimizers.SGD(0.5))
+        model.compile(keras.optimizers.SGD(0.5), **FEW_STEPS)
     else:
         model = compiled(student if kind == "itself" else Wrapper(student))
     haystacks = digits(16)
