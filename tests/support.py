@@ -1,5 +1,6 @@
 """What tests share: small models, gradients, and closeness across dtypes."""
 
+import gc
 import io
 import json
 
@@ -114,6 +115,12 @@ def make_haystacks(preprocessor, num_questions=8, sizes=(2, 3), **kwargs):
     return Haystacks(
         Digits("train"), preprocessor, num_questions, sizes, **kwargs
     )
+
+
+def quantize(model, mode):
+    """`model.quantize(mode)`, for which Keras collects garbage many times."""
+    gc.freeze()  # Not among what other tests have left.
+    model.quantize(mode)
 
 
 def has_gpu():

@@ -12,6 +12,7 @@ from tests.backbones import small_models
 from tests.backbones.small_models import make_inputs
 from tests.backbones.small_models import make_model
 from tests.support import FEW_STEPS
+from tests.support import quantize
 from tests.support import to_numpy
 
 SOME = pytest.mark.parametrize(
@@ -94,7 +95,7 @@ def test_low_rank_adapters(family):
 def test_quantised_teachers():
     family = small_models.llama
     teacher = make_model(family, seed=5)
-    teacher.quantize("int8")
+    quantize(teacher, "int8")
     inputs = make_inputs(teacher)
     plain = to_numpy(teacher(inputs))
     distiller = make_distiller(make_model(family), family, teacher=teacher)

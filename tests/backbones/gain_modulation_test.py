@@ -416,7 +416,7 @@ def test_gains_of_each_head_do_not_fold_into_lora(tmp_path):
 @PER_HEAD
 def test_quantized_kernels_are_refused(tmp_path, per_head):
     model = make_task(PALI_GEMMA)
-    model.quantize("int8")
+    support.quantize(model, "int8")
     randomize(attach_gain_modulation(model, per_head=per_head))
     gained = outputs_of(model)
     with pytest.raises(

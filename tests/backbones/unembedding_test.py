@@ -9,6 +9,7 @@ from keras_laid.backbones.unembedding import unembedding
 from tests.backbones import small_models
 from tests.backbones.small_models import make_inputs
 from tests.backbones.small_models import make_model
+from tests.support import quantize
 from tests.support import to_numpy
 from tests.support import value_and_grads
 
@@ -20,7 +21,7 @@ def adapted(model):
 
 
 def quantised(model):
-    model.quantize("int8")
+    quantize(model, "int8")
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,7 @@ def test_the_gradient_of_rounded_hidden_states(family, mode):
         ).ravel()
 
     exact = gradient()
-    model.quantize(mode)
+    quantize(model, mode)
     found = gradient()
     cosine = found @ exact / np.linalg.norm(found) / np.linalg.norm(exact)
     assert cosine > (0.99 if mode == "int8" else 0.95)

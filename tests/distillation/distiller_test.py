@@ -351,7 +351,7 @@ def losses_in(policy, preprocessor):
         )
         history = distiller.fit(
             make_haystacks(preprocessor, sizes=(2,)),
-            epochs=4,
+            epochs=2,
             shuffle=False,
             verbose=0,
         ).history

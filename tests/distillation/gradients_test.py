@@ -15,6 +15,7 @@ from tests.backbones.small_models import make_model
 from tests.support import cosine
 from tests.support import gradients_of
 from tests.support import has_gpu
+from tests.support import quantize
 from tests.support import to_numpy
 
 # Dtype, quantisation, whether LoRA is enabled, and the least cosine.
@@ -27,7 +28,6 @@ FORMATS = {
     "int8 and LoRA": ("float32", "int8", True, 0.95),
     "int4 and LoRA": ("float32", "int4", True, 0.8),
 }
-QUICK = small_models.gemma_2
 # For the attention of all others, JAX has no product in float16 on CPUs.
 FLOAT16_ON_JAX = (
     small_models.pali_gemma,
@@ -48,7 +48,7 @@ def make_distiller(
             # Less sharp: int4's rounding would change where it looks.
             variable.assign(variable / 2)
     if quantization:
-        student.quantize(quantization)
+        quantize(student, quantization)
     if lora:
         student.backbone.enable_lora(2)
         rng = np.random.default_rng(3)
@@ -69,7 +69,10 @@ def make_distiller(
 def formats_of(family):
     """Those of the table that a family can be in here."""
     left_out = set()
-    if family is not QUICK or keras.backend.backend() == "tensorflow":
+    if (
+        family is not small_models.gemma_2
+        or keras.backend.backend() == "tensorflow"
+    ):
         # Keras's own float8 layers raise in an eager step of TensorFlow.
         left_out.add("float8")
     if family is small_models.gemma_4:
@@ -78,7 +81,7 @@ def formats_of(family):
     on_jax = keras.backend.backend() == "jax" and not has_gpu()
     if on_jax and family not in FLOAT16_ON_JAX:
         left_out.add("mixed_float16")
-    return {name: FORMATS[name] for name in FORMATS if name not in left_out}
+    return [name for name in FORMATS if name not in left_out]
 
 
 def adapters(student):
@@ -120,20 +123,21 @@ def for_adapters(gradients, student):
     return found
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(
-            family, marks=() if family is QUICK else pytest.mark.extra_large
-        )
-        for family in small_models.FAMILIES
-    ],
-    ids=lambda family: family.__name__,
-)
+def test_int8_and_low_rank_adapters():
+    check(small_models.llama, ["int8 and LoRA"])
+
+
+@pytest.mark.extra_large
+@small_models.EACH
 def test_gradients_are_those_of_float32(family):
+    check(family, formats_of(family))
+
+
+def check(family, names):
     exact, _ = gradients_in(family)
     table = {}
-    for name, (*form, least) in formats_of(family).items():
+    for name in names:
+        *form, least = FORMATS[name]
         found, student = gradients_in(family, *form)
         expected = exact
         if form[2]:

@@ -19,7 +19,7 @@ from keras_laid import attach_gain_modulation
 from keras_laid.distillation.distiller import (
     DistanceWeightedAttentionDistillation,
 )
-from tests.support import NO_XLA
+from tests.support import FEW_STEPS
 from tests.support import make_haystacks
 from tests.support import make_multi_image
 from tests.support import make_preprocessor
@@ -206,7 +206,7 @@ def distill(folder, epochs=EPOCHS):
     schedule = keras.optimizers.schedules.CosineDecay(1e-2, 2 * epochs)
     distiller.compile(
         keras.optimizers.Adam(schedule),
-        **NO_XLA,
+        **FEW_STEPS,
     )
     data = make_haystacks(
         preprocessor, 16, (2, 3), stretching=PositionStretching(9, 4)
