@@ -13,6 +13,8 @@ BACKENDS ?= jax tensorflow torch
 ALONE ?= jax tensorflow torch jax,benchmarks jax,docs jax,guides jax,haystacks \
 	jax,offline jax,package jax,test
 QUIET := TF_CPP_MIN_LOG_LEVEL=3
+# Tests of one file share what is compiled, and stay in one process.
+PYTEST := -m pytest -n 2 --dist loadfile
 ARGS ?=
 
 # Where `make reproduce-all` puts its rows, apart from those committed.
@@ -37,16 +39,16 @@ real-models: $(TEST_ENV)/ready
 
 # Coverage is counted on PyTorch, where the suite is fastest.
 test: $(TEST_ENV)/ready
-	$(QUIET) KERAS_BACKEND=jax $(TEST_ENV)/bin/python -m pytest -n 2
-	$(QUIET) KERAS_BACKEND=tensorflow $(TEST_ENV)/bin/python -m pytest -n 2
-	$(QUIET) KERAS_BACKEND=torch $(TEST_ENV)/bin/python -m pytest -n 2 \
+	$(QUIET) KERAS_BACKEND=jax $(TEST_ENV)/bin/python $(PYTEST)
+	$(QUIET) KERAS_BACKEND=tensorflow $(TEST_ENV)/bin/python $(PYTEST)
+	$(QUIET) KERAS_BACKEND=torch $(TEST_ENV)/bin/python $(PYTEST) \
 		--cov=keras_laid --cov-report=term-missing:skip-covered --cov-fail-under=90
 
 # The suite, then what trains for minutes and more random cases.
 test-all: test
 	for backend in $(BACKENDS); do \
 		$(QUIET) HYPOTHESIS_PROFILE=thorough \
-		KERAS_BACKEND=$$backend $(TEST_ENV)/bin/python -m pytest -n 2 \
+		KERAS_BACKEND=$$backend $(TEST_ENV)/bin/python $(PYTEST) \
 			-m "extra_large or hypothesis" || exit 1; \
 	done
 
@@ -54,7 +56,7 @@ test-all: test
 test-lowest test-newest: test-%: .venv-%/ready
 	for backend in $(BACKENDS); do \
 		$(QUIET) KERAS_BACKEND=$$backend .venv-$*/bin/python \
-			-m pytest -n 2 || exit 1; \
+			$(PYTEST) || exit 1; \
 	done
 
 # Tables and figures of all texts, from the rows there are.

@@ -599,6 +599,7 @@ def test_callback_sees_current_weights(kind, tmp_path, capsys):
         model = keras_laid.DistanceWeightedAttentionDistillation(
             teacher=make_multi_image(None, preprocessor, seed=1),
             student=student,
+            retrieval_weight=0.0,
         )
         model.compile(keras.optimizers.SGD(0.5), **FEW_STEPS)
     else:
