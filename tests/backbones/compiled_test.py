@@ -95,6 +95,9 @@ WRAPPERS = {
     "student": lambda task: distiller(task, other()),
     "teacher": lambda task: distiller(other(), task),
 }
+# Whether a model is run inside of a scope.
+OUTSIDE_FIRST = (False, True, False)
+INSIDE_FIRST = (True, False, True)
 TAKE_SEVERAL_IMAGES = ("multi_image", "student", "teacher")
 GENERATE = ("task", "multi_image", "student")
 
@@ -148,8 +151,11 @@ ENTRIES = {
 }
 
 
-def check(scope, wrapper, entries, inside_first, monkeypatch):
-    """What a model does inside and outside is what a new one does there."""
+def check(scope, wrapper, entries, orders, monkeypatch):
+    """What a model does inside and outside is what a new one does there.
+
+    For each order, a list of booleans, one model is run inside and outside.
+    """
     task, batch = make_task(), batch_for(wrapper)
     linear = []
     compute = linear_memory.attention_output
@@ -170,19 +176,20 @@ def check(scope, wrapper, entries, inside_first, monkeypatch):
     for inside in (False, True):
         with opened(inside):
             expected[inside] = run(wrap(wrapper, task))
-    model = wrap(wrapper, task)
-    for inside in (inside_first, not inside_first, inside_first):
-        del linear[:]
-        with opened(inside):
-            found = run(model)
-        message = f"{scope}, {wrapper}, {entries}, inside={inside}"
-        for one, right in zip(found, expected[inside], strict=True):
-            np.testing.assert_allclose(
-                one, right, rtol=2e-4, atol=2e-4, err_msg=message
-            )
-        if scope == "linear_memory":  # With the same outputs.
-            assert bool(linear) == inside, message
-    if scope != "linear_memory" and entries != ["generate"]:
+    for order in orders:
+        model = wrap(wrapper, task)
+        for inside in order:
+            del linear[:]
+            with opened(inside):
+                found = run(model)
+            message = f"{scope}, {wrapper}, {entries}, {order}: {inside}"
+            for one, right in zip(found, expected[inside], strict=True):
+                np.testing.assert_allclose(
+                    one, right, rtol=2e-4, atol=2e-4, err_msg=message
+                )
+            if scope == "linear_memory":  # With the same outputs.
+                assert bool(linear) == inside, message
+    if scope != "linear_memory":
         for entry, one, other in zip(entries, *expected.values(), strict=True):
             of_teacher = entry in ("fit", "train_on_batch", "evaluate")
             if entry != "generate" and (wrapper != "teacher" or of_teacher):
@@ -190,30 +197,30 @@ def check(scope, wrapper, entries, inside_first, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "scope, wrapper, entries, inside_first",
+    "scope, wrapper, entries, order",
     [
-        ("yarn", "student", ["fit"], False),
-        ("yarn", "teacher", ["train_on_batch"], True),
-        ("self_extend", "multi_image", ["predict", "call"], False),
-        ("linear_memory", "functional", ["predict"], True),
-        ("positions", "subclassed", ["train_on_batch"], False),
-        ("heads", "task", ["generate"], True),
+        ("yarn", "student", ["fit"], OUTSIDE_FIRST),
+        ("yarn", "teacher", ["train_on_batch"], INSIDE_FIRST),
+        ("self_extend", "multi_image", ["predict", "call"], OUTSIDE_FIRST),
+        ("linear_memory", "functional", ["predict"], INSIDE_FIRST),
+        ("positions", "subclassed", ["train_on_batch"], OUTSIDE_FIRST),
+        ("heads", "task", ["evaluate"], INSIDE_FIRST),
     ],
 )
-def test_a_scope(scope, wrapper, entries, inside_first, monkeypatch):
-    check(scope, wrapper, entries, inside_first, monkeypatch)
+def test_a_scope(scope, wrapper, entries, order, monkeypatch):
+    check(scope, wrapper, entries, [order], monkeypatch)
 
 
 @pytest.mark.extra_large
-@pytest.mark.parametrize("inside_first", [False, True])
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("scope", SCOPES)
-def test_every_scope(scope, wrapper, inside_first, monkeypatch):
+def test_every_scope(scope, wrapper, monkeypatch):
     entries = list(ENTRIES)
     # A token at a time cannot be given the positions of all.
     if wrapper not in GENERATE or scope == "positions":
         entries.remove("generate")
-    check(scope, wrapper, entries, inside_first, monkeypatch)
+    orders = OUTSIDE_FIRST, INSIDE_FIRST
+    check(scope, wrapper, entries, orders, monkeypatch)
 
 
 def test_models_are_found_wherever_they_are():
