@@ -124,6 +124,13 @@ def places_kernel(
         position = tl.load(where, mask=inside, other=0).to(tl.float32)
         lowest = tl.minimum(lowest, tl.where(inside, position, lowest))
         highest = tl.maximum(highest, tl.where(inside, position, highest))
+    for start in range(0, rows, SIZE):
+        index = start + tl.arange(0, SIZE)
+        inside = index < rows
+        where = row_positions + batch * row_stride + index
+        position = tl.load(where, mask=inside, other=0).to(tl.float32)
+        lowest = tl.minimum(lowest, tl.where(inside, position, lowest))
+        highest = tl.maximum(highest, tl.where(inside, position, highest))
     limits = places.limits + 4 * batch
     tl.store(limits, tl.min(first_padding, 0))
     tl.store(limits + 1, tl.min(first_causal, 0))
