@@ -5,12 +5,21 @@ import os
 import pathlib
 from importlib.metadata import version
 
+# What tests compute is small, and two processes share two cores: threads would
+# wait for each other.
+THREADS = "OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"
+for variable in THREADS:
+    os.environ.setdefault(variable, "1")
+
 if not pathlib.Path("/dev/nvidia0").exists():
     # Triton reads this when it is imported, which torch may do.
     os.environ.setdefault("TRITON_INTERPRET", "1")
     # Tests compile much and run little of it. XLA ends the process at a flag
     # that it does not know: JAX 0.11 has no fusion emitters to turn off.
-    flags = ["--xla_backend_optimization_level=0"]
+    flags = [
+        "--xla_backend_optimization_level=0",
+        "--xla_cpu_multi_thread_eigen=false",
+    ]
     if os.environ.get("KERAS_BACKEND") != "jax" or version("jax") < "0.11":
         flags.append("--xla_cpu_use_fusion_emitters=false")
     os.environ.setdefault("XLA_FLAGS", " ".join(flags))

@@ -11,6 +11,7 @@ from keras_laid.distillation.callback_states import read_states
 from keras_laid.distillation.callback_states import write_states
 from tests.distillation.resumable_training_test import Killed
 from tests.distillation.resumable_training_test import Noise
+from tests.support import NO_XLA
 from tests.support import to_numpy
 
 EPOCHS = 7
@@ -113,7 +114,7 @@ def train(folder, name, kill=None, first=True):
     optimizer = keras.optimizers.Adam(
         0.01, use_ema="average" in name, ema_momentum=0.8
     )
-    model.compile(optimizer, "mse", run_eagerly=True)
+    model.compile(optimizer, "mse", **NO_XLA)
     data, validation = Noise(), Noise()
     folder.mkdir(exist_ok=True)
     resumable = ResumableTraining(folder / "run", [data, validation])

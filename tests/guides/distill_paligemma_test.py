@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from tests.conftest import THREADS
+
 GUIDE = pathlib.Path(__file__).parents[2] / "guides" / "distill_paligemma.py"
 
 
@@ -15,7 +17,8 @@ def run_guide(output, *arguments):
     environment = dict(os.environ)
     if "--quick" not in arguments:
         # It runs for minutes, and those of the tests are for short runs.
-        environment.pop("XLA_FLAGS", None)
+        for name in ("XLA_FLAGS", *THREADS):
+            environment.pop(name, None)
     process = subprocess.run(
         [sys.executable, str(GUIDE), "--output", str(output), *arguments],
         env=environment,
