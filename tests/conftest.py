@@ -7,8 +7,11 @@ from importlib.metadata import version
 
 # What tests compute is small, and two processes share two cores: threads would
 # wait for each other.
-THREADS = "OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"
-for variable in THREADS:
+for variable in (
+    "OMP_NUM_THREADS",
+    "TF_NUM_INTRAOP_THREADS",
+    "TF_NUM_INTEROP_THREADS",
+):
     os.environ.setdefault(variable, "1")
 
 if not pathlib.Path("/dev/nvidia0").exists():

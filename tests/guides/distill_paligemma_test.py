@@ -8,8 +8,6 @@ import sys
 
 import pytest
 
-from tests.conftest import THREADS
-
 GUIDE = pathlib.Path(__file__).parents[2] / "guides" / "distill_paligemma.py"
 
 
@@ -17,7 +15,12 @@ def run_guide(output, *arguments):
     environment = dict(os.environ)
     if "--quick" not in arguments:
         # It runs for minutes, and those of the tests are for short runs.
-        for name in ("XLA_FLAGS", *THREADS):
+        for name in (
+            "XLA_FLAGS",
+            "OMP_NUM_THREADS",
+            "TF_NUM_INTRAOP_THREADS",
+            "TF_NUM_INTEROP_THREADS",
+        ):
             environment.pop(name, None)
     process = subprocess.run(
         [sys.executable, str(GUIDE), "--output", str(output), *arguments],
