@@ -24,7 +24,7 @@ from keras_laid.haystacks import plots
 from keras_laid.haystacks.digits import NAMES
 from keras_laid.haystacks.evaluation import Asking
 from keras_laid.haystacks.evaluation import check_asking
-from tests.support import FEW_STEPS
+from tests.support import NO_XLA
 from tests.support import make_coco
 from tests.support import make_haystacks
 from tests.support import make_multi_image
@@ -584,7 +584,7 @@ def compiled(model):
     model.compile(
         keras.optimizers.SGD(0.5),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        **FEW_STEPS,
+        **NO_XLA,
     )
     return model
 
@@ -601,7 +601,7 @@ def test_callback_sees_current_weights(kind, tmp_path, capsys):
             student=student,
             retrieval_weight=0.0,
         )
-        model.compile(keras.optimizers.SGD(0.5), **FEW_STEPS)
+        model.compile(keras.optimizers.SGD(0.5), **NO_XLA)
     else:
         model = compiled(student if kind == "itself" else Wrapper(student))
     haystacks = digits(16)
