@@ -60,7 +60,8 @@ def single_image_summary():
         "all_labels": "labels alone, all of them",
         "logits": "logits alone",
         "last_layer": "logits and the last layer's maps",
-        "wrong_heads": "retrieval of heads that do not retrieve",
+        "wrong_heads": "retrieval of other heads, drawn at random",
+        "blind_heads": "retrieval of heads blind to the needle",
         "retrieval": "LAid: retrieval and logits",
     }
     return methods_table("single_image", names, (1, 5, 10, 20))
