@@ -118,9 +118,9 @@ def plot_steps(of_config, settings, path):
 
 
 def draw():
-    """Every figure of the study that has rows of several seeds."""
+    """Every figure of the study that has several seeds of some method."""
     for name, of_config in read_runs().items():
-        if min(map(len, of_config.values())) < 2:
+        if max(map(len, of_config.values())) < 2:
             continue
         settings = read_settings(name)
         path = rows.RESULTS / f"window_extension_{name}.png"
