@@ -152,9 +152,9 @@ ENTRIES = {
 
 
 def check(scope, wrapper, entries, orders, monkeypatch):
-    """What a model does inside and outside is what a new one does there.
+    """Compares a model with new ones, inside of a scope and outside.
 
-    For each order, a list of booleans, one model is run inside and outside.
+    Each order is a tuple of booleans: whether the model is inside, run by run.
     """
     task, batch = make_task(), batch_for(wrapper)
     linear = []

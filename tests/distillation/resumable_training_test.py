@@ -204,10 +204,7 @@ def distill(folder, epochs=EPOCHS):
         query_key_weight=0.1,
     )
     schedule = keras.optimizers.schedules.CosineDecay(1e-2, 2 * epochs)
-    distiller.compile(
-        keras.optimizers.Adam(schedule),
-        **FEW_STEPS,
-    )
+    distiller.compile(keras.optimizers.Adam(schedule), **FEW_STEPS)
     data = make_haystacks(
         preprocessor, 16, (2, 3), stretching=PositionStretching(9, 4)
     )
