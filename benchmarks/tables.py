@@ -1,6 +1,9 @@
 """Tables of measurements in the project's texts, from their rows."""
 
+import collections
 import itertools
+
+import numpy as np
 
 from benchmarks import mutants
 from benchmarks import rows
@@ -75,6 +78,34 @@ def single_image_far_summary():
         "retrieval_stretched": "LAid: retrieval and logits",
     }
     return methods_table("single_image_far", names, (1, 20, 50, 100, 150))
+
+
+def drawn_heads():
+    """The needle attention of the teacher's heads that each run matched."""
+    attention = collections.defaultdict(list)
+    for row in read("retrieval_heads"):
+        head = f"{row['layer']}.{row['head']}"
+        attention[head].append(float(row["needle"]))
+    found = []
+    for method in ("retrieval", "wrong_heads", "blind_heads"):
+        runs = read("window_extension", config="single_image", method=method)
+        for row in runs:
+            if row["accuracy_20"] and row["retrieval_heads"]:
+                heads = row["retrieval_heads"].split()
+                of_heads = [np.mean(attention[head]) for head in heads]
+                found.append((np.mean(of_heads), sorted(heads), row))
+    lines = [
+        [
+            row["method"],
+            row["seed"],
+            ", ".join(heads),
+            f"{needle:.2f}",
+            *(f"{float(row[f'accuracy_{size}']):.3f}" for size in (5, 10, 20)),
+        ]
+        for needle, heads, row in sorted(found, key=lambda each: -each[0])
+    ]
+    header = ["method", "seed", "layer.head", "needle attention", 5, 10, 20]
+    return markdown_table(header, lines)
 
 
 def compare_methods():
@@ -396,6 +427,7 @@ TABLES = (
     guide_runs,
     single_image_summary,
     single_image_far_summary,
+    drawn_heads,
     compare_methods,
     few_labels,
     attention_divergence_cpu,

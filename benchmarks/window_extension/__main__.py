@@ -71,7 +71,7 @@ def run(settings, name, seed, split, learning_rate, missing):
     commit = rows.commit()
     began = time.time()
 
-    def append_row(steps, scope=study.untouched):
+    def append_row(steps, scope=study.untouched, distiller=None):
         seconds = round(time.time() - began)
         sizes = SIZES
         if steps < settings.steps:
@@ -86,6 +86,7 @@ def run(settings, name, seed, split, learning_rate, missing):
             keras_hub=keras_hub.__version__,
             backend=keras.backend.backend(),
             machine=rows.machine(),
+            retrieval_heads=heads_as_text(distiller),
         )
         rows.append_row(PATH, row)
 
@@ -93,13 +94,27 @@ def run(settings, name, seed, split, learning_rate, missing):
         append_row(settings.steps, study.UNTRAINED[name])
         return
     method = study.METHODS[name]
-    # What is measured on the way is in the scope that it is trained in.
-    on_the_way = study.AfterSteps({*missing} - {settings.steps}, append_row)
-    study.train(method, settings, seed, learning_rate, student, [on_the_way])
+
+    def append_row_on_the_way(steps, distiller):
+        # In the scope that it is trained in.
+        append_row(steps, distiller=distiller)
+
+    on_the_way = study.AfterSteps(
+        {*missing} - {settings.steps}, append_row_on_the_way
+    )
+    distiller = study.train(
+        method, settings, seed, learning_rate, student, [on_the_way]
+    )
     output.mkdir(parents=True, exist_ok=True)
     student.backbone.save_weights(output / "student.weights.h5")
     if settings.steps in missing:
-        append_row(settings.steps, study.scope_of(method))
+        append_row(settings.steps, study.scope_of(method), distiller)
+
+
+def heads_as_text(distiller):
+    """The teacher's heads that were matched: `layer.head` of each."""
+    heads = distiller.retrieval_heads if distiller else ()
+    return " ".join(f"{layer}.{head}" for layer, head in heads)
 
 
 def best_learning_rate(settings, method):

@@ -135,7 +135,7 @@ def prior_student(settings):
 
 
 class AfterSteps(keras.callbacks.Callback):
-    """Calls a function of the number of steps done, after some of them."""
+    """Calls a function of the steps done and the model, after some of them."""
 
     def __init__(self, steps, function):
         super().__init__()
@@ -146,13 +146,12 @@ class AfterSteps(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         self.done += 1
         if self.done in self.steps:
-            # Read for what it does: variables get the values of this step.
-            _ = self.model
-            self.function(self.done)
+            # Variables get the values of this step when the model is read.
+            self.function(self.done, self.model)
 
 
 def train(method, settings, seed, learning_rate, student, callbacks=()):
-    """Trains a student in place."""
+    """Trains a student in place, and returns the distiller."""
     teacher = load(keras_laid.presets.TEACHER)
     image_length = student.backbone.image_sequence_length
     stretching = keras_laid.PositionStretching(WINDOW, image_length)
@@ -189,6 +188,7 @@ def train(method, settings, seed, learning_rate, student, callbacks=()):
         fit(distiller, data, steps, callbacks)
     if method.gains:
         keras_laid.fold_gain_modulation(student)
+    return distiller
 
 
 def scope_of(method):

@@ -18,7 +18,8 @@ OTHERS = [
     if (layer, head) not in RETRIEVING
 ]
 
-# The needle gets at most 0.06 more attention than other images there.
+# The needle gets at most 0.11 more of their attention than other images do, and
+# 0.7 more of the attention of heads that retrieve: `retrieval_heads.csv`.
 BLIND = [(layer, head) for layer in (0, 3) for head in HEADS]
 
 
@@ -57,7 +58,7 @@ class WrongHeads(keras_laid.RetrievalMatching):
 
 
 class BlindHeads(WrongHeads):
-    """The same, of heads that do not look at the needle."""
+    """The same, of heads that hardly look at the needle."""
 
     drawn_from = BLIND
 

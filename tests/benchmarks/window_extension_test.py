@@ -179,7 +179,8 @@ def test_after_steps_variables_have_their_values():
     kernel.assign([[0.0]])
     seen = {}
 
-    def look(done):
+    def look(done, trained):
+        assert trained is model
         seen[done] = to_numpy(kernel).item()
 
     # The gradient is -1 until the kernel is 10: 0.1 more a step.
