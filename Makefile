@@ -13,8 +13,9 @@ BACKENDS ?= jax tensorflow torch
 ALONE ?= jax tensorflow torch jax,benchmarks jax,docs jax,guides jax,haystacks \
 	jax,offline jax,package jax,test
 QUIET := TF_CPP_MIN_LOG_LEVEL=3
-# Tests of one file share what is compiled, and stay in one process.
-PYTEST := -m pytest -n 2 --dist loadfile
+# Tests of one file share what is compiled, and stay in one process. Files with few
+# tests, which pytest-xdist would leave to the end, may take the longest.
+PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 ARGS ?=
 
 # Where `make reproduce-all` puts its rows, apart from those committed.
@@ -43,7 +44,7 @@ test: $(TEST_ENV)/ready
 	$(QUIET) KERAS_BACKEND=tensorflow $(TEST_ENV)/bin/python $(PYTEST)
 	$(QUIET) KERAS_BACKEND=torch $(TEST_ENV)/bin/python $(PYTEST)
 
-# The suite, then what trains for minutes and more random cases.
+# The suite, then what takes long and more random cases.
 test-all: test
 	for backend in $(BACKENDS); do \
 		$(QUIET) HYPOTHESIS_PROFILE=thorough \

@@ -57,13 +57,18 @@ def pytest_configure(config):
     keras.config.disable_interactive_logging()
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     # An address differs in each process, and then workers differ in names.
     if addresses := [each.nodeid for each in items if " at 0x" in each.nodeid]:
         raise pytest.UsageError(f"Names must not hold addresses: {addresses}")
+    for item in items:
+        for mark in item.iter_markers("extra_large_but_on"):
+            if keras.backend.backend() not in mark.args:
+                item.add_marker("extra_large")
     if config.option.markexpr:
         return
-    skip = pytest.mark.skip(reason="trains for minutes: `make test-all`")
+    skip = pytest.mark.skip(reason="takes long: `make test-all`")
     for item in items:
         if "extra_large" in item.keywords:
             item.add_marker(skip)

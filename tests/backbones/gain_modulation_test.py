@@ -413,6 +413,7 @@ def test_gains_of_each_head_do_not_fold_into_lora(tmp_path):
     np.testing.assert_allclose(outputs_of(loaded), gained, atol=1e-5)
 
 
+@pytest.mark.extra_large_but_on("tensorflow", "torch")
 @PER_HEAD
 def test_quantized_kernels_are_refused(tmp_path, per_head):
     model = make_task(PALI_GEMMA)

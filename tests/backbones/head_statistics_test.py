@@ -21,7 +21,15 @@ from tests.backbones.small_models import make_model
 
 
 @pytest.mark.parametrize(
-    "family", [small_models.pali_gemma, small_models.gemma_3]
+    "family",
+    [
+        small_models.pali_gemma,
+        pytest.param(
+            small_models.gemma_3,
+            marks=pytest.mark.extra_large_but_on("tensorflow", "torch"),
+        ),
+    ],
+    ids=small_models.name_of,
 )
 def test_rows_of_text_and_images_in_blocks(family, monkeypatch):
     if family is small_models.pali_gemma:
@@ -72,6 +80,7 @@ def test_examples_without_a_needle_count_in_all_but_needle():
     assert found.threshold == 0.9
 
 
+@pytest.mark.extra_large_but_on("tensorflow", "torch")
 def test_examples_are_compared_with_those_of_as_many_segments():
     model = several_images()
     batches = [x for n in (1, 2, 3) for x in image_prompts(model, n)]
@@ -89,6 +98,7 @@ def test_examples_are_compared_with_those_of_as_many_segments():
     np.testing.assert_allclose(found.needle, 1.0)
 
 
+@pytest.mark.extra_large_but_on("tensorflow", "torch")
 def test_batches_of_one_example_are_pooled():
     model, batches = several_texts(2)
     ones = [

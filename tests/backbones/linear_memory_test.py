@@ -59,6 +59,7 @@ def test_outputs_are_the_models_own(family):
     np.testing.assert_array_equal(to_numpy(model(inputs)), expected)
 
 
+@pytest.mark.extra_large_but_on("tensorflow", "torch")
 def test_is_as_good_as_the_models_own_in_bfloat16():
     family = small_models.pali_gemma_2
     model = make_model(family, dtype="bfloat16")

@@ -79,6 +79,7 @@ def test_weights_are_shared():
     assert mine == {id(v) for v in pali_gemma.trainable_variables}
 
 
+@pytest.mark.extra_large_but_on("tensorflow", "torch")
 def test_generate_equals_calling_again_and_again():
     preprocessor = make_preprocessor()
     model = MultiImagePaliGemmaCausalLM.from_causal_lm(

@@ -18,7 +18,7 @@ from tests.support import to_numpy
 
 BACKEND = keras.backend.backend()
 # Compilers take their time.
-FAMILIES = [small_models.pali_gemma_2]
+FAMILIES = [small_models.pali_gemma]
 if BACKEND == "torch":
     FAMILIES = small_models.FAMILIES
 

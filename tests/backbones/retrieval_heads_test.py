@@ -38,7 +38,7 @@ def with_needles(batches, examples, head):
     return batches, needles
 
 
-@small_models.EACH
+@small_models.EACH_CALLED
 def test_a_planted_head_is_found_in_every_family(family):
     model = make_model(family)
     planted = (decoder.global_layers(model)[-1], 2)
@@ -227,6 +227,7 @@ def haystacks(teacher, seed, size=20):
     )
 
 
+@pytest.mark.extra_large_but_on("tensorflow", "torch")
 def test_the_heads_of_the_embedded_teacher(teacher):
     with unchanged(teacher):
         found = [

@@ -1,6 +1,5 @@
 """A small model of every family, with each special feature switched on."""
 
-import keras
 import keras_hub
 import numpy as np
 import pytest
@@ -208,26 +207,28 @@ SLIDING = {
     qwen_sliding: keras_hub.models.QwenCausalLM,
 }
 FAMILIES = tuple(TASKS)
-# For tests of compiled steps, which compilers take their time for: a prefix and
-# soft caps, images among text, and neither.
+# Of those that compile: a prefix and soft caps, images among text, and neither.
 FEW = (pali_gemma_2, gemma_3, llama)
 
 
-def few_where_compiled(family):
-    """The others are extra large, but with PyTorch."""
-    if family in FEW or keras.backend.backend() == "torch":
-        return family
-    return pytest.param(family, marks=pytest.mark.extra_large)
+def each(*backends):
+    """Runs a test with each family; most are extra large but on backends."""
+    mark = pytest.mark.extra_large_but_on(*backends)
+    families = [
+        family if family in FEW else pytest.param(family, marks=mark)
+        for family in FAMILIES
+    ]
+    return pytest.mark.parametrize("family", families, ids=name_of)
 
 
 def name_of(family):
     return family.__name__
 
 
-EACH = pytest.mark.parametrize("family", FAMILIES, ids=name_of)
-EACH_COMPILED = pytest.mark.parametrize(
-    "family", [*map(few_where_compiled, FAMILIES)], ids=name_of
-)
+EACH = each("jax", "tensorflow", "torch")
+# JAX compiles every operation, TensorFlow only whole steps.
+EACH_CALLED = each("tensorflow", "torch")
+EACH_COMPILED = each("torch")
 
 
 def make_model(family, seed=0, **larger):

@@ -201,6 +201,7 @@ def test_loss_is_the_weighted_sum_of_its_terms(preprocessor):
     np.testing.assert_allclose(logs["kl"], logs["logits"], rtol=1e-6)
 
 
+@pytest.mark.extra_large_but_on("tensorflow", "torch")
 def test_loss_without_logits_is_the_loss_with_them(preprocessor, monkeypatch):
     """One step from hidden states, in blocks, and others from whole logits."""
     monkeypatch.setattr(chunked, "ELEMENTS", 2**8)
@@ -284,6 +285,7 @@ def test_each_term_trains_alone(preprocessor, monkeypatch, term, needs_teacher):
     assert bool(calls) is needs_teacher
 
 
+@pytest.mark.extra_large_but_on("tensorflow", "torch")
 def test_student_equal_to_teacher_has_nothing_to_learn(preprocessor):
     models = [make_multi_image(None, preprocessor, seed=1) for _ in range(2)]
     distiller = DistanceWeightedAttentionDistillation(
@@ -366,7 +368,14 @@ def losses_in_float32(preprocessor):
 
 @pytest.mark.parametrize(
     ("policy", "roundoff"),
-    [("mixed_bfloat16", 2.0**-9), ("mixed_float16", 2.0**-12)],
+    [
+        pytest.param(
+            "mixed_bfloat16",
+            2.0**-9,
+            marks=pytest.mark.extra_large_but_on("torch"),
+        ),
+        ("mixed_float16", 2.0**-12),
+    ],
 )
 def test_mixed_precision(preprocessor, policy, roundoff, losses_in_float32):
     losses = losses_in(policy, preprocessor)
@@ -403,6 +412,7 @@ def test_every_variable_has_a_gradient(preprocessor):
             assert (a != b).any()
 
 
+@pytest.mark.extra_large_but_on("tensorflow", "torch")
 def test_learning_rates_of_groups(preprocessor):
     optimizer = keras_laid.group_optimizer(
         student=keras.optimizers.SGD(0.0),
@@ -519,6 +529,7 @@ def test_a_model_is_run_between_two_steps(preprocessor):
     np.testing.assert_allclose(run.outputs, to_numpy(student(x)), atol=1e-5)
 
 
+@pytest.mark.extra_large_but_on("tensorflow", "torch")
 def test_weight_files_hold_no_teacher(preprocessor, tmp_path):
     import h5py
 

@@ -46,7 +46,7 @@ def make_distiller(
     for variable in student.backbone.trainable_variables:
         if len(variable.shape) > 1:
             # Less sharp: int4's rounding would change where it looks.
-            variable.assign(variable / 2)
+            variable.assign(variable / 3)
     if quantization:
         quantize(student, quantization)
     if lora:
@@ -78,6 +78,10 @@ def formats_of(family):
     if family is small_models.gemma_4:
         # KerasHub's blocks multiply by the integers without their scale.
         left_out |= {"int8 and LoRA", "int4 and LoRA"}
+    if family is small_models.qwen_3_5:
+        # Gradients of KerasHub's linear attention are not finite in float16
+        # where its inputs are small.
+        left_out.add("mixed_float16")
     on_jax = keras.backend.backend() == "jax" and not has_gpu()
     if on_jax and family not in FLOAT16_ON_JAX:
         left_out.add("mixed_float16")
@@ -146,6 +150,26 @@ def check(family, names):
         table[name] = cosine(found, expected), least
     for name, (found, least) in table.items():
         assert found >= least, (name, table)
+
+
+@pytest.mark.extra_large_but_on("torch")
+@pytest.mark.parametrize("family", small_models.FEW, ids=small_models.name_of)
+def test_int4_gradients_are_derivatives_of_the_loss(family):
+    # What the rounding of weights changes is not an error of the gradient.
+    distiller = make_distiller(family, *FORMATS["int4 and LoRA"][:3])
+    batch = make_batch(distiller.student)
+    gradients = gradients_of(distiller, batch, scale=2.0**8)
+    factors = [b for _, b, _ in adapters(distiller.student)]
+    norm = np.sqrt(sum((gradients[b.path] ** 2).sum() for b in factors))
+    step = 1e-2
+    losses = []
+    for sign in (1, -1):
+        for b in factors:  # They are 0 at first.
+            b.assign(sign * step / norm * gradients[b.path])
+        logs = distiller.test_on_batch(*batch, return_dict=True)
+        losses.append(float(logs["loss"]))
+    slope = (losses[0] - losses[1]) / (2 * step)
+    np.testing.assert_allclose(slope, norm, rtol=0.01)
 
 
 @pytest.mark.extra_large

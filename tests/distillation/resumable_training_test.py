@@ -215,6 +215,7 @@ def distill(folder, epochs=EPOCHS):
     return student, resumable.history
 
 
+@pytest.mark.extra_large_but_on("torch")
 def test_the_distiller_goes_on(tmp_path, monkeypatch):
     whole = distill(tmp_path / "whole")
     with monkeypatch.context() as patch, pytest.raises(Killed):

@@ -307,7 +307,16 @@ def test_a_stored_teacher_has_the_same_heads(preprocessor, tmp_path):
         )
 
 
-@pytest.mark.parametrize("family", [small_models.llama, small_models.gemma_3])
+@pytest.mark.parametrize(
+    "family",
+    [
+        small_models.llama,
+        pytest.param(
+            small_models.gemma_3, marks=pytest.mark.extra_large_but_on("torch")
+        ),
+    ],
+    ids=small_models.name_of,
+)
 def test_segments_of_any_kind(family):
     teacher = small_models.make_model(family, seed=5, **small_models.LARGER)
     student = small_models.make_model(family)

@@ -139,6 +139,7 @@ def test_losses_are_those_beside_the_teacher(teacher, written, preprocessor):
     assert weights[0] - weights[1] == len(teacher.variables)
 
 
+@pytest.mark.extra_large_but_on("torch")
 def test_losses_to_the_stored_precision_of_all_rows(
     teacher, preprocessor, tmp_path
 ):
@@ -151,6 +152,7 @@ def test_losses_to_the_stored_precision_of_all_rows(
     assert_same_losses(found, expected, rtol=1e-3)
 
 
+@pytest.mark.extra_large_but_on("torch")
 def test_few_logits_ask_for_less(teacher, preprocessor, tmp_path):
     data = make_haystacks(preprocessor, num_questions=4, sizes=(2,))
     student = make_multi_image(preprocessor=preprocessor, seed=2)
@@ -283,6 +285,7 @@ def test_another_store_is_not_gone_on_with(teacher, written, preprocessor):
         store(other, data, written)
 
 
+@pytest.mark.extra_large_but_on("tensorflow", "torch")
 def test_numbers_too_large_for_float16_are_refused(
     teacher, preprocessor, tmp_path, monkeypatch
 ):

@@ -5,7 +5,6 @@ import pathlib
 import subprocess
 import sys
 
-import keras
 import keras_hub
 import numpy as np
 import pytest
@@ -16,12 +15,7 @@ from tests.support import to_numpy
 GUIDE = pathlib.Path(__file__).parents[2] / "guides" / "distill_gemma3.py"
 
 
-# A process that compiles for a minute: one backend is enough by default.
-pytestmark = (
-    [] if keras.backend.backend() == "torch" else [pytest.mark.extra_large]
-)
-
-
+@pytest.mark.extra_large_but_on("torch")
 def test_quick_run_leaves_everything(tmp_path):
     subprocess.run(
         [sys.executable, str(GUIDE), "--quick", "--output", str(tmp_path)],

@@ -32,6 +32,7 @@ def run_guide(output, *arguments):
     return process.stdout, json.loads((output / "results.json").read_text())
 
 
+@pytest.mark.extra_large_but_on("jax")
 def test_quick_run_leaves_everything(tmp_path):
     printed, results = run_guide(tmp_path / "run", "--quick", "--compare")
     assert list(results["accuracy"]) == ["teacher", "before", "after", "logits"]

@@ -5,7 +5,6 @@ import pathlib
 import subprocess
 import sys
 
-import keras
 import keras_hub
 import pytest
 
@@ -16,12 +15,7 @@ GUIDE = (
 )
 
 
-# A process that compiles for a minute: one backend is enough by default.
-pytestmark = (
-    [] if keras.backend.backend() == "torch" else [pytest.mark.extra_large]
-)
-
-
+@pytest.mark.extra_large_but_on("torch")
 def test_quick_run_keeps_its_promises(tmp_path):
     output = tmp_path / "run"
     process = subprocess.run(

@@ -69,6 +69,7 @@ def student():
 # What is right.
 
 
+@pytest.mark.extra_large_but_on("torch")
 def test_logits_and_words_agree(student):
     haystacks = digits(32, sizes=(2, 5))
     logits, words = (
@@ -589,7 +590,14 @@ def compiled(model):
     return model
 
 
-@pytest.mark.parametrize("kind", ["itself", "student", "distiller"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "itself",
+        pytest.param("student", marks=pytest.mark.extra_large_but_on("jax")),
+        "distiller",
+    ],
+)
 def test_callback_sees_current_weights(kind, tmp_path, capsys):
     preprocessor = make_preprocessor()
     student = make_multi_image(None, preprocessor)
@@ -764,6 +772,7 @@ def make_gemma3(image_size=16):
     )
 
 
+@pytest.mark.extra_large_but_on("torch")
 def test_gemma3_both_ways():
     model = make_gemma3()
     # More images than its own preprocessor takes.
