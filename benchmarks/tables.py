@@ -60,24 +60,14 @@ def single_image_summary():
     """What a student of single images learns from each method."""
     names = {
         "untouched": "untouched",
-        "all_labels": "labels alone, all of them",
-        "logits": "logits alone",
-        "last_layer": "logits and the last layer's maps",
-        "wrong_heads": "retrieval of other heads, drawn at random",
-        "blind_heads": "retrieval of heads blind to the needle",
-        "retrieval": "LAid: retrieval and logits",
+        "all_labels": "labels",
+        "logits": "the teacher's logits",
+        "last_layer": "logits, whole maps of the last layer",
+        "wrong_heads": "logits, retrieval of heads drawn at random",
+        "blind_heads": "logits, retrieval of heads that hardly see the needle",
+        "retrieval": "LAid: logits, retrieval of the retrieval heads",
     }
     return methods_table("single_image", names, (1, 5, 10, 20))
-
-
-def single_image_far_summary():
-    """How far the whole method carries a student of single images."""
-    names = {
-        "untouched": "untouched",
-        "logits_stretched": "logits alone",
-        "retrieval_stretched": "LAid: retrieval and logits",
-    }
-    return methods_table("single_image_far", names, (1, 20, 50, 100, 150))
 
 
 def drawn_heads():
@@ -138,20 +128,6 @@ def compare_methods():
 def line_of(label, row, when, windows):
     accuracy = [f"{float(row[f'{when}_{size}']):.3f}" for size in SIZES]
     return [label, row["seed"], *accuracy, *windows]
-
-
-def few_labels():
-    """What the study of 2,500 steps says, at some sizes."""
-    names = {
-        "untouched": "untouched",
-        "yarn": "YaRN, untrained",
-        "sft_stretched": "labels alone, stretched positions",
-        "kd_stretched": "logits alone, stretched positions",
-        "kd_yarn": "logits alone, YaRN's positions",
-        "laid_light_stretched": "LAid, stretched positions",
-        "laid_light_yarn": "LAid, YaRN's positions",
-    }
-    return methods_table("long_200", names, (5, 50, 100, 150))
 
 
 def methods_table(config, names, sizes):
@@ -426,10 +402,8 @@ def mutation_survivors():
 TABLES = (
     guide_runs,
     single_image_summary,
-    single_image_far_summary,
     drawn_heads,
     compare_methods,
-    few_labels,
     attention_divergence_cpu,
     attention_divergence_gpu,
     attention_divergence_pallas,

@@ -2,7 +2,7 @@
 
 Markdown is taken as it is. A guide becomes text and code in turn; any other
 file that a page links to is shown whole, or as a table. The pages of the API
-follow the table of parts in the README.
+follow the table of parts in `keras_laid/README.md`.
 """
 
 import ast
@@ -177,14 +177,15 @@ def section(name):
 
 @functools.cache
 def api_pages():
-    """A page for each row of the README's table, and one for what is left.
+    """A page for each row of the table of parts, and one for what is left.
 
     Returns:
         A dictionary of paths without suffix; each has a title, and the full
         names of what the page documents.
     """
-    readme = (ROOT / "README.md").read_text()
-    rows = re.search(r"\| part \|.*?\n\n", readme, re.DOTALL)[0].split("\n")[2:]
+    readme = (ROOT / "keras_laid/README.md").read_text()
+    table = re.search(r"\| part \|.*?\n(?=\n|$)", readme, re.DOTALL)[0]
+    rows = table.split("\n")[2:]
     pages, documented = {}, set()
 
     def add(title, names):

@@ -182,8 +182,14 @@ def test_docstring(code, names):
 @pytest.mark.skipif(
     keras.backend.backend() != "torch", reason="compiles nothing on torch"
 )
-@pytest.mark.parametrize("heading", ["Use it", "How far a model sees"])
-def test_readme(heading, names):
-    section = (ROOT / "README.md").read_text().split(f"## {heading}\n")[1]
+@pytest.mark.parametrize(
+    "name, heading",
+    [
+        ("README.md", "Use it"),
+        ("keras_laid/haystacks/README.md", "How far a model sees"),
+    ],
+)
+def test_readme(name, heading, names):
+    section = (ROOT / name).read_text().split(f"## {heading}\n")[1]
     names["student"] = digits_student()
     run(BLOCK.search(section)[1], names)

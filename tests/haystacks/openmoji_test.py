@@ -105,7 +105,8 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
 def test_licence_and_attribution_are_stated():
     package = pathlib.Path(keras_laid.__file__).parent
     notice = (package / "haystacks/LICENSE-openmoji").read_text()
-    readme = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
+    root = pathlib.Path(__file__).parents[2]
+    readme = (root / "keras_laid/haystacks/README.md").read_text()
     for text in (openmoji.ATTRIBUTION, OpenMoji.__doc__, notice, readme):
         assert "All emojis designed by OpenMoji" in text
         assert "CC BY-SA 4.0" in text
