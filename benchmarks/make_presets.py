@@ -3,7 +3,7 @@
     KERAS_BACKEND=jax python -m benchmarks.make_presets
 
 Writes `keras_laid/presets/digits_teacher` and `digits_student`. Each stage
-leaves its weights under `runs/make_presets/`; started again, the script goes on
+leaves its weights under `runs/make_presets/`; started again, the script resumes
 from the last one finished, and within a stage from the last epoch. Scores are
 put on their cards by `benchmarks.preset_scores` and `benchmarks.report`.
 """

@@ -130,9 +130,9 @@ def measure(loss, trained, others, repeats, replay=False):
 
 
 def held_bytes():
-    """The memory in use now, a GPU's or the process's; peaks before are past.
+    """Returns the memory in use, a GPU's or the process's, and resets its peak.
 
-    But for JAX on a GPU, which knows of one peak since the process began.
+    JAX on a GPU cannot reset it: there the peak is that of the whole process.
     """
     if BACKEND == "torch":
         import torch

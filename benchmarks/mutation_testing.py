@@ -8,7 +8,7 @@ A seeded sample of cosmic-ray's mutants of a package is tried in a clone of the
 last commit, each against the tests of its module. Rows go to
 `benchmarks/results/mutation_testing.csv`; mutants that have one are passed
 over, and those that another backend's tests have killed. With `--again` none is
-drawn: those of the seed that survived are tried anew, once a commit, but where
+drawn: those of the seed that survived are tried again, once a commit, but where
 `mutants.py` has a reason.
 """
 

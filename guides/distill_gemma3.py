@@ -332,7 +332,7 @@ accuracy = {
 Nothing here is about Gemma 3: the distiller finds the layers with full
 attention, catches their queries and keys after rotation, and describes the mask
 (causal, and whole images at once) without ever storing it. A run that is killed
-goes on from its last hundred steps when it is started again; a new one wants a
+resumes from its last hundred steps when it is started again; a new one wants a
 new `--output`.
 """
 

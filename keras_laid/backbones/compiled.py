@@ -26,7 +26,7 @@ COMPILED = (
 def compiled_apart(model: keras.Model) -> Iterator[None]:
     """Scope inside which a backbone's compiled functions are others.
 
-    A compiled function goes on doing what the backbone did when the function
+    A compiled function keeps doing what the backbone did when the function
     was traced. On entry, each Keras model that runs the backbone's blocks gets
     functions that are not yet traced. On exit it gets back those that it had,
     unless they were replaced inside, as `compile` does.

@@ -105,7 +105,7 @@ def set_states(
     saved = [state["class"] for state in states]
     if found != saved:
         raise ValueError(
-            "A training must be resumed with the callbacks that it was begun "
+            "A training must be resumed with the callbacks that it was started "
             f"with, as far as they have a state. Received: {found}, where "
             f"{saved} were saved. Pass the same ones in the same order, or "
             "another folder."

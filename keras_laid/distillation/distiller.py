@@ -128,7 +128,7 @@ class DistanceWeightedAttentionDistillation(
     The wrapper learns the student's trainable variables and the mixers', never
     the teacher's, whatever the teacher's `trainable` says. `predict`,
     `evaluate` and `generate` are the student's. Weight files of the wrapper
-    hold everything that training needs to go on, without the teacher; the
+    hold everything that training needs to resume, without the teacher; the
     result is `student` itself.
 
     Args:
@@ -138,29 +138,38 @@ class DistanceWeightedAttentionDistillation(
             `keras_laid.StoredTeacher`, to train without it in memory.
         student: Another, of the same tokenizer and with the same tokens for an
             image; of any size, and of any family that reads the same inputs.
-        distance_weighting: A `keras_laid.DistanceWeighting`, of the retrieval
-            and attention terms. Defaults to `DistanceWeighting()`.
-        retrieval_weight: Float, 0 or more, or a
+        distance_weighting: A `keras_laid.DistanceWeighting`: how much more far
+            images and tokens count in the retrieval and attention terms.
+            Defaults to `DistanceWeighting()`.
+        retrieval_weight: Float of at least 0, or a
             `keras.optimizers.schedules.LearningRateSchedule` of training steps,
-            to fade the term in or out. Defaults to `1.0`. Where prompts have
-            less than two images or segments, the term is 0.
-        attention_weight: Float or schedule, like `retrieval_weight`. Defaults
-            to `0.0`.
-        query_key_weight: Float or schedule, like `retrieval_weight`. Defaults
-            to `0.0`; keep it small.
-        logits_weight: Float or schedule, like `retrieval_weight`. Defaults to
+            which can fade the term in or out: the weight of the retrieval
+            term. The term is 0 for prompts with less than two images or
+            segments. Defaults to `1.0`.
+        attention_weight: Float of at least 0, or a schedule of training steps:
+            the weight of the divergence of whole attention maps, the paper's
+            form. Defaults to `0.0`.
+        query_key_weight: Float of at least 0, or a schedule of training steps:
+            the weight of the distance between queries and keys. Start with 0.1
+            or less. Defaults to `0.0`.
+        logits_weight: Float of at least 0, or a schedule of training steps: the
+            weight of the divergence from the teacher's logits. Defaults to
             `1.0`.
-        supervised_weight: Float or schedule, like `retrieval_weight`. Defaults
-            to `1.0`.
+        supervised_weight: Float of at least 0, or a schedule of training steps:
+            the weight of the cross-entropy with the labels `y`. Defaults to
+            `1.0`.
         retrieval: A `keras_laid.RetrievalMatching`: which heads of the teacher
             are matched, by which layers of the student, and how. Defaults to
             `RetrievalMatching()`.
         temperature: Float greater than 0, of the logits term. Defaults to
             `1.0`.
-        layer_map: `"last"`, `"uniform"`, or pairs of indices
-            `(student_layer, teacher_layer)`. Defaults to `"last"`.
-        rows: Whose attention is matched: `"text"`, the rows of text tokens, or
-            `"all"`, images' too. Defaults to `"text"`.
+        layer_map: Which layers the attention and query/key terms compare:
+            `"last"`, the last layer of each model; `"uniform"`, every layer of
+            the student with the one at the same relative depth; or pairs of
+            indices `(student_layer, teacher_layer)`. Defaults to `"last"`.
+        rows: Whose attention the attention term compares: `"text"`, the rows of
+            text tokens, or `"all"`, those of image tokens too. Defaults to
+            `"text"`.
         mixer_sharpness: Float, how far the mixers start from uniform; see
             `keras_laid.HeadMixer`. Defaults to `0.0`.
         vocabulary: `"same"`, or `"shared"` to compare the logits of the first
@@ -172,8 +181,9 @@ class DistanceWeightedAttentionDistillation(
             `keras_laid.linear_memory_attention`, for prompts whose masks and
             maps would not fit; or the name of the implementation of
             `keras_laid.ops.attention_output` that does. Defaults to `False`.
-        implementation: Of `keras_laid.ops.attention_divergence`. Defaults to
-            `None`.
+        implementation: The name of an implementation of
+            `keras_laid.ops.attention_divergence`, or `None` for the fastest one
+            that can run. Defaults to `None`.
         **kwargs: Passed to `keras.Model`.
 
     Call arguments:
@@ -323,7 +333,7 @@ class DistanceWeightedAttentionDistillation(
             count = sum(of_student.layers[s].num_query_heads for s in layers)
             self.head_pooling = HeadMixer(1, count, name="mixer_retrieval")
         # Training steps done, and in all, as far as `fit` knows: they drive
-        # `progress` as tensors, so that a step is never compiled anew.
+        # `progress` as tensors, so that a step is never compiled again.
         self.fit_knows_steps = False
         self.step = self.add_weight(
             shape=(),

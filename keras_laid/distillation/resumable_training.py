@@ -1,4 +1,4 @@
-"""Lets a training run be killed at any moment, and goes on with it."""
+"""Lets a training run be killed at any moment, and resumes it."""
 
 import json
 import math
@@ -44,7 +44,7 @@ class ResumableTraining(keras.callbacks.Callback):
     Not restored are: other callbacks' own variables, those of a
     `LambdaCallback` for example; files that callbacks write, so pass
     `append=True` to `CSVLogger`, which may have the last epoch twice, and
-    expect `TensorBoard` to count steps anew; the place in a generator, in a
+    expect `TensorBoard` to count steps from 0; the place in a generator, in a
     `tf.data.Dataset`, or in data of which `steps_per_epoch` takes a part an
     epoch; operations of TensorFlow that are random without a seed.
 
@@ -57,7 +57,7 @@ class ResumableTraining(keras.callbacks.Callback):
     end the process.
 
     The loss of an epoch that is not finite, which one image of NaN is enough
-    for, is never saved: the last state before it stays, to go on from when the
+    for, is never saved: the last state before it stays, to resume from when the
     data or the learning rate are mended.
 
     Args:
@@ -133,7 +133,7 @@ class ResumableTraining(keras.callbacks.Callback):
                 "The folder of a resumable training must be writable. "
                 f"Received: folder={str(self.folder)!r} ({error})"
             ) from error
-        # An earlier `fit` may have gone on from an epoch.
+        # An earlier `fit` may have resumed from an epoch.
         self.model._initial_epoch = None
         saved = self.saved()
         if saved:
@@ -236,7 +236,7 @@ class ResumableTraining(keras.callbacks.Callback):
         epochs = [epoch for epoch in epochs if epoch is not None]
         if len(epochs) != len(self.data):
             raise ValueError(
-                "A training must be resumed with the data that it was begun "
+                "A training must be resumed with the data that it was started "
                 f"with. Received: {len(self.data)} of them in `data`, where "
                 f"{len(epochs)} were saved. Pass the same ones, or another "
                 "folder."

@@ -71,7 +71,7 @@ def store_teacher(
 
     Shards are `array_record` files of one `safetensors` record an example, each
     with a JSON file that holds its SHA-256 and its batches' fingerprints. The
-    same call goes on where it was stopped, at the first shard that is missing.
+    same call resumes at the first shard that is missing.
 
     Args:
         teacher: As in `keras_laid.DistanceWeightedAttentionDistillation`.

@@ -80,7 +80,7 @@ class StoredTeacher:
                     raise ValueError(
                         "The store must be complete. Received: "
                         f"{str(file)!r} is missing. Call "
-                        "`keras_laid.store_teacher` again: it goes on."
+                        "`keras_laid.store_teacher` again: it resumes."
                     )
             written = read_json(sidecar(shard), ("sha256", "batches"))
             self.shards.append((shard, written["sha256"]))

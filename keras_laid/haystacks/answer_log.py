@@ -89,8 +89,8 @@ class AnswerLog:
         kept = {name: record[name] for name in asked}
         if kept != asked:
             raise ValueError(
-                "An evaluation must go on with the haystacks it was begun "
-                f"with. Received: {asked}, where {self._path} has {kept}. Pass "
+                "An evaluation must be resumed with the same haystacks. "
+                f"Received: {asked}, where {self._path} has {kept}. Pass "
                 "the same haystacks in the same order, or another `output`."
             )
         return True
@@ -129,8 +129,8 @@ class AnswerLog:
         """Refuses answers to questions with other indices than these."""
         if left := self._answered.keys() - indices:
             raise ValueError(
-                "An evaluation must go on with all haystacks it was begun "
-                f"with. Received: {len(indices)}, where {self._path} has "
+                "An evaluation must be resumed with all of its haystacks. "
+                f"Received: {len(indices)}, where {self._path} has "
                 f"{len(left)} more. Pass all, or another `output`."
             )
 
@@ -151,7 +151,8 @@ class AnswerLog:
         )
         if differ:
             raise ValueError(
-                "An evaluation must go on as it was begun. Received: "
+                "An evaluation must be resumed with the same settings. "
+                "Received: "
                 + ", ".join(f"{n}={self.settings.get(n)!r}" for n in differ)
                 + f", where {path} has "
                 + ", ".join(f"{n}={kept.get(n)!r}" for n in differ)

@@ -99,7 +99,7 @@ class HaystackEvaluation(keras.callbacks.Callback):
         model = self.evaluated
         if model is None:
             model = getattr(self.model, "student", self.model)
-        # Once, so that nothing is compiled anew in later epochs.
+        # Once, so that nothing is compiled again in later epochs.
         self._asking = Asking(model, **self.arguments)
 
     def on_epoch_end(

@@ -53,7 +53,7 @@ class Haystacks(keras.utils.PyDataset):
             shared out evenly over the batches.
         batch_size: Integer, questions a batch; the last may be shorter.
         stretching: Optional `keras_laid.PositionStretching`. Adds
-            `"positions"` to the inputs, drawn anew in each epoch.
+            `"positions"` to the inputs, drawn again in each epoch.
         seed: Integer.
         **kwargs: Passed to `keras.utils.PyDataset`: `workers`, etc.
 

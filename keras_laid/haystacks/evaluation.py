@@ -264,7 +264,7 @@ class Asking:
                     ask(waiting.pop(size), rows)
                     filled.add(size)
             for size, batch in sorted(waiting.items()):
-                # As many rows as before, so that nothing is compiled anew.
+                # As many rows as before, so that nothing is compiled again.
                 rows = self._rows(size, tokens_per_batch)
                 ask(batch, rows if size in filled else len(batch))
         results = HaystackResults(log.records(), log.settings)

@@ -154,7 +154,7 @@ def _no_icons(
 ) -> ValueError:
     return ValueError(
         f"The file of icons must hold a `uint8` array of shape {shape}. "
-        f"Received: {path}, with {found}. Delete it: it is made anew."
+        f"Received: {path}, with {found}. Delete it: it is made again."
     )
 
 

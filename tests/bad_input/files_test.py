@@ -297,7 +297,7 @@ def test_files_of_icons_are_refused(tmp_path, monkeypatch, make):
     (path,) = tmp_path.iterdir()
     make(path)
     before = snapshot(tmp_path)
-    with pytest.raises(ValueError, match="Delete it: it is made anew"):
+    with pytest.raises(ValueError, match="Delete it: it is made again"):
         rasterised(("1F40C",), 16, tmp_path)
     assert snapshot(tmp_path) == before
 
@@ -370,7 +370,7 @@ def torn_and_of_others(output):
 
 
 RECORD = "A line must be a record of an answer, one a question. Received: line"
-BEGUN = "must go on with"
+SAME = "must be resumed with"
 
 LOGS = [
     wrong("a line that is not UTF-8", append(b"\xff\n"), f"{RECORD} 9 of"),
@@ -385,9 +385,9 @@ LOGS = [
     wrong("right in words", line(lambda r: r.update(right="no")), RECORD),
     wrong("right of NaN", line(lambda r: r.update(right=np.nan)), RECORD),
     wrong("an index before 0", line(lambda r: r.update(index=-1)), RECORD),
-    wrong("an index too far", line(lambda r: r.update(index=8)), BEGUN),
-    wrong("other images", line(lambda r: r.update(images=0)), BEGUN),
-    wrong("a torn line and other questions", torn_and_of_others, BEGUN),
+    wrong("an index too far", line(lambda r: r.update(index=8)), SAME),
+    wrong("other images", line(lambda r: r.update(images=0)), SAME),
+    wrong("a torn line and other questions", torn_and_of_others, SAME),
     wrong("empty settings", settings(b""), f"{WHOLE_JSON}.*another `output`"),
     wrong("torn settings", settings(b'{"rule": "st'), WHOLE_JSON),
     wrong("settings in a list", settings(b"[]"), "must be of type dict"),
@@ -596,7 +596,7 @@ EMBEDDING = "layers/reversible_embedding/vars/0"
 
 
 def of_weights(change):
-    """An edit that makes one dataset of a preset's weights anew."""
+    """An edit that makes one dataset of a preset's weights again."""
 
     def edit(preset, path):
         with h5py.File(preset / "model.weights.h5", "a") as file:

@@ -1,4 +1,4 @@
-"""Callbacks with a state go on in a resumed run as in a whole one."""
+"""Callbacks with a state are in a resumed run as in a whole one."""
 
 import h5py
 import keras

@@ -1,4 +1,4 @@
-"""Runs that are killed, and go on as if they had not been."""
+"""Runs that are killed, and resume as if they had not been."""
 
 import errno
 import json
@@ -111,7 +111,7 @@ def test_killed_anywhere_it_goes_on(tmp_path, monkeypatch, whole, owner, name):
     with monkeypatch.context() as patch, pytest.raises((Killed, Exception)):
         kill_at(patch, owner, name, call)
         train(tmp_path)
-    assert list(tmp_path.glob("epoch_*"))  # There is something to go on from.
+    assert list(tmp_path.glob("epoch_*"))  # There is something to resume from.
     random.random()  # What another process does with its own is no matter.
     assert_same_run(train(tmp_path), whole)
 

@@ -428,7 +428,7 @@ def test_refuses_answers_to_other_questions(tmp_path):
         # The same questions about other drawings.
         list(draw_haystacks(Digits("validation"), 24, (1, 3), seed=0)),
     ):
-        with pytest.raises(ValueError, match="haystacks it was begun with"):
+        with pytest.raises(ValueError, match="resumed with the same haystacks"):
             evaluate(function, others, **arguments)
     with pytest.raises(ValueError, match="has 4 more. Pass all"):
         evaluate(function, haystacks[:20], **arguments)
@@ -442,7 +442,7 @@ def test_refuses_answers_to_another_way_of_asking(tmp_path):
         dict(rule="official"),
         dict(max_answer_tokens=9),
     ):
-        with pytest.raises(ValueError, match="go on as it was begun"):
+        with pytest.raises(ValueError, match="resumed with the same settings"):
             evaluate(
                 function,
                 haystacks,

@@ -125,7 +125,7 @@ def train(distiller, arrays, folder):
 
 
 def state_of(distiller, arrays):
-    """Arrays that say what a distiller has learned, and how it goes on."""
+    """Arrays that say what a distiller has learned, and how it resumes."""
     data = distiller.teacher.targets_for(Batches(arrays))
     optimizer = [
         np.ravel(to_numpy(variable))

@@ -1,7 +1,7 @@
 """The divergence over blocks of rows: no whole map ever exists.
 
 The gradient is the one that README.md derives, from three numbers that are kept
-of each row, and maps that are computed anew.
+of each row, and maps that are computed again.
 """
 
 from typing import NamedTuple

@@ -1,6 +1,6 @@
 """Attention over blocks of rows: no whole map ever exists.
 
-Of each row its normalizer is kept; the backward pass computes maps anew.
+Of each row its normalizer is kept; the backward pass computes maps again.
 """
 
 from typing import NamedTuple
