@@ -129,8 +129,8 @@ class AnswerLog:
         """Refuses answers to questions with other indices than these."""
         if left := self._answered.keys() - indices:
             raise ValueError(
-                "An evaluation must be resumed with the same haystacks, all of them. "
-                f"Received: {len(indices)}, where {self._path} has "
+                "An evaluation must be resumed with the same haystacks, all of "
+                f"them. Received: {len(indices)}, where {self._path} has "
                 f"{len(left)} more. Pass all, or another `output`."
             )
 
