@@ -76,6 +76,7 @@ def plot_accuracy(of_config, methods, path):
     axes.set(
         xlabel="images in the haystack",
         ylabel="accuracy (chance 0.5), 95% interval over seeds",
+        ylim=(0.3, 1.02),  # The intervals of few seeds may reach further.
     )
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, ncols=2, loc="lower left")
@@ -109,10 +110,14 @@ def plot_steps(of_config, settings, path):
                 label=method.replace("_", " "),
             )
         axes.axhline(0.5, color="0.8", linewidth=1)
-        axes.set(title=f"{size} images", xlabel="steps of training")
+        axes.set(
+            title=f"{size} images",
+            xlabel="steps of training",
+            ylim=(0.45, 1.02),
+        )
         axes.spines[["top", "right"]].set_visible(False)
     panels[0, 0].set(ylabel="accuracy (chance 0.5),\n95% interval over seeds")
-    panels[0, 0].legend(frameon=False, fontsize=8, loc="lower right")
+    panels[0, 0].legend(frameon=False, fontsize=8, loc="upper left")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
