@@ -65,7 +65,7 @@ reproduce: $(TEST_ENV)/ready
 
 # The rows that a CPU can make, in days; tables are then drawn from them by
 # `RESULTS=$(REPRODUCED) python -m benchmarks.report`. Benchmarks that are done are
-# not run again; the training runs go on where they stopped.
+# not run again; the training runs resume where they stopped.
 BENCHMARKS := memory_plan preset_scores retrieval_heads logits_divergence \
 	attention_divergence input_pipeline training_step
 BACKENDS_input_pipeline := jax tensorflow torch

@@ -8,7 +8,6 @@ already are passed over. `benchmarks.report` puts the scores on their cards.
 
 import pathlib
 
-import keras
 import keras_hub
 
 import keras_laid
@@ -42,11 +41,7 @@ def main():
                 questions=QUESTIONS,
                 **{f"accuracy_{n}": value for n, value in accuracy.items()},
                 commit=rows.commit(),
-                keras_laid=keras_laid.__version__,
-                keras=keras.__version__,
-                keras_hub=keras_hub.__version__,
-                backend=keras.backend.backend(),
-                machine=rows.machine(),
+                **rows.versions(),
             ),
         )
 

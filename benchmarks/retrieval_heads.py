@@ -7,7 +7,6 @@ Appends a row for each head to `benchmarks/results/retrieval_heads.csv`, what
 seeds: no question is in both. Seeds that have rows already are passed over.
 """
 
-import keras
 import keras_hub
 import numpy as np
 
@@ -59,11 +58,7 @@ def main():
                     questions=BATCHES * BATCH_SIZE,
                     images=IMAGES,
                     commit=rows.commit(),
-                    keras_laid=keras_laid.__version__,
-                    keras=keras.__version__,
-                    keras_hub=keras_hub.__version__,
-                    backend=keras.backend.backend(),
-                    machine=rows.machine(),
+                    **rows.versions(),
                 ),
             )
 

@@ -7,6 +7,11 @@ import pathlib
 import platform
 import subprocess
 
+import keras
+import keras_hub
+
+import keras_laid
+
 COMMITTED = pathlib.Path(__file__).parent / "results"
 RESULTS = pathlib.Path(os.environ.get("RESULTS", COMMITTED))
 
@@ -46,6 +51,17 @@ def git(*arguments):
     return subprocess.run(
         ["git", *arguments], check=True, capture_output=True, text=True
     ).stdout.strip()
+
+
+def versions():
+    """What ran and where, as columns of a row."""
+    return dict(
+        keras_laid=keras_laid.__version__,
+        keras=keras.__version__,
+        keras_hub=keras_hub.__version__,
+        backend=keras.backend.backend(),
+        machine=machine(),
+    )
 
 
 def machine():

@@ -16,7 +16,6 @@ import argparse
 import time
 
 import keras
-import keras_hub
 
 import keras_laid
 from benchmarks import rows
@@ -81,11 +80,7 @@ def run(settings, name, seed, split, learning_rate, missing):
         row |= {f"accuracy_{size}": found.get(size, "") for size in SIZES}
         row |= dict(
             questions=QUESTIONS,
-            keras_laid=keras_laid.__version__,
-            keras=keras.__version__,
-            keras_hub=keras_hub.__version__,
-            backend=keras.backend.backend(),
-            machine=rows.machine(),
+            **rows.versions(),
             retrieval_heads=heads_as_text(distiller),
         )
         rows.append_row(PATH, row)
