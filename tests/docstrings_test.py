@@ -162,6 +162,7 @@ def names(presets, tmp_path, monkeypatch):
         keras.distribution.set_distribution(None)
 
 
+@pytest.mark.extra_large_but_on("jax")
 @pytest.mark.parametrize("code", list(docstring_examples()))
 def test_docstring(code, names):
     backend = keras.backend.backend()

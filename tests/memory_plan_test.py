@@ -78,6 +78,7 @@ def test_activations_by_hand():
     assert half["student: what blocks are given"] == 2 * 4 * (decoder + vision)
 
 
+@pytest.mark.extra_large_but_on("torch")
 @small_models.EACH
 def test_every_family(family):
     text = "pali" not in family.__name__ and "gemma_" not in family.__name__

@@ -35,6 +35,7 @@ def test_have_a_card(preset):
         assert heading in card
 
 
+@pytest.mark.extra_large_but_on("jax")
 @BOTH
 def test_read_one_image(preset):
     model = load(preset)
@@ -62,6 +63,7 @@ def run_python(code):
     return done.stdout
 
 
+@pytest.mark.extra_large_but_on("tensorflow")
 def test_distilled_preset_loads_without_keras_laid(tmp_path):
     student = load(presets.STUDENT)
     for layer in keras_laid.attach_gain_modulation(student):

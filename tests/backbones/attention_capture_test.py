@@ -63,6 +63,7 @@ def test_rematerialised_students_learn_the_same():
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
+@pytest.mark.extra_large_but_on("tensorflow", "torch")
 @SOME
 @pytest.mark.parametrize("dtype", ["bfloat16", "mixed_bfloat16"])
 def test_other_dtypes(family, dtype):

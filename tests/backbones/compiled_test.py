@@ -200,11 +200,20 @@ def check(scope, wrapper, entries, orders, monkeypatch):
     "scope, wrapper, entries, order",
     [
         ("yarn", "student", ["fit"], OUTSIDE_FIRST),
-        ("yarn", "teacher", ["train_on_batch"], INSIDE_FIRST),
-        ("self_extend", "multi_image", ["predict", "call"], OUTSIDE_FIRST),
         ("linear_memory", "functional", ["predict"], INSIDE_FIRST),
-        ("positions", "subclassed", ["train_on_batch"], OUTSIDE_FIRST),
         ("heads", "task", ["evaluate"], INSIDE_FIRST),
+        pytest.param(
+            *("yarn", "teacher", ["train_on_batch"], INSIDE_FIRST),
+            marks=pytest.mark.extra_large_but_on("torch"),
+        ),
+        pytest.param(
+            *("self_extend", "multi_image", ["predict", "call"], OUTSIDE_FIRST),
+            marks=pytest.mark.extra_large_but_on("torch"),
+        ),
+        pytest.param(
+            *("positions", "subclassed", ["train_on_batch"], OUTSIDE_FIRST),
+            marks=pytest.mark.extra_large_but_on("torch"),
+        ),
     ],
 )
 def test_a_scope(scope, wrapper, entries, order, monkeypatch):

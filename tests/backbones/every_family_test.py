@@ -37,7 +37,7 @@ def randomize(gains):
         gain.log_gain.assign(rng.normal(size=gain.log_gain.shape))
 
 
-@EACH_CALLED
+@EACH_COMPILED
 @pytest.mark.parametrize("per_head", [False, True])
 def test_fresh_gains_change_no_bit(family, per_head):
     model = make_model(family)
@@ -50,7 +50,7 @@ def test_fresh_gains_change_no_bit(family, per_head):
     assert np.abs(outputs_of(model) - plain).max() > 1e-3
 
 
-@EACH_CALLED
+@EACH_COMPILED
 def test_each_frequency_of_the_logits_is_multiplied_by_its_gain(family):
     model = make_model(family)
     index = decoder.global_layers(model)[0]
@@ -81,7 +81,7 @@ def test_each_frequency_of_the_logits_is_multiplied_by_its_gain(family):
     np.testing.assert_allclose(logits(), expected, atol=2e-4)
 
 
-@EACH_CALLED
+@EACH_COMPILED
 def test_folding_keeps_the_outputs(family):
     model = make_model(family)
     plain_class = type(model.backbone)
@@ -94,7 +94,7 @@ def test_folding_keeps_the_outputs(family):
     np.testing.assert_allclose(folded, gained, atol=1e-4 * scale)
 
 
-@EACH_CALLED
+@EACH_COMPILED
 def test_gains_of_heads_fold_into_kernels_alone(family):
     model = make_model(family)
     randomize(attach_gain_modulation(model, per_head=True))
@@ -108,6 +108,7 @@ def test_gains_of_heads_fold_into_kernels_alone(family):
     np.testing.assert_allclose(outputs_of(model), gained, atol=1e-4)
 
 
+@pytest.mark.extra_large_but_on("jax", "torch")
 @EACH_CALLED
 def test_models_with_gains_and_folded_ones_can_be_saved(family, tmp_path):
     backbone = make_model(family).backbone
@@ -181,6 +182,7 @@ def generate(model, inputs, prompt):
     return model.generate(prompts, stop_token_ids=None)["token_ids"]
 
 
+@pytest.mark.extra_large_but_on("jax")
 @EACH_COMPILED
 def test_generation_with_a_cache_is_that_without(family):
     changes = {}
@@ -207,7 +209,7 @@ def test_generation_with_a_cache_is_that_without(family):
     np.testing.assert_array_equal(generate(model, inputs, prompt), tokens)
 
 
-@EACH_CALLED
+@EACH_COMPILED
 def test_positions_given_take_the_place_of_the_models_own(family):
     model = make_model(family)
     randomize(attach_gain_modulation(model))  # They commute with rotation.

@@ -27,6 +27,7 @@ EXTENSIONS = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.extra_large_but_on("torch")
 @EXTENSIONS
 @yarn_test.CONFIGS
 def test_a_token_at_a_time_equals_all_at_once(config, extension):
@@ -70,6 +71,7 @@ def test_model_is_left_as_it_was_also_after_an_error(extension):
     np.testing.assert_array_equal(support.logits_of(model, inputs), before)
 
 
+@pytest.mark.extra_large_but_on("jax", "torch")
 @EXTENSIONS
 def test_compiled_functions_follow(extension):
     """`predict` and `generate` are those of the scope inside it alone."""

@@ -89,6 +89,7 @@ def assert_plain(backbone):
         assert not isinstance(layer, GainModulatedRotaryEmbedding)
 
 
+@pytest.mark.extra_large_but_on("torch")
 @CONFIGS
 @PER_HEAD
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "mixed_float16"])
@@ -278,6 +279,7 @@ def generate(model, length=10, prompt=4):
     )["token_ids"]
 
 
+@pytest.mark.extra_large_but_on("torch")
 @PER_HEAD
 def test_cached_generation_uses_the_gains(per_head):
     model = make_task(PALI_GEMMA)
@@ -297,6 +299,7 @@ def test_cached_generation_uses_the_gains(per_head):
     np.testing.assert_array_equal(generate(model), tokens)
 
 
+@pytest.mark.extra_large_but_on("torch")
 @CONFIGS
 @PER_HEAD
 def test_keras_file_keeps_the_gains(tmp_path, config, per_head):

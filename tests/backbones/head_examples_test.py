@@ -16,6 +16,7 @@ from tests.backbones.retrieval_support import weights
 from tests.backbones.small_models import make_model
 
 
+@pytest.mark.extra_large_but_on("tensorflow")
 def test_examples_without_two_segments_do_not_count():
     model, batches = several_texts()
     batches[0]["segments"][1] = 0

@@ -5,6 +5,7 @@ import json
 import keras
 import keras_hub
 import numpy as np
+import pytest
 
 from keras_laid import DistanceWeightedAttentionDistillation
 from keras_laid import attach_gain_modulation
@@ -64,6 +65,7 @@ def load(folder):
     return keras_hub.models.Llama3CausalLM(backbone=backbone, preprocessor=None)
 
 
+@pytest.mark.extra_large_but_on("torch")
 def test_gains_capture_and_distillation(tmp_path):
     tensors = write_folder(tmp_path / "student")
     write_folder(tmp_path / "teacher", seed=1)

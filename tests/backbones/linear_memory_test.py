@@ -115,6 +115,7 @@ def test_students_learn_the_same(family):
             np.testing.assert_allclose(one, other, atol=1e-4)
 
 
+@pytest.mark.extra_large_but_on("tensorflow", "torch")
 @pytest.mark.parametrize("rematerialize", [False, True])
 def test_a_named_implementation_computes_both_models(
     monkeypatch, rematerialize

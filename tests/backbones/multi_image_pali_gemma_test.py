@@ -280,6 +280,7 @@ def test_other_models_are_refused():
         MultiImagePaliGemmaCausalLM(keras.layers.Dense(1))
 
 
+@pytest.mark.extra_large_but_on("torch")
 def test_fit_reads_arrays_and_pydatasets():
     preprocessor = make_preprocessor()
     model = MultiImagePaliGemmaCausalLM(

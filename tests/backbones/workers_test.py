@@ -68,6 +68,7 @@ def make_reader():
     return reader
 
 
+@pytest.mark.extra_large_but_on("torch")
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize(
     "workers",

@@ -671,6 +671,7 @@ ROWS = [
 ]
 
 
+@pytest.mark.extra_large_but_on("torch")
 @pytest.mark.parametrize(("call", "error", "words"), ROWS)
 def test_refused(call, error, words, given):
     with unchanged(given.plain, given.gained, given.sliding):

@@ -582,6 +582,7 @@ BATCHES = [
 ]
 
 
+@pytest.mark.extra_large_but_on("torch")
 @pytest.mark.parametrize(
     ("call", "error", "words"), [*CONSTRUCTOR, *COMPILE, *BATCHES]
 )

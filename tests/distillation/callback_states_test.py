@@ -156,6 +156,7 @@ def assert_same(one, other):
     assert one["files"] == other["files"]
 
 
+@pytest.mark.extra_large_but_on("jax", "torch")
 @pytest.mark.parametrize(
     "name",
     [

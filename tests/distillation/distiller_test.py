@@ -86,6 +86,7 @@ class Calls(list):
         monkeypatch.setattr(type(model), "call", call)
 
 
+@pytest.mark.extra_large_but_on("torch")
 def test_one_pass_of_each_model_a_step(preprocessor, monkeypatch):
     distiller = make_distiller(
         preprocessor,
@@ -125,6 +126,7 @@ def test_a_step_is_compiled_once(preprocessor, monkeypatch):
     assert int(distiller.step) == 60
 
 
+@pytest.mark.extra_large_but_on("torch")
 def test_teacher_is_left_alone(preprocessor):
     distiller = make_distiller(preprocessor)
     teacher = distiller.teacher
@@ -228,6 +230,7 @@ def test_loss_without_logits_is_the_loss_with_them(preprocessor, monkeypatch):
             np.testing.assert_allclose(one, other, atol=1e-6)
 
 
+@pytest.mark.extra_large_but_on("torch")
 def test_metrics_see_the_logits(preprocessor):
     haystacks = make_haystacks(preprocessor, 4)
     distiller = make_distiller(
@@ -239,6 +242,7 @@ def test_metrics_see_the_logits(preprocessor):
     assert 0 <= accuracy <= 1
 
 
+@pytest.mark.extra_large_but_on("torch")
 def test_a_term_fades_out_by_a_schedule(preprocessor):
     fade = keras.optimizers.schedules.PolynomialDecay(2.0, 2)  # To 1e-4.
     distiller = make_distiller(
@@ -259,6 +263,7 @@ def test_a_term_fades_out_by_a_schedule(preprocessor):
     )
 
 
+@pytest.mark.extra_large_but_on("torch")
 @pytest.mark.parametrize(
     ("term", "needs_teacher"),
     [
@@ -317,6 +322,7 @@ def test_sample_weight_takes_examples_out(preprocessor):
         )
 
 
+@pytest.mark.extra_large_but_on("torch")
 def test_accumulated_gradients_are_those_of_the_whole_batch(preprocessor):
     x, y, sample_weight = make_haystacks(
         preprocessor, sizes=(2,), batch_size=4
@@ -430,6 +436,7 @@ def test_learning_rates_of_groups(preprocessor):
         assert moved == fast, variable.path
 
 
+@pytest.mark.extra_large_but_on("torch")
 def test_progress_reaches_one_at_the_end(preprocessor):
     distiller = make_distiller(preprocessor)
     haystacks = make_haystacks(preprocessor, sizes=(2,))
@@ -439,6 +446,7 @@ def test_progress_reaches_one_at_the_end(preprocessor):
     assert (int(distiller.step), int(distiller.total_steps)) == (10, 10)
 
 
+@pytest.mark.extra_large_but_on("torch")
 def test_schedule_needs_a_length(preprocessor):
     class Endless(keras.utils.PyDataset):
         haystacks = make_haystacks(preprocessor, sizes=(2,))
@@ -477,6 +485,7 @@ def test_schedule_needs_a_length(preprocessor):
     assert int(distiller.step) == 2
 
 
+@pytest.mark.extra_large_but_on("torch")
 @pytest.mark.parametrize("entry", ["fit", "train_on_batch", "own_loop"])
 def test_progress_follows_the_steps_that_are_given(preprocessor, entry):
     distiller = make_distiller(
@@ -571,6 +580,7 @@ def test_predict_and_generate_are_the_students(preprocessor):
     )
 
 
+@pytest.mark.extra_large_but_on("torch")
 def test_plain_kerashub_models_with_one_image(preprocessor):
     teacher = make_pali_gemma(PALI_GEMMA_2, preprocessor, seed=1)
     student = make_pali_gemma(None, preprocessor, seed=2)

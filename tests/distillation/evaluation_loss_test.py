@@ -39,6 +39,7 @@ def make_batch(model):
     return inputs, inputs["token_ids"].astype("int32"), weights
 
 
+@pytest.mark.extra_large_but_on("torch")
 @pytest.mark.parametrize(
     "weights",
     [

@@ -127,6 +127,7 @@ def for_adapters(gradients, student):
     return found
 
 
+@pytest.mark.extra_large_but_on("tensorflow", "torch")
 def test_int8_and_low_rank_adapters():
     check(small_models.llama, ["int8 and LoRA"])
 

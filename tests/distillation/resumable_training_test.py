@@ -94,6 +94,7 @@ def kill_at(monkeypatch, owner, name, call):
     monkeypatch.setattr(owner, name, killing)
 
 
+@pytest.mark.extra_large_but_on("jax", "torch")
 @pytest.mark.parametrize(
     "owner, name",
     [

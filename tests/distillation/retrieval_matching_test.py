@@ -148,6 +148,7 @@ def test_rows_after_the_last_marked_token_do_not_count(preprocessor):
     np.testing.assert_allclose(before["retrieval"], after["retrieval"], 1e-6)
 
 
+@pytest.mark.extra_large_but_on("torch")
 @pytest.mark.parametrize("pooling", ["heads", "rows"])
 def test_pooled_heads_have_learned_weights(preprocessor, pooling):
     distiller = make_distiller(
@@ -204,7 +205,14 @@ def heads_found(preprocessor, data):
 
 
 @pytest.mark.parametrize(
-    "entry", ["fit", "evaluate", "train_on_batch", "test_on_batch"]
+    "entry",
+    [
+        "fit",
+        *(
+            pytest.param(entry, marks=pytest.mark.extra_large_but_on("torch"))
+            for entry in ("evaluate", "train_on_batch", "test_on_batch")
+        ),
+    ],
 )
 def test_heads_are_found_on_the_first_batches_and_logged(
     preprocessor, entry, caplog
@@ -238,6 +246,7 @@ def generator(batches):
     yield from batches
 
 
+@pytest.mark.extra_large_but_on("torch")
 def test_batches_that_can_be_read_once_are_not_used_up(preprocessor):
     haystacks = make_haystacks(preprocessor, sizes=(3,))
     batches = [haystacks[0], haystacks[1]]
@@ -277,6 +286,7 @@ def test_prompts_of_one_image_have_no_retrieval(preprocessor):
     assert history["loss"][0] > 0
 
 
+@pytest.mark.extra_large_but_on("torch")
 def test_a_stored_teacher_has_the_same_heads(preprocessor, tmp_path):
     haystacks = make_haystacks(preprocessor, 16, sizes=(3,), batch_size=8)
     beside = make_distiller(preprocessor)

@@ -95,6 +95,7 @@ def assert_same_losses(found, expected, rtol):
         )
 
 
+@pytest.mark.extra_large_but_on("torch")
 def test_a_store_has_whole_questions(teacher, tmp_path):
     """Of names that take more tokens than the preprocessor was set to."""
     short = make_preprocessor()
@@ -117,6 +118,7 @@ def test_inputs_that_are_not_finite_are_refused(
         store(teacher, data, tmp_path)
 
 
+@pytest.mark.extra_large_but_on("torch")
 def test_epochs_of_a_store_can_be_restored(written, preprocessor):
     data = make_haystacks(preprocessor, **QUESTIONS)
     targets = StoredTeacher(written).targets_for(data)
@@ -127,6 +129,7 @@ def test_epochs_of_a_store_can_be_restored(written, preprocessor):
     assert targets.epoch == 0
 
 
+@pytest.mark.extra_large_but_on("torch")
 def test_losses_are_those_beside_the_teacher(teacher, written, preprocessor):
     data = make_haystacks(preprocessor, **QUESTIONS)
     expected, beside = distil(teacher, in_turn(data), preprocessor)
@@ -189,6 +192,7 @@ def test_size_is_the_documented_one(teacher, written):
     assert expected < stored.bytes_per_token < 3 * expected
 
 
+@pytest.mark.extra_large_but_on("torch")
 def test_goes_on_where_it_was_stopped(
     teacher, written, preprocessor, tmp_path, monkeypatch
 ):
@@ -216,6 +220,7 @@ def test_goes_on_where_it_was_stopped(
         assert one.read_bytes() == other.read_bytes()
 
 
+@pytest.mark.extra_large_but_on("torch")
 def test_a_full_disk_costs_no_shard(teacher, preprocessor, written, tmp_path):
     folder = shutil.copytree(written, tmp_path / "store")
     *complete, last = [shard for shard, _ in StoredTeacher(folder).shards]
@@ -237,6 +242,7 @@ def test_a_full_disk_costs_no_shard(teacher, preprocessor, written, tmp_path):
     assert last.stat().st_size == size
 
 
+@pytest.mark.extra_large_but_on("torch")
 def test_corrupted_shard_is_named_and_refused(teacher, preprocessor, tmp_path):
     data = make_haystacks(preprocessor, **QUESTIONS)
     stored = store(teacher, data, tmp_path)

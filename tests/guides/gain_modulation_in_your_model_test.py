@@ -15,7 +15,7 @@ GUIDE = (
 )
 
 
-@pytest.mark.extra_large_but_on("torch")
+@pytest.mark.extra_large_but_on("jax")
 def test_quick_run_keeps_its_promises(tmp_path):
     output = tmp_path / "run"
     process = subprocess.run(

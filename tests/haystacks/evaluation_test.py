@@ -88,6 +88,7 @@ def test_logits_and_words_agree(student):
         assert not one["complied"] or one["answer"] == other["answer"]
 
 
+@pytest.mark.extra_large_but_on("torch")
 def test_an_untrained_model_answers_neither_yes_nor_no():
     # Any token of the vocabulary could be said, so that chance is not 0.5.
     model = make_pali_gemma(None, make_preprocessor())
@@ -135,6 +136,7 @@ def test_prompts_by_name_and_of_ones_own():
     ]
 
 
+@pytest.mark.extra_large_but_on("tensorflow", "torch")
 def test_logits_are_those_that_training_reads(student):
     haystacks = digits(6, sizes=(4,))
     images = np.stack([h.images for h in haystacks])
@@ -228,6 +230,7 @@ def test_several_needles_count_once_each():
     assert results.questions == {6: 30}
 
 
+@pytest.mark.extra_large_but_on("torch")
 def test_order_does_not_matter(student):
     haystacks = digits(40, sizes=(1, 3))
     shuffled = [haystacks[i] for i in np.random.default_rng(0).permutation(40)]
@@ -593,9 +596,11 @@ def compiled(model):
 @pytest.mark.parametrize(
     "kind",
     [
-        "itself",
+        pytest.param("itself", marks=pytest.mark.extra_large_but_on("torch")),
         pytest.param("student", marks=pytest.mark.extra_large_but_on("jax")),
-        "distiller",
+        pytest.param(
+            "distiller", marks=pytest.mark.extra_large_but_on("jax", "torch")
+        ),
     ],
 )
 def test_callback_sees_current_weights(kind, tmp_path, capsys):
