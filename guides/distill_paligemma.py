@@ -235,9 +235,7 @@ sample, _, _ = keras_laid.Haystacks(
     seed=args.seed + 2,
 )[0]
 edges = np.arange(args.images + 1) * image_length
-student_layers = sorted(
-    {target.student_layer for target in distiller.retrieval_targets}
-)
+student_layers = sorted(distiller.retrieval_term.student_layers())
 teacher_layers = sorted({layer for layer, _ in found.heads})
 looks, masses = {}, {}
 

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from collections.abc import Sequence
 from typing import Any
 from typing import Literal
-from typing import NamedTuple
 
 import keras
 import numpy as np
@@ -22,7 +21,6 @@ from keras_laid.arguments import check_switch
 from keras_laid.arguments import check_tokens
 from keras_laid.backbones import decoder
 from keras_laid.backbones.forward import forward
-from keras_laid.backbones.head_examples import matters
 from keras_laid.backbones.linear_memory import check_choice_of_memory
 from keras_laid.backbones.linear_memory import check_linear_memory
 from keras_laid.backbones.linear_memory import linear_blocks
@@ -35,28 +33,19 @@ from keras_laid.distillation import checks
 from keras_laid.distillation.description import Description
 from keras_laid.distillation.distance_weighting import DistanceWeighting
 from keras_laid.distillation.first_batches import first_batches
-from keras_laid.distillation.layer_map import resolve_layer_map
-from keras_laid.distillation.matched_rows import MatchedRows
-from keras_laid.distillation.matched_rows import after_segments
-from keras_laid.distillation.matched_rows import matched_rows
 from keras_laid.distillation.retrieval_matching import Heads
 from keras_laid.distillation.retrieval_matching import RetrievalMatching
-from keras_laid.distillation.retrieval_matching import Target
-from keras_laid.distillation.retrieval_matching import layers_of
-from keras_laid.distillation.retrieval_matching import segment_distance
-from keras_laid.distillation.retrieval_matching import segments_for
-from keras_laid.distillation.retrieval_matching import text_log_shares
 from keras_laid.distillation.stored_teacher import StoredTeacher
-from keras_laid.layers.head_mixer import HeadMixer
-from keras_laid.ops.attention import Attention
-from keras_laid.ops.attention import Distance
+from keras_laid.distillation.terms.attention import AttentionTerm
+from keras_laid.distillation.terms.next_tokens import NextTokens
+from keras_laid.distillation.terms.retrieval import RetrievalTerm
+from keras_laid.distillation.terms.term import Run
+from keras_laid.distillation.terms.term import Step
+from keras_laid.distillation.terms.term import Term
+from keras_laid.distillation.terms.term import Weight
 from keras_laid.ops.attention_divergence import IMPLEMENTATIONS
-from keras_laid.ops.attention_divergence import attention_divergence
 from keras_laid.ops.attention_output import Name
 from keras_laid.ops.dispatch import check_requested
-from keras_laid.ops.logits_divergence import logits_divergence
-from keras_laid.ops.query_key_distance import query_key_distance
-from keras_laid.ops.top_logits import TopLogits
 from keras_laid.ops.unembedding import Unembedding
 from keras_laid.typing import Tensor
 
@@ -68,24 +57,8 @@ elif keras.backend.backend() == "torch":
 else:
     from keras_laid.distillation.tensorflow_steps import Steps  # type: ignore[assignment]
 
-TERMS = ("retrieval", "attention", "query_key", "logits", "supervised")
 HEADS = "retrieval_heads"  # Their name in weight files.
 logger = logging.getLogger("keras_laid")
-
-
-class Targets(NamedTuple):
-    """What a run of the teacher gives.
-
-    Attributes:
-        tokens: Its `Unembedding`, its `TopLogits`, or `None`.
-        attention: Dictionary from layer to `keras_laid.ops.Attention`.
-        log_shares: Dictionary from layer to the mean over its retrieval heads
-            of what `keras_laid.ops.segment_attention` returns.
-    """
-
-    tokens: Unembedding | TopLogits | None
-    attention: dict[int, Attention]
-    log_shares: dict[int, Tensor]
 
 
 class DistanceWeightedAttentionDistillation(
@@ -215,8 +188,6 @@ class DistanceWeightedAttentionDistillation(
      - [Zhou et al., 2026](https://arxiv.org/abs/2512.21576), equations 7, 8.
     """
 
-    supervised_loss: keras.losses.Loss | None = None
-
     def __init__(
         self,
         teacher: keras.Model | StoredTeacher,
@@ -240,14 +211,16 @@ class DistanceWeightedAttentionDistillation(
         | None = None,
         **kwargs: Any,
     ) -> None:
-        self.term_weights = dict(
-            retrieval=retrieval_weight,
-            attention=attention_weight,
-            query_key=query_key_weight,
-            logits=logits_weight,
-            supervised=supervised_weight,
+        checks.check_numbers(
+            dict(
+                retrieval=retrieval_weight,
+                attention=attention_weight,
+                query_key=query_key_weight,
+                logits=logits_weight,
+                supervised=supervised_weight,
+            ),
+            temperature,
         )
-        checks.check_numbers(self.term_weights, temperature)
         if distance_weighting is None:
             distance_weighting = DistanceWeighting()
         check_kind(
@@ -271,33 +244,39 @@ class DistanceWeightedAttentionDistillation(
         check_choice_of_memory(linear_memory)
         check_requested("attention_divergence", IMPLEMENTATIONS, implementation)
         checks.check_task("student", student)
-        is_stored = isinstance(teacher, StoredTeacher)
-        if is_stored:
-            of_teacher = teacher.description
+        store = teacher if isinstance(teacher, StoredTeacher) else None
+        if store is not None:
+            of_teacher = store.description
         else:
             checks.check_task("teacher", teacher)
             checks.check_two(teacher, student)
             of_teacher = Description.of(teacher)
         of_student = Description.of(student)
         checks.check_pair(of_teacher, of_student)
-        if logits_weight:
-            checks.check_vocabularies(of_teacher, of_student, vocabulary)
-        layer_pairs = resolve_layer_map(layer_map, of_student, of_teacher)
-        if query_key_weight:
-            checks.check_features(of_teacher, of_student, layer_pairs)
         if rematerialize:
             checks.check_dropout(student)
         if linear_memory:
             check_linear_memory(student)
-            if not is_stored:
+            if store is None:
                 check_linear_memory(teacher)
-        matches = attention_weight or query_key_weight
-        heads = retrieval.resolve(of_student, of_teacher)
-        if is_stored:
-            layers = [t for _, t in layer_pairs] if matches else []
-            teacher.check(layers, rows, logits_weight, temperature)
-            if retrieval_weight:
-                heads = teacher.check_retrieval(heads)
+        retrieval_term = RetrievalTerm(
+            retrieval_weight, retrieval, distance_weighting
+        )
+        attention_term = AttentionTerm(
+            attention_weight,
+            query_key_weight,
+            distance_weighting,
+            layer_map,
+            rows,
+            mixer_sharpness,
+            implementation,
+        )
+        next_tokens = NextTokens(
+            logits_weight, supervised_weight, temperature, vocabulary
+        )
+        terms: list[Term] = [attention_term, next_tokens, retrieval_term]
+        for term in terms:
+            term.bind(of_student, of_teacher, store)
 
         super().__init__(**kwargs)
         self.student = student
@@ -305,33 +284,14 @@ class DistanceWeightedAttentionDistillation(
         self.__dict__["teacher"] = teacher
         self.descriptions = (of_student, of_teacher)
         self.distance_weighting = distance_weighting
-        self.retrieval = retrieval
-        # `None` until they are found; without any, the term is 0.
-        self.retrieval_heads: Heads | None = heads if retrieval_weight else ()
-        self.temperature = temperature
-        self.layer_map = layer_map
-        self.layer_pairs = layer_pairs
-        self.rows = rows
-        self.vocabulary = vocabulary
         self.rematerialize = rematerialize
         self.linear_memory = linear_memory
-        self.implementation = implementation
-        self.mixers = []
-        if matches:
-            self.mixers = [
-                HeadMixer(
-                    of_student.layers[s].num_query_heads,
-                    of_teacher.layers[t].num_query_heads,
-                    sharpness=mixer_sharpness,
-                    name=f"mixer_{s}",
-                )
-                for s, t in layer_pairs
-            ]
-        self.head_pooling = None
-        if retrieval_weight and retrieval.pooling != "none":
-            layers = retrieval.pooled_layers(of_student)
-            count = sum(of_student.layers[s].num_query_heads for s in layers)
-            self.head_pooling = HeadMixer(1, count, name="mixer_retrieval")
+        self.retrieval_term = retrieval_term
+        self.attention_term = attention_term
+        self.next_tokens = next_tokens
+        # What they learn, under the names that weight files have.
+        self.mixers = attention_term.mixers
+        self.head_pooling = retrieval_term.head_pooling
         # Training steps done, and in all, as far as `fit` knows: they drive
         # `progress` as tensors, so that a step is never compiled again.
         self.fit_knows_steps = False
@@ -349,13 +309,39 @@ class DistanceWeightedAttentionDistillation(
             trainable=False,
             name="total_steps",
         )
-        names = [name for name in TERMS if self.term_weights[name]]
-        if logits_weight:
-            names.append("kl")
-        if self.mixers or retrieval_weight:
+        names = [name for term in self.terms for name in term.metrics]
+        if any(term.has_progress for term in self.terms):
             names.append("progress")
         self.trackers = {name: keras.metrics.Mean(name=name) for name in names}
         self.built = True
+
+    @property
+    def terms(self) -> list[Term]:
+        """Those in use, in the order in which their losses are added."""
+        terms = (self.retrieval_term, self.attention_term, self.next_tokens)
+        return [term for term in terms if term.is_used]
+
+    @property
+    def term_weights(self) -> dict[str, Weight]:
+        return {
+            name: weight
+            for term in self.terms
+            for name, weight in term.weights.items()
+        }
+
+    @property
+    def supervised_loss(self) -> keras.losses.Loss | None:
+        return self.next_tokens.loss
+
+    @property
+    def retrieval_heads(self) -> Heads | None:
+        """Pairs `(layer, head)` that are matched; `None` until found."""
+        return self.retrieval_term.heads
+
+    @property
+    def layer_pairs(self) -> tuple[tuple[int, int], ...]:
+        """Pairs `(student_layer, teacher_layer)` of the attention terms."""
+        return self.attention_term.layer_pairs
 
     def __dir__(self) -> list[str]:
         # Keras saves whatever model it finds here.
@@ -417,7 +403,7 @@ class DistanceWeightedAttentionDistillation(
         optimizer = keras.optimizers.get(optimizer)
         if auto_scale_loss and decoder.is_mixed_float16(self.student):
             optimizer = scaling_the_loss(optimizer)
-        self.supervised_loss = supervised_loss
+        self.next_tokens.loss = supervised_loss
         # Keras would look at the distiller's dtype policy.
         super().compile(optimizer=optimizer, auto_scale_loss=False, **kwargs)
         # Somebody else wants to see all of them.
@@ -454,7 +440,7 @@ class DistanceWeightedAttentionDistillation(
                 self.teacher,
                 batches,
                 max(1, len(batches)),
-                num_segments=self.retrieval.num_segments,
+                num_segments=self.retrieval_term.matching.num_segments,
             )
         if found is None:
             warnings.warn(
@@ -475,7 +461,7 @@ class DistanceWeightedAttentionDistillation(
         weighting = self.distance_weighting
         if weighting.schedule == "constant" or weighting.steps is not None:
             return
-        weighted = self.mixers or self.retrieval_heads
+        weighted = any(term.weighs_distance for term in self.terms)
         if weighted and not self.fit_knows_steps:
             raise ValueError(
                 "The number of training steps must be known, since "
@@ -488,7 +474,7 @@ class DistanceWeightedAttentionDistillation(
     def set_heads(self, heads: Heads) -> None:
         if heads == self.retrieval_heads:
             return
-        self.retrieval_heads = heads
+        self.retrieval_term.heads = heads
         # What was compiled for others.
         if self.train_function is not None:
             self.make_train_function(force=True)
@@ -505,24 +491,13 @@ class DistanceWeightedAttentionDistillation(
         if self.retrieval_heads is None:
             self.find_heads(first_batches(x, y, sample_weight, batch_size))
 
-    @property
-    def retrieval_targets(self) -> tuple[Target, ...]:
-        """Which layer of the student learns from which heads."""
-        if self.retrieval_heads is None:
-            raise ValueError(
-                "The teacher's retrieval heads must be known before a step. "
-                "Received: a step outside of `fit`. Call "
-                "`distiller.find_heads(batches)` first."
-            )
-        return self.retrieval.targets(self.retrieval_heads, *self.descriptions)
-
     def save_own_variables(self, store: Any) -> None:
         super().save_own_variables(store)
         if self.retrieval_heads:
             store[HEADS] = np.asarray(self.retrieval_heads, "int32")
 
     def load_own_variables(self, store: Any) -> None:
-        if HEADS in store.keys() and self.term_weights["retrieval"]:
+        if HEADS in store.keys() and self.retrieval_term.is_used:
             self.set_heads(tuple(map(tuple, np.asarray(store[HEADS]).tolist())))
         super().load_own_variables(
             {name: store[name] for name in store.keys() if name != HEADS}
@@ -626,28 +601,30 @@ class DistanceWeightedAttentionDistillation(
             "or the state of training with `distiller.save_weights()`."
         )
 
-    def run_teacher(self, x: dict[str, Tensor]) -> Targets | None:
-        """What the terms need of the teacher; `None` if they need nothing."""
-        heads = self.retrieval_heads if self.retrieval_targets else ()
-        if not (heads or self.mixers or self.term_weights["logits"]):
+    def run_teacher(self, x: dict[str, Tensor]) -> list[Any] | None:
+        """What each term needs of the teacher; `None` if none does."""
+        needs = [term.needs_teacher for term in self.terms]
+        if not any(needs):
             return None
-        matched = {t for _, t in self.layer_pairs} if self.mixers else set()
-        retrieving = layers_of(heads)
         if isinstance(self.teacher, StoredTeacher):
-            return Targets(*self.teacher.targets(x, matched, retrieving))
-        tokens, attention = forward(
-            self.teacher,
-            x,
-            sorted({*matched, *retrieving}),
-            linear_memory=self.linear_memory,
-        )
-        log_shares = {}
-        if heads:
-            log_shares = text_log_shares(
-                self.student, x, attention, heads, self.retrieval.num_segments
+            self.teacher.check_inputs(x)
+            return [
+                term.stored_targets(self.teacher, x) if needed else None
+                for term, needed in zip(self.terms, needs, strict=True)
+            ]
+        layers = {*()}.union(*(term.teacher_layers() for term in self.terms))
+        run = Run(
+            *forward(
+                self.teacher,
+                x,
+                sorted(layers),
+                linear_memory=self.linear_memory,
             )
-        attention = {layer: attention[layer] for layer in matched}
-        return Targets(tokens, attention, log_shares)
+        )
+        return [
+            term.targets(self.student, x, run) if needed else None
+            for term, needed in zip(self.terms, needs, strict=True)
+        ]
 
     def unpack(self, data: Any) -> tuple[Any, Any, Any]:
         """A batch as `(x, y, sample_weight)`, checked."""
@@ -670,7 +647,7 @@ class DistanceWeightedAttentionDistillation(
         x: dict[str, Tensor],
         y: Tensor,
         sample_weight: Tensor | None,
-        targets: Targets | None,
+        targets: list[Any] | None,
         training: bool,
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """Runs the student and computes every loss term.
@@ -690,61 +667,47 @@ class DistanceWeightedAttentionDistillation(
             takes them, and a dictionary of scalars: the terms in use,
             unweighted, and `"loss"`.
         """
-        layers = {s for s, _ in self.layer_pairs} if self.mixers else set()
-        layers |= {target.student_layer for target in self.retrieval_targets}
         if training:
             self.check_progress()
-        student, attention = forward(
-            self.student,
-            x,
-            sorted(layers),
-            training,
-            self.rematerialize,
-            self.linear_memory,
+        layers = {*()}.union(*(term.student_layers() for term in self.terms))
+        run = Run(
+            *forward(
+                self.student,
+                x,
+                sorted(layers),
+                training,
+                self.rematerialize,
+                self.linear_memory,
+            )
         )
         y_pred = None
         if self.needs_logits:
-            y_pred = student.logits()
-            student = Unembedding(y_pred)
+            y_pred = run.tokens.logits()
+            run = run._replace(tokens=Unembedding(y_pred))
         if sample_weight is None:
             sample_weight = ops.ones_like(y)
-        sample_weight = ops.cast(sample_weight, "float32")
-        terms, loss = {}, sum(self.losses)
         progress, weights = self.schedule(training)
+        step = Step(
+            self.student,
+            x,
+            y,
+            ops.cast(sample_weight, "float32"),
+            run,
+            y_pred,
+            progress,
+            weights,
+        )
+        terms: dict[str, Tensor] = {}
+        loss: Tensor | float = sum(self.losses)
         if "progress" in self.trackers:
             terms["progress"] = progress
-        if self.mixers:
-            terms.update(
-                self.attention_terms(
-                    x, sample_weight, attention, targets.attention, progress
-                )
-            )
-        if self.term_weights["retrieval"]:
-            terms["retrieval"] = ops.zeros(())
-        if self.retrieval_targets:
-            terms["retrieval"] = self.retrieval_term(
-                x, sample_weight, attention, targets.log_shares, progress
-            )
-        for name in ("retrieval", "attention", "query_key"):
-            if name in terms:
-                loss = loss + weights[name] * terms[name]
-        if self.supervised_loss and self.term_weights["supervised"]:
-            supervised = self.supervised_loss(
-                y, y_pred, sample_weight=sample_weight
-            )
-            # As in the loss of the distiller.
-            outside = ops.logical_and(
-                y >= student.vocabulary, sample_weight > 0
-            )
-            terms["supervised"] = ops.where(
-                ops.any(outside), float("nan"), supervised
-            )
-            loss = loss + weights["supervised"] * terms["supervised"]
-        of_tokens = self.token_terms(
-            student, targets, y, sample_weight, weights
-        )
-        terms["loss"] = loss + of_tokens.pop("loss", 0.0)
-        terms.update(of_tokens)
+        if targets is None:
+            targets = [None] * len(self.terms)
+        for term, of_teacher in zip(self.terms, targets, strict=True):
+            weighted, values = term.compute(step, of_teacher)
+            terms.update(values)
+            loss = loss + weighted
+        terms["loss"] = loss
         if training:
             self.step.assign(self.step + 1)
         return y_pred, terms
@@ -786,143 +749,6 @@ class DistanceWeightedAttentionDistillation(
                 "`DistanceWeighting(steps=...)`."
             )
 
-    def rows_of(
-        self,
-        x: dict[str, Tensor],
-        attention: dict[int, Attention],
-        rows: Literal["text", "all"],
-    ) -> MatchedRows:
-        key = next(iter(attention.values())).key
-        return matched_rows(self.student, x, ops.shape(key)[1], rows)
-
-    def retrieval_term(
-        self,
-        x: dict[str, Tensor],
-        sample_weight: Tensor,
-        student: dict[int, Attention],
-        log_shares: dict[int, Tensor],
-        progress: Tensor,
-    ) -> Tensor:
-        """Mean over examples of the divergence of their rows."""
-        rows = self.rows_of(x, student, "text")
-        segments = segments_for(
-            self.student,
-            x,
-            ops.shape(rows.attended)[1],
-            self.retrieval.num_segments,
-        )
-        # Rows between segments see some of them, and what stands after the
-        # last marked token is part of no answer.
-        counted = ops.logical_and(rows.counted, matters(sample_weight))
-        counted = ops.logical_and(
-            counted, after_segments(rows, segments.numbers)
-        )
-        divergence, weight = self.retrieval.divergence(
-            self.retrieval_targets,
-            student,
-            log_shares,
-            rows._replace(counted=counted),
-            x,
-            segments,
-            segment_distance(
-                segments,
-                rows.row_positions,
-                rows.key_positions,
-                self.distance_weighting.strength * progress,
-                self.distance_weighting.exponent,
-            ),
-            self.head_pooling and self.head_pooling.mixture()[0],
-        )
-        # Examples count alike, but for those in which nothing is retrieved.
-        retrieves = ops.cast(weight > 0, "float32")
-        return weighted_mean(
-            divergence, retrieves * ops.max(sample_weight, axis=1)
-        )
-
-    def attention_terms(
-        self,
-        x: dict[str, Tensor],
-        sample_weight: Tensor,
-        student: dict[int, Attention],
-        teacher: dict[int, Attention],
-        progress: Tensor,
-    ) -> dict[str, Tensor]:
-        """Attention and query/key terms, averaged over the layer pairs."""
-        rows = self.rows_of(x, student, self.rows)
-        distance = Distance(
-            row_positions=rows.row_positions,
-            key_positions=rows.key_positions,
-            strength=self.distance_weighting.strength * progress,
-            exponent=self.distance_weighting.exponent,
-        )
-        # [batch, 1]: an example counts as much as its most weighty token.
-        example_weight = ops.max(sample_weight, axis=1, keepdims=True)
-        row_weight = example_weight * ops.cast(rows.counted, "float32")
-        divergences, distances = [], []
-        for mixer, (s, t) in zip(self.mixers, self.layer_pairs, strict=True):
-            # A stored teacher has no other rows.
-            of_student, of_teacher = rows.of(student[s]), rows.of(teacher[t])
-            mixture = mixer.mixture()
-            if self.term_weights["attention"]:
-                divergence = attention_divergence(
-                    of_student,
-                    of_teacher,
-                    rows.mask,
-                    distance,
-                    mixture,
-                    implementation=self.implementation,
-                )
-                divergences.append(
-                    weighted_mean(ops.mean(divergence, axis=1), row_weight)
-                )
-            if self.term_weights["query_key"]:
-                of_heads = query_key_distance(
-                    of_student,
-                    of_teacher,
-                    mixture,
-                    row_mask=rows.counted,
-                    key_mask=rows.attended,
-                )
-                distances.append(weighted_mean(of_heads, example_weight))
-        terms = {}
-        if divergences:
-            terms["attention"] = sum(divergences) / len(divergences)
-        if distances:
-            terms["query_key"] = sum(distances) / len(distances)
-        return terms
-
-    def token_terms(
-        self,
-        student: Unembedding,
-        targets: Targets | None,
-        y: Tensor,
-        sample_weight: Tensor,
-        weights: dict[str, float | Tensor],
-    ) -> dict[str, Tensor]:
-        """The terms of next tokens, and `"loss"`, their weighted sum."""
-        teacher = targets.tokens if self.term_weights["logits"] else None
-        labels = y
-        if self.supervised_loss or not self.term_weights["supervised"]:
-            labels = None
-        if teacher is None and labels is None:
-            return {}
-        losses = logits_divergence(
-            student,
-            teacher,
-            labels,
-            sample_weight,
-            divergence_weight=weights["logits"],
-            cross_entropy_weight=weights["supervised"],
-            temperature=self.temperature,
-            vocabulary=self.vocabulary,
-        )
-        terms = {"loss": losses.loss}
-        if teacher is not None:
-            terms |= {"logits": losses.divergence, "kl": losses.kl}
-        if labels is not None:
-            terms["supervised"] = losses.cross_entropy
-        return terms
-
     def update_metrics(
         self,
         x: dict[str, Tensor],
@@ -937,13 +763,6 @@ class DistanceWeightedAttentionDistillation(
         for name, tracker in self.trackers.items():
             tracker.update_state(terms[name], sample_weight=batch)
         return self.compute_metrics(x, y, y_pred, sample_weight)
-
-
-def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
-    """Mean of `values`; `weights` have its shape or broadcast to it."""
-    weights = ops.broadcast_to(weights, ops.shape(values))
-    total = ops.maximum(ops.sum(weights), keras.backend.epsilon())
-    return ops.sum(values * weights) / total
 
 
 def as_loss(loss: Any) -> keras.losses.Loss | None:

@@ -130,12 +130,12 @@ class StoredTeacher:
 
     def check(
         self,
-        layers: Collection[int],
-        rows: str,
-        logits: float,
-        temperature: float,
+        layers: Collection[int] = (),
+        rows: str = "text",
+        logits: bool = False,
+        temperature: float = 1.0,
     ) -> None:
-        """Refuses what a distiller wants and the store does not have."""
+        """Refuses what a term wants and the store does not have."""
         missing = set(layers) - set(self.settings["layers"])
         wanted = {
             "layers": (sorted(missing), not missing),
@@ -155,27 +155,8 @@ class StoredTeacher:
                     f"`keras_laid.store_teacher(..., {name}=...)`."
                 )
 
-    def targets(
-        self,
-        x: Mapping[str, Tensor],
-        layers: Collection[int],
-        retrieving: Collection[int] = (),
-    ) -> tuple[TopLogits | None, dict[int, Attention], dict[int, Tensor]]:
-        """What a run of the teacher would give, from a batch with targets.
-
-        Args:
-            x: Inputs, as `targets_for` makes them.
-            layers: Sequence of integers, whose attention is wanted.
-            retrieving: Sequence of integers, layers whose retrieval heads are
-                wanted.
-
-        Returns:
-            A tuple of a `keras_laid.ops.TopLogits`, or `None` if there are
-            none; a dictionary from layer index to `keras_laid.ops.Attention`;
-            and one from layer index to the logarithm of the attention that its
-            retrieval heads give to segments, of shape
-            `(batch, rows, segments)`.
-        """
+    def check_inputs(self, x: Mapping[str, Tensor]) -> None:
+        """Refuses inputs that `targets_for` did not make."""
         missing = [name for name in self.names() if name not in x]
         if missing:
             raise ValueError(
@@ -183,31 +164,52 @@ class StoredTeacher:
                 f"Received: inputs without {missing}. "
                 "Pass `teacher.targets_for(data)`."
             )
-        top = None
-        if self.settings["top_k"]:
-            logits, index, others = (x[f"teacher_{n}"] for n in TOP_LOGITS)
-            top = TopLogits(
-                logits,
-                index,
-                others,
-                vocabulary=self.description.vocabulary_size,
-                temperature=self.settings["temperature"],
-            )
-        attention = {}
-        for index in layers:
-            layer = self.description.layers[index]
-            attention[index] = Attention(
+
+    def top_logits(self, x: Mapping[str, Tensor]) -> TopLogits:
+        """The largest logits, from a batch that `targets_for` made."""
+        logits, index, others = (x[f"teacher_{n}"] for n in TOP_LOGITS)
+        return TopLogits(
+            logits,
+            index,
+            others,
+            vocabulary=self.description.vocabulary_size,
+            temperature=self.settings["temperature"],
+        )
+
+    def attention(
+        self, x: Mapping[str, Tensor], layers: Collection[int]
+    ) -> dict[int, Attention]:
+        """Queries and keys of some layers, likewise.
+
+        Returns:
+            A dictionary from layer to `keras_laid.ops.Attention`.
+        """
+        described = self.description.layers
+        return {
+            index: Attention(
                 x[f"teacher_query_{index}"],
                 x[f"teacher_key_{index}"],
-                layer.scale,
-                layer.soft_cap,
+                described[index].scale,
+                described[index].soft_cap,
             )
+            for index in layers
+        }
+
+    def log_shares(
+        self, x: Mapping[str, Tensor], layers: Collection[int]
+    ) -> dict[int, Tensor]:
+        """The attention of some layers' retrieval heads, likewise.
+
+        Returns:
+            A dictionary from layer to the logarithm of the attention that its
+            heads give to segments, of shape `(batch, rows, segments)`.
+        """
         log_shares = {}
-        for index in retrieving:
+        for index in layers:
             shares = ops.cast(x[f"teacher_shares_{index}"], "float32")
             logs = ops.log(ops.maximum(shares, TINY))
             log_shares[index] = ops.where(shares > 0, logs, MASKED)
-        return top, attention, log_shares
+        return log_shares
 
     def names(self) -> list[str]:
         """Names of the targets among the inputs."""

@@ -17,6 +17,7 @@ from keras_laid import fold_gain_modulation
 from keras_laid.backbones import attention_layers
 from keras_laid.backbones.retrieval_heads import ranked
 from keras_laid.backbones.without_heads import without_heads
+from tests.backbones.passwords import passwords
 from tests.support import to_numpy
 
 pytestmark = [
@@ -98,62 +99,6 @@ def test_gains_attached_folded_and_undone(model, tokenizer):
 
     model.set_weights(weights)
     np.testing.assert_array_equal(to_numpy(model(inputs)), plain)
-
-
-# A prompt tells the passwords of ten people and asks for that of one.
-PEOPLE = (
-    "Anna Bob Clara David Emma Frank George Helen Ivan Julia Kevin Laura Mark "
-    "Nina Oscar Paul Rosa Steve Tom Vera"
-).split()
-# Each is one token.
-PASSWORDS = (
-    "tiger dog cat horse fish bear wolf lion bird snake mouse cow sheep frog "
-    "duck goat fox eagle whale rabbit"
-).split()
-FACTS = 10
-
-
-def passwords(tokenizer, seed, batch=16):
-    """Inputs with segments and needles, and the tokens of the answers."""
-    rng = np.random.default_rng(seed)
-    prompts, needles, answers = [], [], []
-    # Neither the first token, which many heads attend, nor the question is in a
-    # segment.
-    numbers = [0, *range(1, FACTS + 1), 0]
-    for _ in range(batch):
-        people, words = (
-            rng.permutation(names)[:FACTS] for names in (PEOPLE, PASSWORDS)
-        )
-        facts = [
-            f"The password of {person} is {word}.\n"
-            for person, word in zip(people, words, strict=True)
-        ]
-        needle = rng.integers(FACTS)
-        asked = f"he password of {people[needle]}"
-        texts = [
-            "Here is a list of passwords.\n",
-            *facts,
-            f"Question: What is t{asked}?\nAnswer: T{asked} is",
-        ]
-        prompts.append([np.asarray(tokenizer(text)) for text in texts])
-        needles.append(needle)
-        (answer,) = np.asarray(tokenizer(f" {words[needle]}"))
-        answers.append(answer)
-    segments = [
-        np.repeat(numbers, [len(part) for part in parts]) for parts in prompts
-    ]
-    inputs = {
-        "token_ids": padded([np.concatenate(parts) for parts in prompts]),
-        "padding_mask": padded([np.ones(len(each), int) for each in segments]),
-        "segments": padded(segments),
-        "needle": np.array(needles),
-    }
-    return inputs, np.array(answers)
-
-
-def padded(rows):
-    length = max(map(len, rows))
-    return np.stack([np.pad(row, (0, length - len(row))) for row in rows])
 
 
 def accuracy(model, inputs, answers, heads=()):

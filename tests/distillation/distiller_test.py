@@ -16,7 +16,7 @@ from keras_laid import PositionStretching
 from keras_laid import RetrievalMatching
 from keras_laid import attach_gain_modulation
 from keras_laid.backbones.multi_image_pali_gemma import multi_image_preprocessor
-from keras_laid.distillation.distiller import weighted_mean
+from keras_laid.distillation.terms.term import weighted_mean
 from keras_laid.ops.logits_divergence import chunked
 from tests.support import FEW_STEPS
 from tests.support import NO_XLA

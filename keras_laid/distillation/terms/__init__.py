@@ -1,0 +1,1 @@
+"""The terms of a distiller's loss, one file each."""

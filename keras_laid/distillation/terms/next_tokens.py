@@ -1,0 +1,116 @@
+"""The next tokens: the teacher's logits and the labels."""
+
+from collections.abc import Mapping
+from typing import Any
+from typing import Literal
+
+import keras
+from keras import ops
+
+from keras_laid.distillation import checks
+from keras_laid.distillation.description import Description
+from keras_laid.distillation.stored_teacher import StoredTeacher
+from keras_laid.distillation.terms.term import Run
+from keras_laid.distillation.terms.term import Step
+from keras_laid.distillation.terms.term import Term
+from keras_laid.distillation.terms.term import Weight
+from keras_laid.ops.logits_divergence import logits_divergence
+from keras_laid.ops.top_logits import TopLogits
+from keras_laid.ops.unembedding import Unembedding
+from keras_laid.typing import Tensor
+
+
+class NextTokens(Term):
+    """`keras_laid.ops.logits_divergence`, and a supervised loss.
+
+    Args:
+        logits_weight: Float of at least 0, or a schedule of training steps.
+        supervised_weight: The same, of the loss of labels.
+        temperature: Float greater than 0, of the divergence from the teacher's
+            logits.
+        vocabulary: `"same"`, or `"shared"` to compare the logits of the first
+            tokens that both vocabularies have.
+
+    Attributes:
+        loss: `keras.losses.Loss` of labels and logits, or `None` for the
+            cross-entropy that is computed with the divergence.
+    """
+
+    def __init__(
+        self,
+        logits_weight: Weight,
+        supervised_weight: Weight,
+        temperature: float,
+        vocabulary: Literal["same", "shared"],
+    ) -> None:
+        super().__init__(logits=logits_weight, supervised=supervised_weight)
+        self.temperature = temperature
+        self.vocabulary = vocabulary
+        self.loss: keras.losses.Loss | None = None
+
+    def bind(
+        self,
+        student: Description,
+        teacher: Description,
+        store: StoredTeacher | None,
+    ) -> None:
+        if not self.needs_teacher:
+            return
+        checks.check_vocabularies(teacher, student, self.vocabulary)
+        if store is not None:
+            store.check(logits=True, temperature=self.temperature)
+
+    @property
+    def metrics(self) -> list[str]:
+        return [*super().metrics, *(["kl"] if self.needs_teacher else [])]
+
+    @property
+    def needs_teacher(self) -> bool:
+        return bool(self.weights["logits"])
+
+    def targets(
+        self, student: keras.Model, x: Mapping[str, Tensor], teacher: Run
+    ) -> Unembedding | TopLogits | None:
+        return teacher.tokens
+
+    def stored_targets(
+        self, store: StoredTeacher, x: Mapping[str, Tensor]
+    ) -> TopLogits:
+        return store.top_logits(x)
+
+    def compute(
+        self, step: Step, targets: Any
+    ) -> tuple[Tensor | float, dict[str, Tensor]]:
+        total: Tensor | float = 0.0
+        terms = {}
+        labels = step.y if self.weights["supervised"] else None
+        if self.loss is not None and labels is not None:
+            terms["supervised"] = self.supervised(step)
+            total = step.weights["supervised"] * terms["supervised"]
+            labels = None
+        if targets is None and labels is None:
+            return total, terms
+        losses = logits_divergence(
+            step.run.tokens,
+            targets,
+            labels,
+            step.sample_weight,
+            divergence_weight=step.weights["logits"],
+            cross_entropy_weight=step.weights["supervised"],
+            temperature=self.temperature,
+            vocabulary=self.vocabulary,
+        )
+        if targets is not None:
+            terms |= {"logits": losses.divergence, "kl": losses.kl}
+        if labels is not None:
+            terms["supervised"] = losses.cross_entropy
+        return total + losses.loss, terms
+
+    def supervised(self, step: Step) -> Tensor:
+        """The compiled loss; NaN where a marked label is no token."""
+        loss = self.loss(step.y, step.logits, sample_weight=step.sample_weight)
+        # As in `keras_laid.ops.logits_divergence`.
+        outside = ops.logical_and(
+            step.y >= ops.shape(step.logits)[-1], step.sample_weight > 0
+        )
+        return ops.where(ops.any(outside), float("nan"), loss)

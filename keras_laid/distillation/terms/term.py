@@ -1,0 +1,176 @@
+"""What a term of the loss is, and what it reads of a step."""
+
+from collections.abc import Mapping
+from typing import Any
+from typing import Literal
+from typing import NamedTuple
+from typing import TypeAlias
+
+import keras
+from keras import ops
+from keras.optimizers.schedules import LearningRateSchedule
+
+from keras_laid.distillation.description import Description
+from keras_laid.distillation.matched_rows import MatchedRows
+from keras_laid.distillation.matched_rows import matched_rows
+from keras_laid.distillation.stored_teacher import StoredTeacher
+from keras_laid.ops.attention import Attention
+from keras_laid.ops.unembedding import Unembedding
+from keras_laid.typing import Tensor
+
+Weight: TypeAlias = float | LearningRateSchedule
+
+
+class Run(NamedTuple):
+    """What a forward pass of a model gives.
+
+    Attributes:
+        tokens: Its `keras_laid.ops.Unembedding`.
+        attention: Dictionary from layer to `keras_laid.ops.Attention`.
+    """
+
+    tokens: Unembedding
+    attention: dict[int, Attention]
+
+
+class Step(NamedTuple):
+    """What the terms of one step read.
+
+    Attributes:
+        model: The student.
+        x: Dictionary of its inputs.
+        y: Integer tensor of shape `(batch, length)`, the next tokens.
+        sample_weight: Float tensor of shape `(batch, length)`, 0 or more.
+        run: The student's `Run`.
+        logits: Float tensor of shape `(batch, length, vocabulary)`, or `None`
+            if no loss or metric takes them.
+        progress: Float scalar from 0 to 1, of training.
+        weights: Dictionary from the name of a loss to its weight at this step.
+    """
+
+    model: keras.Model
+    x: Mapping[str, Tensor]
+    y: Tensor
+    sample_weight: Tensor
+    run: Run
+    logits: Tensor | None
+    progress: Tensor
+    weights: Mapping[str, float | Tensor]
+
+    def rows(self, rows: Literal["text", "all"]) -> MatchedRows:
+        """The rows of text, or all rows, of the layers that were read."""
+        key = next(iter(self.run.attention.values())).key
+        return matched_rows(self.model, self.x, ops.shape(key)[1], rows)
+
+
+class Term:
+    """A part of the loss.
+
+    The distiller asks each term which layers it reads, runs each model once,
+    and adds up what `compute` returns.
+
+    Args:
+        **weights: The weight of each loss of this term by its name, which is
+            the name of its metric: a float of at least 0, or a schedule of
+            training steps. Losses of weight 0 are not computed.
+
+    Attributes:
+        has_progress: Boolean, whether its losses change with the progress of
+            training, which is a metric then.
+    """
+
+    has_progress = False
+
+    def __init__(self, **weights: Weight) -> None:
+        self.weights = weights
+
+    def bind(
+        self,
+        student: Description,
+        teacher: Description,
+        store: StoredTeacher | None,
+    ) -> None:
+        """Refuses models that do not fit, and makes what is learned.
+
+        Args:
+            student: The student's `Description`.
+            teacher: The teacher's `Description`.
+            store: The `keras_laid.StoredTeacher` in a teacher's place, if there
+                is one.
+
+        Raises:
+            ValueError: If the models or the store have not what it needs.
+        """
+
+    @property
+    def is_used(self) -> bool:
+        return any(bool(weight) for weight in self.weights.values())
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of what `compute` returns."""
+        return [name for name, weight in self.weights.items() if weight]
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the teacher has to run for this term."""
+        return self.is_used
+
+    @property
+    def weighs_distance(self) -> bool:
+        """Whether a step needs to know the progress of training."""
+        return self.has_progress and self.is_used
+
+    def student_layers(self) -> set[int]:
+        """Layers of the student whose attention it reads."""
+        return set()
+
+    def teacher_layers(self) -> set[int]:
+        """Layers of the teacher whose attention it reads."""
+        return set()
+
+    def targets(
+        self, student: keras.Model, x: Mapping[str, Tensor], teacher: Run
+    ) -> Any:
+        """What is kept of a run of the teacher for this term.
+
+        Args:
+            student: The student.
+            x: Dictionary of the inputs.
+            teacher: The teacher's `Run`.
+        """
+        raise NotImplementedError
+
+    def stored_targets(
+        self, store: StoredTeacher, x: Mapping[str, Tensor]
+    ) -> Any:
+        """The same from a stored teacher, whose targets are inputs.
+
+        Args:
+            store: `keras_laid.StoredTeacher`.
+            x: Dictionary of the inputs.
+        """
+        raise NotImplementedError
+
+    def compute(
+        self, step: Step, targets: Any
+    ) -> tuple[Tensor | float, dict[str, Tensor]]:
+        """The loss of a batch.
+
+        Args:
+            step: `Step`.
+            targets: What `targets` returned, or `None` if the teacher did not
+                run.
+
+        Returns:
+            A tuple of the weighted sum of its losses, and a dictionary of
+            scalars, its losses without their weights and further metrics.
+        """
+        raise NotImplementedError
+
+
+def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+    """Mean of `values`; `weights` have its shape or broadcast to it."""
+    weights = ops.broadcast_to(weights, ops.shape(values))
+    total = ops.maximum(ops.sum(weights), keras.backend.epsilon())
+    return ops.sum(values * weights) / total
