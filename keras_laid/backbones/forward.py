@@ -2,11 +2,14 @@
 
 import contextlib
 from collections.abc import Collection
+from typing import NamedTuple
 
 import keras
+from keras import ops
 
 from keras_laid.backbones import decoder
 from keras_laid.backbones.attention_capture import captured_attention
+from keras_laid.backbones.hidden_states import captured_hidden_states
 from keras_laid.backbones.linear_memory import linear_blocks
 from keras_laid.backbones.linear_memory import named
 from keras_laid.backbones.rematerialization import rematerialized
@@ -19,6 +22,33 @@ from keras_laid.ops.unembedding import Unembedding
 from keras_laid.typing import Tensor
 
 
+class Run(NamedTuple):
+    """What a forward pass of a model gives.
+
+    Attributes:
+        tokens: Its `keras_laid.ops.Unembedding`.
+        attention: Dictionary from layer to `keras_laid.ops.Attention`.
+        hidden_states: Dictionary from layer to the output of its block, of
+            shape `(batch, keys, hidden_dim)`.
+    """
+
+    tokens: Unembedding
+    attention: dict[int, Attention]
+    hidden_states: dict[int, Tensor]
+
+    @property
+    def key_length(self) -> int | Tensor:
+        """The number of tokens, of images and text."""
+        for attention in self.attention.values():
+            return ops.shape(attention.key)[1]
+        for hidden in self.hidden_states.values():
+            return ops.shape(hidden)[1]
+        raise ValueError(
+            "A layer must be read for its number of tokens. Received: a run "
+            "without layers."
+        )
+
+
 def forward(
     model: keras.Model,
     inputs: dict[str, Tensor],
@@ -26,7 +56,8 @@ def forward(
     training: bool | None = False,
     rematerialize: bool = False,
     linear_memory: bool | Name = False,
-) -> tuple[Unembedding, dict[int, Attention]]:
+    hidden_layers: Collection[int] = (),
+) -> Run:
     """Runs a model once.
 
     Args:
@@ -39,10 +70,10 @@ def forward(
             pass and keep less for it.
         linear_memory: Boolean, whether attention is computed as in
             `keras_laid.linear_memory_attention`, or by which implementation.
+        hidden_layers: Sequence of integers, whose hidden states are wanted.
 
     Returns:
-        A tuple of its `keras_laid.ops.Unembedding` and a dictionary from layer
-        index to `keras_laid.ops.Attention`.
+        A `Run`.
 
     Raises:
         TypeError: If `inputs` is no dictionary, or token ids are no integers.
@@ -64,5 +95,9 @@ def forward(
                     model, positions, layers, attention, linear_memory
                 )
             )
+        # Last: what a rematerialised block puts out, not what is inside.
+        hidden_states = scopes.enter_context(
+            captured_hidden_states(model, hidden_layers)
+        )
         hidden = model(inputs, training=training)
-    return unembedding(model, hidden), attention
+    return Run(unembedding(model, hidden), attention, hidden_states)

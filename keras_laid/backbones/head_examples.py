@@ -73,7 +73,7 @@ def examples_of(
     x = batch.x
     check_batch(model, batch)
     with no_gradients():
-        _, attention = forward(model, x, layers)
+        attention = forward(model, x, layers).attention
     key_length = attention[layers[0]].key.shape[1]
     segments = segments_of_batch(model, x, key_length, num_segments)
     if segments is None:

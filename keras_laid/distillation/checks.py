@@ -1,6 +1,5 @@
 """What is refused before a distiller is made."""
 
-from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,11 +12,46 @@ from keras_laid.arguments import check_shape
 from keras_laid.arguments import check_tokens
 from keras_laid.backbones import decoder
 from keras_laid.distillation.description import Description
+from keras_laid.distillation.terms.term import Term
+
+# Metrics of the distiller.
+NAMES = (
+    "loss",
+    "progress",
+    "retrieval",
+    "attention",
+    "query_key",
+    "logits",
+    "kl",
+    "supervised",
+)
 
 
-def check_numbers(
-    term_weights: Mapping[str, float | LearningRateSchedule], temperature: float
-) -> None:
+def check_terms(terms: object) -> None:
+    """Refuses what are no further terms, or terms of another distiller."""
+    if not isinstance(terms, (list, tuple)) or not all(
+        isinstance(term, Term) for term in terms
+    ):
+        raise TypeError(
+            "`terms` must be a list of `keras_laid.distillation.terms.Term`s. "
+            f"Received: terms={terms!r:.80}"
+        )
+    bound = [type(term).__name__ for term in terms if term.is_bound]
+    if bound:
+        raise ValueError(
+            "Each of `terms` must be new: a term belongs to one distiller. "
+            f"Received: {bound} of another distiller. Make it again."
+        )
+    names = [name for term in terms for name in term.weights]
+    taken = {*NAMES} & {*names}
+    if taken or len({*names}) < len(names):
+        raise ValueError(
+            "Each loss of `terms` must have a name of its own, other than "
+            f"{NAMES}. Received: {names}"
+        )
+
+
+def check_weights(**term_weights: float | LearningRateSchedule) -> None:
     for name, weight in term_weights.items():
         if not isinstance(weight, LearningRateSchedule):
             check_number(f"{name}_weight", weight, "[0, inf)")
@@ -26,7 +60,6 @@ def check_numbers(
             "At least one term must have a weight greater than 0. Received: "
             + ", ".join(f"{k}_weight={v}" for k, v in term_weights.items())
         )
-    check_number("temperature", temperature, "(0, inf)")
 
 
 def check_task(name: str, model: keras.Model) -> None:

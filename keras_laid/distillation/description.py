@@ -28,6 +28,8 @@ class Description:
         layers: List of `keras_laid.backbones.AttentionLayer`, all of its
             decoder.
         layer_types: List of strings, the class of each.
+        hidden_dim: Integer, the width of the hidden states; `None` for a stored
+            teacher, which has none.
     """
 
     model: str
@@ -37,6 +39,7 @@ class Description:
     tokens: list[str]
     layers: list[AttentionLayer]
     layer_types: list[str]
+    hidden_dim: int | None = None
 
     @classmethod
     def of(cls, model: keras.Model) -> Self:
@@ -54,6 +57,7 @@ class Description:
             tokens=list(tokenizer.get_vocabulary()) if tokenizer else [],
             layers=layers,
             layer_types=[type(layer.layer).__name__ for layer in layers],
+            hidden_dim=decoder.backbone_of(model).hidden_dim,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -62,7 +66,9 @@ class Description:
             {name: getattr(layer, name) for name in numbers}
             for layer in self.layers
         ]
-        return vars(self) | {"layers": layers}
+        values = vars(self) | {"layers": layers}
+        values.pop("hidden_dim")
+        return values
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:

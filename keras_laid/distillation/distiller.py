@@ -39,7 +39,6 @@ from keras_laid.distillation.stored_teacher import StoredTeacher
 from keras_laid.distillation.terms.attention import AttentionTerm
 from keras_laid.distillation.terms.next_tokens import NextTokens
 from keras_laid.distillation.terms.retrieval import RetrievalTerm
-from keras_laid.distillation.terms.term import Run
 from keras_laid.distillation.terms.term import Step
 from keras_laid.distillation.terms.term import Term
 from keras_laid.distillation.terms.term import Weight
@@ -157,6 +156,8 @@ class DistanceWeightedAttentionDistillation(
         implementation: The name of an implementation of
             `keras_laid.ops.attention_divergence`, or `None` for the fastest one
             that can run. Defaults to `None`.
+        terms: Sequence of further `keras_laid.distillation.terms.Term`s, each
+            made for this distiller alone. Defaults to `()`.
         **kwargs: Passed to `keras.Model`.
 
     Call arguments:
@@ -209,18 +210,19 @@ class DistanceWeightedAttentionDistillation(
         linear_memory: bool | Name = False,
         implementation: Literal["pallas", "triton", "chunked", "definition"]
         | None = None,
+        terms: Sequence[Term] = (),
         **kwargs: Any,
     ) -> None:
-        checks.check_numbers(
-            dict(
-                retrieval=retrieval_weight,
-                attention=attention_weight,
-                query_key=query_key_weight,
-                logits=logits_weight,
-                supervised=supervised_weight,
-            ),
-            temperature,
+        checks.check_terms(terms)
+        checks.check_weights(
+            retrieval=retrieval_weight,
+            attention=attention_weight,
+            query_key=query_key_weight,
+            logits=logits_weight,
+            supervised=supervised_weight,
+            **{k: w for term in terms for k, w in term.weights.items()},
         )
+        check_number("temperature", temperature, "(0, inf)")
         if distance_weighting is None:
             distance_weighting = DistanceWeighting()
         check_kind(
@@ -274,9 +276,9 @@ class DistanceWeightedAttentionDistillation(
         next_tokens = NextTokens(
             logits_weight, supervised_weight, temperature, vocabulary
         )
-        terms: list[Term] = [attention_term, next_tokens, retrieval_term]
-        for term in terms:
+        for term in (attention_term, next_tokens, retrieval_term, *terms):
             term.bind(of_student, of_teacher, store)
+            term.is_bound = True
 
         super().__init__(**kwargs)
         self.student = student
@@ -289,9 +291,11 @@ class DistanceWeightedAttentionDistillation(
         self.retrieval_term = retrieval_term
         self.attention_term = attention_term
         self.next_tokens = next_tokens
+        self.further_terms = (*terms,)
         # What they learn, under the names that weight files have.
         self.mixers = attention_term.mixers
         self.head_pooling = retrieval_term.head_pooling
+        self.term_layers = [layer for term in terms for layer in term.layers]
         # Training steps done, and in all, as far as `fit` knows: they drive
         # `progress` as tensors, so that a step is never compiled again.
         self.fit_knows_steps = False
@@ -318,7 +322,12 @@ class DistanceWeightedAttentionDistillation(
     @property
     def terms(self) -> list[Term]:
         """Those in use, in the order in which their losses are added."""
-        terms = (self.retrieval_term, self.attention_term, self.next_tokens)
+        terms = (
+            self.retrieval_term,
+            self.attention_term,
+            self.next_tokens,
+            *self.further_terms,
+        )
         return [term for term in terms if term.is_used]
 
     @property
@@ -612,14 +621,14 @@ class DistanceWeightedAttentionDistillation(
                 term.stored_targets(self.teacher, x) if needed else None
                 for term, needed in zip(self.terms, needs, strict=True)
             ]
-        layers = {*()}.union(*(term.teacher_layers() for term in self.terms))
-        run = Run(
-            *forward(
-                self.teacher,
-                x,
-                sorted(layers),
-                linear_memory=self.linear_memory,
-            )
+        run = forward(
+            self.teacher,
+            x,
+            union(term.teacher_layers() for term in self.terms),
+            linear_memory=self.linear_memory,
+            hidden_layers=union(
+                term.teacher_hidden_states() for term in self.terms
+            ),
         )
         return [
             term.targets(self.student, x, run) if needed else None
@@ -669,16 +678,14 @@ class DistanceWeightedAttentionDistillation(
         """
         if training:
             self.check_progress()
-        layers = {*()}.union(*(term.student_layers() for term in self.terms))
-        run = Run(
-            *forward(
-                self.student,
-                x,
-                sorted(layers),
-                training,
-                self.rematerialize,
-                self.linear_memory,
-            )
+        run = forward(
+            self.student,
+            x,
+            union(term.student_layers() for term in self.terms),
+            training,
+            self.rematerialize,
+            self.linear_memory,
+            union(term.student_hidden_states() for term in self.terms),
         )
         y_pred = None
         if self.needs_logits:
@@ -763,6 +770,10 @@ class DistanceWeightedAttentionDistillation(
         for name, tracker in self.trackers.items():
             tracker.update_state(terms[name], sample_weight=batch)
         return self.compute_metrics(x, y, y_pred, sample_weight)
+
+
+def union(sets: Iterable[set[int]]) -> list[int]:
+    return sorted(set().union(*sets))
 
 
 def as_loss(loss: Any) -> keras.losses.Loss | None:

@@ -312,7 +312,7 @@ class Targets(keras.Model):
             self.settings["layers"],
             self.settings["retrieval_heads"],
         )
-        unembedding, attention = forward(
+        unembedding, attention, _ = forward(
             self.teacher, inputs, sorted({*layers, *layers_of(heads)})
         )
         outputs = {}

@@ -83,7 +83,7 @@ def test_keeps_less():
         def loss(values):
             mapping = list(zip(variables, values, strict=True))
             with keras.StatelessScope(mapping):
-                unembedding, attention = forward(
+                unembedding, attention, _ = forward(
                     model, inputs, [7], True, rematerialize
                 )
                 return ops.sum(unembedding.logits()) + ops.sum(

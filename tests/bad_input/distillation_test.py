@@ -17,6 +17,8 @@ from keras_laid import StoredTeacher
 from keras_laid import find_retrieval_heads
 from keras_laid import store_teacher
 from keras_laid import yarn
+from keras_laid.distillation.terms import HiddenStates
+from keras_laid.distillation.terms import Term
 from tests.bad_input.table import assert_refused
 from tests.bad_input.table import refused
 from tests.bad_input.table import unchanged
@@ -267,6 +269,48 @@ CONSTRUCTOR = [
             [(0, 0), (-2, 1)],
         )
     ],
+    *[
+        refused(
+            f"terms={kinds}",
+            lambda g, terms=terms: make(g, terms=terms()),
+            error,
+            words,
+        )
+        for kinds, terms, error, words in (
+            ("class", lambda: [HiddenStates], TypeError, "must be a list of"),
+            ("one", lambda: HiddenStates(1.0), TypeError, "must be a list of"),
+            (
+                "same name",
+                lambda: [HiddenStates(1.0), HiddenStates(0.5)],
+                ValueError,
+                "a name of its own",
+            ),
+            (
+                "taken name",
+                lambda: [Term(logits=1.0)],
+                ValueError,
+                "a name of its own",
+            ),
+            (
+                "negative",
+                lambda: [HiddenStates(-1.0)],
+                ValueError,
+                "`hidden_states_weight` must be",
+            ),
+            (
+                "no such layer",
+                lambda: [HiddenStates(1.0, [(0, 9)])],
+                ValueError,
+                "`layer_map` must name teacher layers",
+            ),
+        )
+    ],
+    refused(
+        "rows='question' of hidden states",
+        lambda g: HiddenStates(1.0, rows="question"),
+        ValueError,
+        "`rows` must be one of",
+    ),
     *[
         refused(
             f"{name}={value!r}",
@@ -793,6 +837,14 @@ STORED = [
         )[0],
         ValueError,
         "with a dictionary `x`",
+    ),
+    refused(
+        "hidden states of a store",
+        lambda g, folder: make(
+            g, teacher=StoredTeacher(folder), terms=[HiddenStates(1.0)]
+        ),
+        ValueError,
+        "needs a teacher in memory",
     ),
     refused(
         "a store for a student",

@@ -8,12 +8,12 @@ from typing import Literal
 import keras
 from keras import ops
 
+from keras_laid.backbones.forward import Run
 from keras_laid.distillation import checks
 from keras_laid.distillation.description import Description
 from keras_laid.distillation.distance_weighting import DistanceWeighting
 from keras_laid.distillation.layer_map import resolve_layer_map
 from keras_laid.distillation.stored_teacher import StoredTeacher
-from keras_laid.distillation.terms.term import Run
 from keras_laid.distillation.terms.term import Step
 from keras_laid.distillation.terms.term import Term
 from keras_laid.distillation.terms.term import Weight

@@ -7,10 +7,10 @@ from typing import Literal
 import keras
 from keras import ops
 
+from keras_laid.backbones.forward import Run
 from keras_laid.distillation import checks
 from keras_laid.distillation.description import Description
 from keras_laid.distillation.stored_teacher import StoredTeacher
-from keras_laid.distillation.terms.term import Run
 from keras_laid.distillation.terms.term import Step
 from keras_laid.distillation.terms.term import Term
 from keras_laid.distillation.terms.term import Weight

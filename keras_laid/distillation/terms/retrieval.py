@@ -6,6 +6,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_laid.backbones.forward import Run
 from keras_laid.backbones.head_examples import matters
 from keras_laid.distillation.description import Description
 from keras_laid.distillation.distance_weighting import DistanceWeighting
@@ -18,7 +19,6 @@ from keras_laid.distillation.retrieval_matching import segment_distance
 from keras_laid.distillation.retrieval_matching import segments_for
 from keras_laid.distillation.retrieval_matching import text_log_shares
 from keras_laid.distillation.stored_teacher import StoredTeacher
-from keras_laid.distillation.terms.term import Run
 from keras_laid.distillation.terms.term import Step
 from keras_laid.distillation.terms.term import Term
 from keras_laid.distillation.terms.term import Weight

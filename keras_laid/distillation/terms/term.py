@@ -10,27 +10,14 @@ import keras
 from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule
 
+from keras_laid.backbones.forward import Run
 from keras_laid.distillation.description import Description
 from keras_laid.distillation.matched_rows import MatchedRows
 from keras_laid.distillation.matched_rows import matched_rows
 from keras_laid.distillation.stored_teacher import StoredTeacher
-from keras_laid.ops.attention import Attention
-from keras_laid.ops.unembedding import Unembedding
 from keras_laid.typing import Tensor
 
 Weight: TypeAlias = float | LearningRateSchedule
-
-
-class Run(NamedTuple):
-    """What a forward pass of a model gives.
-
-    Attributes:
-        tokens: Its `keras_laid.ops.Unembedding`.
-        attention: Dictionary from layer to `keras_laid.ops.Attention`.
-    """
-
-    tokens: Unembedding
-    attention: dict[int, Attention]
 
 
 class Step(NamedTuple):
@@ -59,8 +46,7 @@ class Step(NamedTuple):
 
     def rows(self, rows: Literal["text", "all"]) -> MatchedRows:
         """The rows of text, or all rows, of the layers that were read."""
-        key = next(iter(self.run.attention.values())).key
-        return matched_rows(self.model, self.x, ops.shape(key)[1], rows)
+        return matched_rows(self.model, self.x, self.run.key_length, rows)
 
 
 class Term:
@@ -77,12 +63,17 @@ class Term:
     Attributes:
         has_progress: Boolean, whether its losses change with the progress of
             training, which is a metric then.
+        layers: List of `keras.layers.Layer`, which are trained with the
+            student.
+        is_bound: Boolean, whether a distiller has it.
     """
 
     has_progress = False
 
     def __init__(self, **weights: Weight) -> None:
         self.weights = weights
+        self.layers: list[keras.layers.Layer] = []
+        self.is_bound = False
 
     def bind(
         self,
@@ -127,6 +118,14 @@ class Term:
 
     def teacher_layers(self) -> set[int]:
         """Layers of the teacher whose attention it reads."""
+        return set()
+
+    def student_hidden_states(self) -> set[int]:
+        """Layers of the student whose output it reads."""
+        return set()
+
+    def teacher_hidden_states(self) -> set[int]:
+        """Layers of the teacher whose output it reads."""
         return set()
 
     def targets(

@@ -1,0 +1,140 @@
+"""What the student's blocks put out, as the teacher's do."""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+from typing import Literal
+
+import keras
+from keras import ops
+
+from keras_laid.arguments import check_choice
+from keras_laid.backbones.forward import Run
+from keras_laid.distillation.description import Description
+from keras_laid.distillation.layer_map import resolve_layer_map
+from keras_laid.distillation.stored_teacher import StoredTeacher
+from keras_laid.distillation.terms.term import Step
+from keras_laid.distillation.terms.term import Term
+from keras_laid.distillation.terms.term import Weight
+from keras_laid.distillation.terms.term import weighted_mean
+from keras_laid.typing import Tensor
+
+
+class HiddenStates(Term):
+    """Squared error of projected hidden states, of some pairs of layers.
+
+    A learned projection `P` takes the student's hidden states `h` to the
+    teacher's `t`. For each pair of layers
+
+    `loss = mean |P h - t|^2 / mean |t - mean(t)|^2`,
+
+    where means are over the tokens of a batch that count: 0 is equal, and 1 is
+    as good as the mean of the teacher's states. The term is the mean over the
+    pairs.
+
+    Args:
+        weight: Float of at least 0, or a
+            `keras.optimizers.schedules.LearningRateSchedule` of training steps.
+        layer_map: `"last"`, `"uniform"`, or pairs of indices
+            `(student_layer, teacher_layer)`, as in
+            `keras_laid.DistanceWeightedAttentionDistillation`. Defaults to
+            `"last"`.
+        rows: Whose states are compared: `"text"`, those of text tokens, or
+            `"all"`, those of image tokens too. Defaults to `"all"`.
+
+    Raises:
+        TypeError: If `layer_map` is of another kind.
+        ValueError: If `rows` is another name. When the distiller is made, if a
+            layer does not exist or the teacher is a `keras_laid.StoredTeacher`,
+            which has no hidden states.
+
+    Example:
+
+    ```python
+    from keras_laid.distillation.terms import HiddenStates
+
+    distiller = keras_laid.DistanceWeightedAttentionDistillation(
+        teacher=teacher, student=student, terms=[HiddenStates(0.1)]
+    )
+    ```
+
+    Reference:
+     - [Romero et al., 2015](https://arxiv.org/abs/1412.6550), equation 3.
+    """
+
+    def __init__(
+        self,
+        weight: Weight,
+        layer_map: Literal["last", "uniform"]
+        | Sequence[tuple[int, int]] = "last",
+        rows: Literal["text", "all"] = "all",
+    ) -> None:
+        super().__init__(hidden_states=weight)
+        check_choice("rows", rows, ("text", "all"))
+        self.layer_map = layer_map
+        self.rows = rows
+
+    def bind(
+        self,
+        student: Description,
+        teacher: Description,
+        store: StoredTeacher | None,
+    ) -> None:
+        self.layer_pairs = resolve_layer_map(self.layer_map, student, teacher)
+        if store is not None:
+            raise ValueError(
+                "`HiddenStates` needs a teacher in memory: a store has none of "
+                "its hidden states. Received: a `keras_laid.StoredTeacher`. "
+                "Pass the teacher itself, or leave the term out."
+            )
+        self.layers = []
+        for student_layer, _ in self.layer_pairs:
+            projection = keras.layers.Dense(
+                teacher.hidden_dim,
+                dtype="float32",
+                name=f"projection_{student_layer}",
+            )
+            projection.build((None, None, student.hidden_dim))
+            self.layers.append(projection)
+
+    def student_hidden_states(self) -> set[int]:
+        return {s for s, _ in self.layer_pairs}
+
+    def teacher_hidden_states(self) -> set[int]:
+        return {t for _, t in self.layer_pairs}
+
+    def targets(
+        self, student: keras.Model, x: Mapping[str, Tensor], teacher: Run
+    ) -> dict[int, Tensor]:
+        return {
+            layer: teacher.hidden_states[layer]
+            for layer in self.teacher_hidden_states()
+        }
+
+    def compute(
+        self, step: Step, targets: Any
+    ) -> tuple[Tensor | float, dict[str, Tensor]]:
+        rows = step.rows(self.rows)
+        counted = ops.cast(rows.counted, "float32")
+        # [batch, rows, 1]: an example counts as much as its most weighty token.
+        weight = counted * ops.max(step.sample_weight, axis=1, keepdims=True)
+        weight = weight[:, :, None]
+        losses = []
+        for projection, (s, t) in zip(
+            self.layers, self.layer_pairs, strict=True
+        ):
+            hidden, teacher = (
+                ops.cast(states[:, -rows.num_rows :], "float32")
+                for states in (step.run.hidden_states[s], targets[t])
+            )
+            total = ops.maximum(ops.sum(weight), keras.backend.epsilon())
+            mean = ops.sum(weight * teacher, axis=(0, 1)) / total
+            error = weighted_mean(
+                ops.square(projection(hidden) - teacher), weight
+            )
+            variance = weighted_mean(ops.square(teacher - mean), weight)
+            losses.append(
+                error / ops.maximum(variance, keras.backend.epsilon())
+            )
+        loss = sum(losses) / len(losses)
+        return step.weights["hidden_states"] * loss, {"hidden_states": loss}
