@@ -17,6 +17,8 @@ class Method:
             times the learning rate is taken: it wants a larger one.
         terms: Dictionary of further arguments of
             `keras_laid.DistanceWeightedAttentionDistillation`.
+        make_terms: Tuple of functions without arguments, which make further
+            terms of the loss: each run has its own.
     """
 
     stretching: bool = True
@@ -25,10 +27,11 @@ class Method:
     lora_rank: int | None = None
     strength: float = 4.0
     terms: dict = dataclasses.field(default_factory=dict)
+    make_terms: tuple = ()
 
     @property
     def has_teacher(self):
-        return any(
+        return bool(self.make_terms) or any(
             self.terms.get(f"{term}_weight", 1.0)
             for term in ("retrieval", "attention", "query_key", "logits")
         )

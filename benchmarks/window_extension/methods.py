@@ -172,6 +172,7 @@ def train(method, settings, seed, learning_rate, student, callbacks=()):
         student=several_images(student),
         distance_weighting=keras_laid.DistanceWeighting(method.strength),
         supervised_weight=1.0 if has_labels else 0.0,
+        terms=[make() for make in method.make_terms],
         **method.terms,
     )
     steps = settings.steps

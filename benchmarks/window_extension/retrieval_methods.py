@@ -1,5 +1,7 @@
 """Matching retrieval: its forms, and the controls that could refute it."""
 
+import dataclasses
+import functools
 import random
 
 from keras import ops
@@ -8,6 +10,7 @@ import keras_laid
 from benchmarks.window_extension.method import kd
 from benchmarks.window_extension.method import laid
 from benchmarks.window_extension.method import sft
+from keras_laid.distillation.terms import HiddenStates
 
 LAYERS, HEADS = range(4), range(4)  # Of the embedded teacher.
 RETRIEVING = [(1, 1), (1, 2), (1, 3)]
@@ -45,6 +48,12 @@ def dense(**terms):
         query_key_weight=0.0,
         **{"attention_weight": 1.0, **terms},
     )
+
+
+def hidden_states(weight, **arguments):
+    """Logits, and what blocks put out through a learned projection."""
+    make = functools.partial(HiddenStates, weight, **arguments)
+    return dataclasses.replace(kd(stretching=False), make_terms=(make,))
 
 
 class WrongHeads(keras_laid.RetrievalMatching):
@@ -111,6 +120,7 @@ METHODS = {
     "wrong_heads": matching(retrieval=WrongHeads()),
     "blind_heads": matching(retrieval=BlindHeads()),
     "true_needle": matching(retrieval=TrueNeedle()),
+    "hidden_states": hidden_states(1.0, layer_map="uniform"),
     # Whole maps: the paper's form, the layer that retrieves, all layers.
     "last_layer": dense(attention_weight=0.3),
     "dense_layer_1": dense(layer_map=[(1, 1)]),

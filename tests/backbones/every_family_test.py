@@ -126,7 +126,7 @@ def test_models_with_gains_and_folded_ones_can_be_saved(family, tmp_path):
 
 @pytest.mark.parametrize(
     "family",
-    [*small_models.FAMILIES, small_models.mistral_sliding],
+    [*small_models.families("torch"), small_models.mistral_sliding],
     ids=small_models.name_of,
 )
 def test_captured_attention_is_what_the_layer_computes(family):
@@ -271,8 +271,14 @@ def test_one_step_reaches_every_weight(family):
     "teacher, student",
     [
         (small_models.llama, small_models.qwen_3),
-        (small_models.qwen, small_models.phi_3),
-        (small_models.mistral, small_models.gemma_2),
+        pytest.param(
+            *(small_models.qwen, small_models.phi_3),
+            marks=pytest.mark.extra_large_but_on("torch"),
+        ),
+        pytest.param(
+            *(small_models.mistral, small_models.gemma_2),
+            marks=pytest.mark.extra_large_but_on("torch"),
+        ),
     ],
 )
 def test_a_teacher_of_another_family(teacher, student):

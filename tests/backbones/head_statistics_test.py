@@ -20,14 +20,12 @@ from tests.backbones.retrieval_support import weights
 from tests.backbones.small_models import make_model
 
 
+@pytest.mark.extra_large_but_on("tensorflow", "torch")
 @pytest.mark.parametrize(
     "family",
     [
         small_models.pali_gemma,
-        pytest.param(
-            small_models.gemma_3,
-            marks=pytest.mark.extra_large_but_on("tensorflow", "torch"),
-        ),
+        small_models.gemma_3,
     ],
     ids=small_models.name_of,
 )

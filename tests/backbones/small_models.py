@@ -211,14 +211,18 @@ FAMILIES = tuple(TASKS)
 FEW = (pali_gemma_2, gemma_3, llama)
 
 
-def each(*backends):
-    """Runs a test with each family; most are extra large but on backends."""
+def families(*backends):
+    """Parameters of a test; most are extra large but on some backends."""
     mark = pytest.mark.extra_large_but_on(*backends)
-    families = [
+    return [
         family if family in FEW else pytest.param(family, marks=mark)
         for family in FAMILIES
     ]
-    return pytest.mark.parametrize("family", families, ids=name_of)
+
+
+def each(*backends):
+    """Runs a test with each family, as in `families`."""
+    return pytest.mark.parametrize("family", families(*backends), ids=name_of)
 
 
 def name_of(family):

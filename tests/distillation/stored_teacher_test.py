@@ -181,6 +181,7 @@ def test_few_logits_ask_for_less(teacher, preprocessor, tmp_path):
     assert 0 < terms[0] < terms[1] < terms[2]
 
 
+@pytest.mark.extra_large_but_on("torch")
 def test_size_is_the_documented_one(teacher, written):
     stored = StoredTeacher(written)
     layers = [teacher.backbone.transformer_layers[i] for i in (1, 3)]
