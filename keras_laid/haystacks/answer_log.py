@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_laid.haystacks.question_files import read_json
+from keras_laid.haystacks.files import read_json
 from keras_laid.haystacks.sampling import Haystack
 from keras_laid.typing import PathLike
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from keras_laid.arguments import check_choice
-from keras_laid.haystacks.question_files import checked
-from keras_laid.haystacks.question_files import image_path
-from keras_laid.haystacks.question_files import read_json
+from keras_laid.haystacks.files import checked
+from keras_laid.haystacks.files import image_path
+from keras_laid.haystacks.files import read_json
 from keras_laid.typing import PathLike
 
 FOLDERS = {"train": "train2017", "validation": "val2017", "test": "val2017"}

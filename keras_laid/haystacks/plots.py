@@ -2,21 +2,38 @@
 
 from collections.abc import Iterable
 from collections.abc import Mapping
+from typing import Any
+from typing import Protocol
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from keras_laid.haystacks.results import HaystackResults
 from keras_laid.typing import PathLike
 
 CHANCE = 0.5
 COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown")
 
 
+class Results(Protocol):
+    """What is drawn of a `keras_laid.haystacks.HaystackResults`."""
+
+    @property
+    def questions(self) -> Mapping[int, int]: ...
+
+    @property
+    def accuracy(self) -> Mapping[int, float]: ...
+
+    def intervals(
+        self, confidence: float = ...
+    ) -> Mapping[int, tuple[float, float]]: ...
+
+    def by_position(self, bins: int = ...) -> Mapping[int, Any]: ...
+
+
 def plot_accuracy(
     path: PathLike,
-    results: Mapping[str, HaystackResults],
+    results: Mapping[str, Results],
     confidence: float = 0.95,
 ) -> None:
     """Accuracy over size, with bootstrap intervals.
@@ -71,9 +88,7 @@ def plot_accuracy(
     _finish(figure, path)
 
 
-def plot_positions(
-    path: PathLike, results: HaystackResults, bins: int = 5
-) -> None:
+def plot_positions(path: PathLike, results: Results, bins: int = 5) -> None:
     """Accuracy by size and by position of the needle, as a heat map.
 
     Args:
@@ -131,7 +146,7 @@ def plot_positions(
     _finish(figure, path)
 
 
-def _ends(result: HaystackResults) -> Iterable[tuple[float, float]]:
+def _ends(result: Results) -> Iterable[tuple[float, float]]:
     return result.intervals().values()
 
 

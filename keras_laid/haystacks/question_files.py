@@ -1,20 +1,20 @@
 """Reads the question files of the Visual Haystacks benchmark, strictly."""
 
 import dataclasses
-import json
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
-from typing import TypeVar
 
 import numpy as np
 
+from keras_laid.haystacks.files import checked
+from keras_laid.haystacks.files import image_path
+from keras_laid.haystacks.files import read_json
+from keras_laid.haystacks.files import relative_path
 from keras_laid.haystacks.questions import ANSWERS
 from keras_laid.haystacks.sampling import Haystack
 from keras_laid.typing import PathLike
 
-Kind = TypeVar("Kind")
 KINDS: dict[str, type] = {
     "conversations": list,
     "id": str,
@@ -26,7 +26,6 @@ KINDS: dict[str, type] = {
 # Who speaks: single-needle files say "human", multi-needle ones "user".
 ASKERS = ("human", "user")
 ANSWERERS = ("gpt",)
-LARGEST = 2**31  # Bytes of a JSON file; COCO's largest has 0.5 GB.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,101 +111,6 @@ def read_questions(
     return questions
 
 
-def read_json(
-    path: pathlib.Path, kind: type[Kind], advice: str = "download it again"
-) -> Kind:
-    """Reads a JSON file whose outermost value is a `list` or a `dict`."""
-    if not path.is_file():  # A pipe would be waited for.
-        raise FileNotFoundError(
-            f"A JSON file must be there. Received: {path}, which is no file"
-        )
-    if path.stat().st_size > LARGEST:
-        raise ValueError(
-            f"A JSON file must have at most {LARGEST} bytes. "
-            f"Received: {path} of {path.stat().st_size}"
-        )
-    try:
-        value = json.loads(
-            path.read_text(encoding="utf-8"),
-            object_pairs_hook=_dict_of,
-            parse_constant=_refuse_constant,
-        )
-    except (ValueError, RecursionError) as error:  # Of JSON and of UTF-8.
-        raise ValueError(
-            f"The file must be a whole JSON file in UTF-8. Received: {path}, "
-            f"with this error: {error}. It may be truncated: {advice}."
-        ) from error
-    return checked(value, kind, "the outermost value", path)
-
-
-def _dict_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """What Python would make of an object, but with each key once."""
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        raise ValueError(f"a key twice in {[key for key, _ in pairs]!r:.80}")
-    return value
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name}, which is no number of JSON")
-
-
-def checked(value: object, kind: type[Kind], name: str, where: object) -> Kind:
-    """Returns `value`, of type `kind`, or says where it is not."""
-    # A boolean is an integer in Python, but not in JSON.
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise ValueError(
-            f"{name} must be of type {kind.__name__}. Received: "
-            f"{value!r:.80} of type {type(value).__name__} in {where}"
-        )
-    return value
-
-
-def image_path(root: PathLike, name: str) -> pathlib.Path:
-    """The path of an image that must be a file below a root.
-
-    Args:
-        root: A folder.
-        name: String, a path relative to it, with `/` between folders.
-
-    Returns:
-        A `pathlib.Path`, links resolved.
-
-    Raises:
-        ValueError: If `name` is not relative, or leaves the root by itself or
-            by a symbolic link.
-        FileNotFoundError: If there is no such file.
-    """
-    # Not `Path.resolve`, which raises at a link that leads to itself.
-    root = pathlib.Path(os.path.realpath(root))
-    path = root / _relative(name, "image_path")
-    path = pathlib.Path(os.path.realpath(path))
-    if not path.is_relative_to(root):
-        raise ValueError(
-            "An image must not lie outside the root, by symbolic links either. "
-            f"Received: {name!r}, which is {path}, with root={root}. "
-            "Copy the images below the root, or pass the root they lie in."
-        )
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"Images must be below the root. Received: {name!r}, which is not "
-            f"in {root}. Download COCO 2017's images, or correct the root."
-        )
-    return path
-
-
-def _relative(name: str, where: object) -> str:
-    checked(name, str, "The path of an image", where)
-    parts = name.split("/")
-    if {"", ".", ".."} & set(parts) or "\\" in name or "\0" in name:
-        raise ValueError(
-            "The path of an image must be relative and must not leave its "
-            f"root: folders and a file with '/' between. Received: {name!r} "
-            f"in {where}"
-        )
-    return name
-
-
 def _keys(
     value: Any, kinds: Mapping[str, type], name: str, where: object
 ) -> None:
@@ -251,7 +155,7 @@ def _question(entry: Any, where: str) -> Question:
             )
     images = entry["pos_image"] + entry["neg_image"]
     for image in images:
-        _relative(image, where)
+        relative_path(image, where)
     if not entry["pos_image"] or len(set(images)) < len(images):
         raise ValueError(
             "A haystack must have at least one needle in `pos_image`, and each "

@@ -24,12 +24,12 @@ from keras_laid import evaluate_haystacks
 from keras_laid import presets
 from keras_laid.haystacks import Coco
 from keras_laid.haystacks import HaystackResults
+from keras_laid.haystacks import files
 from keras_laid.haystacks import openmoji
-from keras_laid.haystacks import question_files
 from keras_laid.haystacks import read_questions
 from keras_laid.haystacks.coco import read_image
+from keras_laid.haystacks.files import image_path
 from keras_laid.haystacks.openmoji import rasterised
-from keras_laid.haystacks.question_files import image_path
 from tests.bad_input.files_support import snapshot
 from tests.bad_input.files_support import wrong
 from tests.support import coco_entry
@@ -79,9 +79,9 @@ def test_question_files_are_refused(tmp_path, content, words, error):
 def test_huge_question_files_are_not_read(tmp_path, monkeypatch):
     path = tmp_path / "questions.json"
     path.write_text(WHOLE)
-    monkeypatch.setattr(question_files, "LARGEST", len(WHOLE))
+    monkeypatch.setattr(files, "LARGEST", len(WHOLE))
     read_questions(path)
-    monkeypatch.setattr(question_files, "LARGEST", len(WHOLE) - 1)
+    monkeypatch.setattr(files, "LARGEST", len(WHOLE) - 1)
     with pytest.raises(ValueError, match=f"at most {len(WHOLE) - 1} bytes"):
         read_questions(path)
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from keras_laid.haystacks import read_questions
-from keras_laid.haystacks.question_files import image_path
+from keras_laid.haystacks.files import image_path
 from tests.support import coco_entry
 from tests.support import make_coco
 
