@@ -93,14 +93,6 @@ REASONS = {
         "axes.tick_params(length= -1)",
     ): "how a picture looks",
     (
-        "haystacks/plots",
-        "( 0, CHANCE),",
-    ): "where a word stands in a picture",
-    (
-        "haystacks/plots",
-        "xytext=( 1, -3),",
-    ): "where a word stands in a picture",
-    (
         "haystacks/effective_window",
         "RESAMPLES = 2001",
     ): "how finely an interval is found",

@@ -18,7 +18,6 @@ from benchmarks.tables import SIZES
 from benchmarks.tables import make_tables
 from benchmarks.tables import only
 from benchmarks.window_extension import plots as study
-from keras_laid import spectral
 
 ROOT = pathlib.Path(__file__).parents[1]
 TEXTS = (
@@ -53,7 +52,7 @@ def draw_guide():
         model: keras_laid.effective_window(by_size).window
         for model, by_size in accuracy.items()
     }
-    spectral.plot_accuracy(
+    keras_laid.haystacks.plot_accuracy(
         rows.RESULTS / "accuracy.png", accuracy, windows, trained_on=20
     )
 

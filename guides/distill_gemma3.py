@@ -42,7 +42,6 @@ import keras_hub
 import numpy as np
 
 import keras_laid
-from keras_laid import spectral
 from keras_laid.haystacks.questions import question
 
 parser = argparse.ArgumentParser()
@@ -383,7 +382,7 @@ if not args.quick:  # Who guesses has no window.
         name: keras_laid.effective_window(by_size).window
         for name, by_size in accuracy.items()
     }
-spectral.plot_accuracy(
+keras_laid.haystacks.plot_accuracy(
     output / "accuracy.png", accuracy, windows, trained_on=args.images
 )
 results = {

@@ -278,13 +278,15 @@ windows = {
 }
 before, after = windows["before"].window, windows["after"].window
 after_is_at_least = windows["after"].censored == "above"
-spectral.plot_accuracy(
+keras_laid.haystacks.plot_accuracy(
     output / "accuracy.png",
     accuracy,
     {name: found.window for name, found in windows.items()},
     trained_on=args.images,
 )
-spectral.plot_terms(output / "terms.png", history.history, steps_per_epoch)
+keras_laid.distillation.plot_terms(
+    output / "terms.png", history.history, steps_per_epoch
+)
 spectral.plot_attention_mass(
     output / "attention_mass.png", masses, edges, image_length
 )

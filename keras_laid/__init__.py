@@ -2,6 +2,7 @@
 
 # `as` says to type checkers that these are names of the package.
 from keras_laid import backbones as backbones
+from keras_laid import distillation as distillation
 from keras_laid import haystacks as haystacks
 from keras_laid import layers as layers
 from keras_laid import ops as ops

@@ -10,7 +10,8 @@ from keras_laid import spectral
 
 place = pathlib.Path(keras_laid.__file__)
 assert "site-packages" in place.parts, place
-assert spectral.plot_accuracy
+assert spectral.plot_spectra
+assert keras_laid.haystacks.plot_accuracy
 if importlib.util.find_spec("tensorflow_datasets"):  # Of an extra.
     import tensorflow_datasets
 

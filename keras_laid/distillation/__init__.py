@@ -1,0 +1,34 @@
+"""Distillation: the wrapper, its terms and data, and stored teachers."""
+
+import importlib
+from typing import Any
+
+from keras_laid.distillation.distance_weighting import DistanceWeighting
+from keras_laid.distillation.distiller import (
+    DistanceWeightedAttentionDistillation,
+)
+from keras_laid.distillation.group_optimizer import group_optimizer
+from keras_laid.distillation.position_stretching import PositionStretching
+from keras_laid.distillation.resumable_training import ResumableTraining
+from keras_laid.distillation.retrieval_matching import RetrievalMatching
+from keras_laid.distillation.store_teacher import store_teacher
+from keras_laid.distillation.stored_teacher import StoredTeacher
+
+__all__ = [
+    "DistanceWeightedAttentionDistillation",
+    "DistanceWeighting",
+    "PositionStretching",
+    "ResumableTraining",
+    "RetrievalMatching",
+    "StoredTeacher",
+    "group_optimizer",
+    "plot_terms",
+    "store_teacher",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "plot_terms":  # Matplotlib is slow to import.
+        plots = importlib.import_module("keras_laid.distillation.plots")
+        return plots.plot_terms
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

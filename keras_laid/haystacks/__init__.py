@@ -3,16 +3,21 @@
 Where `tensorflow_datasets` is installed, importing this package makes
 `tfds.load("visual_haystacks/digits")` work. `VisualHaystacks` and
 `HaystackConfig`, its builder and its configs, are imported when they are asked
-for, and raise `ImportError` where it is not installed.
+for, and raise `ImportError` where it is not installed. `plot_accuracy` and
+`plot_positions` are too, since matplotlib is slow to import.
 """
 
 import importlib
 import importlib.util
 from typing import Any
 
+from keras_laid.haystacks.callback import HaystackEvaluation
 from keras_laid.haystacks.coco import Coco
 from keras_laid.haystacks.dataset import Haystacks
 from keras_laid.haystacks.digits import Digits
+from keras_laid.haystacks.effective_window import effective_window
+from keras_laid.haystacks.effective_window import effective_window_interval
+from keras_laid.haystacks.evaluation import evaluate_haystacks
 from keras_laid.haystacks.openmoji import OpenMoji
 from keras_laid.haystacks.question_files import Question
 from keras_laid.haystacks.question_files import read_questions
@@ -27,6 +32,7 @@ __all__ = [
     "Digits",
     "Haystack",
     "HaystackConfig",
+    "HaystackEvaluation",
     "HaystackResults",
     "Haystacks",
     "OpenMoji",
@@ -34,6 +40,11 @@ __all__ = [
     "Question",
     "VisualHaystacks",
     "draw_haystacks",
+    "effective_window",
+    "effective_window_interval",
+    "evaluate_haystacks",
+    "plot_accuracy",
+    "plot_positions",
     "read_questions",
     "score",
 ]
@@ -48,8 +59,16 @@ if importlib.util.find_spec("tensorflow_datasets"):
         importlib.import_module("keras_laid.haystacks.builder")
 
 
+LATER = {
+    "HaystackConfig": "builder",
+    "VisualHaystacks": "builder",
+    "plot_accuracy": "plots",
+    "plot_positions": "plots",
+}
+
+
 def __getattr__(name: str) -> Any:
-    if name in ("HaystackConfig", "VisualHaystacks"):
-        builder = importlib.import_module("keras_laid.haystacks.builder")
-        return getattr(builder, name)
+    if name in LATER:
+        module = importlib.import_module(f"{__name__}.{LATER[name]}")
+        return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,91 +1,98 @@
 """Pictures of what an evaluation found."""
 
-from collections.abc import Iterable
 from collections.abc import Mapping
 from typing import Any
 from typing import Protocol
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.figure import Figure
 
+from keras_laid.plotting import check_some
+from keras_laid.plotting import finish
+from keras_laid.plotting import label_of
+from keras_laid.plotting import styles_of
 from keras_laid.typing import PathLike
 
 CHANCE = 0.5
-COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown")
 
 
 class Results(Protocol):
     """What is drawn of a `keras_laid.haystacks.HaystackResults`."""
-
-    @property
-    def questions(self) -> Mapping[int, int]: ...
-
-    @property
-    def accuracy(self) -> Mapping[int, float]: ...
-
-    def intervals(
-        self, confidence: float = ...
-    ) -> Mapping[int, tuple[float, float]]: ...
 
     def by_position(self, bins: int = ...) -> Mapping[int, Any]: ...
 
 
 def plot_accuracy(
     path: PathLike,
-    results: Mapping[str, Results],
-    confidence: float = 0.95,
+    accuracy: dict[str, dict[int, float]],
+    windows: Mapping[str, float] | None = None,
+    trained_on: int | None = None,
+    intervals: Mapping[str, Mapping[int, tuple[float, float]]] | None = None,
 ) -> None:
-    """Accuracy over size, with bootstrap intervals.
+    """Accuracy over haystack size, on a logarithmic axis.
 
     Args:
         path: File to write.
-        results: Dictionary from a label to a `HaystackResults`, one or more. A
-            single one needs no label and may have `""`.
-        confidence: Float in `(0, 1)`, of the intervals. Defaults to `0.95`.
+        accuracy: Dictionary from names of models to dictionaries from size, in
+            images, to accuracy, such as `HaystackResults.accuracy`.
+            `"teacher"`, `"before"` and `"after"` have styles of their own here
+            and in every other picture. A single model needs no name: `""`.
+        windows: Optional dictionary from the same names to effective windows,
+            in images, drawn as marks on the axis.
+        trained_on: Optional largest size trained on, in images.
+        intervals: Optional dictionary from the same names to dictionaries from
+            size to a pair of ends, such as `HaystackResults.intervals()`.
     """
+    check_some("accuracy", accuracy)
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    sizes = sorted({size for r in results.values() for size in r.questions})
-    for (label, result), color in zip(
-        results.items(), np.resize(COLORS, len(results)), strict=True
-    ):
-        accuracy = result.accuracy
-        intervals = result.intervals(confidence)
-        low, high = zip(*(intervals[size] for size in accuracy), strict=True)
-        axes.fill_between(list(accuracy), low, high, color=color, alpha=0.2)
+    styles = styles_of([*accuracy, *(windows or {})])
+    lowest = [CHANCE]
+    for name, by_size in accuracy.items():
+        sizes = sorted(by_size)
         axes.plot(
-            list(accuracy),
-            list(accuracy.values()),
-            color=color,
+            sizes,
+            [by_size[size] for size in sizes],
             marker="o",
             markersize=4,
-            label=label,
+            label=label_of(name),
+            **styles[name],
         )
+        lowest.extend(by_size.values())
+    for name, ends in (intervals or {}).items():
+        sizes = sorted(ends)
+        low, high = zip(*(ends[size] for size in sizes), strict=True)
+        axes.fill_between(
+            sizes, low, high, color=styles[name]["color"], alpha=0.2
+        )
+        lowest.extend(low)
+    for name, window in (windows or {}).items():
+        axes.axvline(
+            window, ymax=0.06, color=styles[name]["color"], linewidth=5
+        )
+    if trained_on is not None:
+        axes.axvspan(0.9, trained_on, color="0.95", zorder=0)
+        axes.text(1, 1.012, "sizes trained on", color="0.45", fontsize=9)
     axes.axhline(CHANCE, color="0.8", linewidth=1, zorder=0)
-    axes.annotate(
-        "chance",
-        (1, CHANCE),
-        xycoords=("axes fraction", "data"),
-        xytext=(0, -3),
-        textcoords="offset points",
-        ha="right",
-        va="top",
-        color="0.5",
-        fontsize=9,
-    )
+    sizes = sorted(set().union(*accuracy.values()))
     axes.set_xscale("log")
-    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.set_xticks(sizes, [str(size) for size in sizes], minor=False)
     axes.minorticks_off()
-    lowest = min(low for r in results.values() for low, _ in _ends(r))
     axes.set(
-        ylim=(max(-0.03, min(lowest, CHANCE) - 0.08), 1.03),
+        xlim=(0.9, max(sizes) * 1.15),
+        ylim=(max(-0.03, min(lowest) - 0.08), 1.04),
         xlabel="images in the haystack",
-        ylabel=f"accuracy, {confidence:.0%} interval",
+        ylabel="accuracy (chance 0.5)"
+        + (", intervals shaded" if intervals else ""),
     )
-    if any(results):
-        axes.legend(frameon=False, loc="lower left")
-    axes.spines[["top", "right"]].set_visible(False)
-    _finish(figure, path)
+    if any(accuracy):
+        axes.legend(
+            frameon=False,
+            loc="center left",
+            title="bars: effective window" if windows else None,
+            title_fontsize=9,
+            alignment="left",
+        )
+    finish(figure, path)
 
 
 def plot_positions(path: PathLike, results: Results, bins: int = 5) -> None:
@@ -143,13 +150,4 @@ def plot_positions(path: PathLike, results: Results, bins: int = 5) -> None:
     bar.ax.set_yticklabels(["0", "chance", "1"])
     bar.set_label("accuracy")
     bar.outline.set_visible(False)
-    _finish(figure, path)
-
-
-def _ends(result: Results) -> Iterable[tuple[float, float]]:
-    return result.intervals().values()
-
-
-def _finish(figure: Figure, path: PathLike) -> None:
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    finish(figure, path)

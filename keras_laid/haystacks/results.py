@@ -181,7 +181,11 @@ class HaystackResults:
             )
             + "\n"
         )
-        plots.plot_accuracy(folder / "accuracy.png", {"": self})
+        plots.plot_accuracy(
+            folder / "accuracy.png",
+            {"": self.accuracy},
+            intervals={"": self.intervals()},
+        )
         plots.plot_positions(folder / "positions.png", self)
 
     def _rows(self) -> list[dict[str, Any]]:

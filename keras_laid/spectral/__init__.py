@@ -14,9 +14,7 @@ from keras_laid.spectral.intervals import Interval
 from keras_laid.spectral.intervals import mean_with_interval
 from keras_laid.spectral.learned_weights import head_mixtures
 from keras_laid.spectral.learned_weights import rotary_gains
-from keras_laid.spectral.plots import plot_accuracy
 from keras_laid.spectral.plots import plot_attention_mass
-from keras_laid.spectral.plots import plot_terms
 from keras_laid.spectral.retrieval_plots import plot_retrieval_heads
 from keras_laid.spectral.spectra import Spectrum
 from keras_laid.spectral.spectra import band_agreement
@@ -43,7 +41,6 @@ __all__ = [
     "head_mixtures",
     "low_frequency_share",
     "mean_with_interval",
-    "plot_accuracy",
     "plot_attention_mass",
     "plot_band_agreement",
     "plot_frequency_shares",
@@ -53,7 +50,6 @@ __all__ = [
     "plot_intervals",
     "plot_retrieval_heads",
     "plot_spectra",
-    "plot_terms",
     "power_spectrum",
     "rotary_gains",
     "rotary_wavelengths",

@@ -12,9 +12,9 @@ from matplotlib.patches import Rectangle
 from keras_laid.arguments import check_choice
 from keras_laid.arguments import check_kind
 from keras_laid.backbones.retrieval_heads import RetrievalHeads
-from keras_laid.spectral.plots import check_some
-from keras_laid.spectral.plots import finish
-from keras_laid.spectral.plots import label_of
+from keras_laid.plotting import check_some
+from keras_laid.plotting import finish
+from keras_laid.plotting import label_of
 from keras_laid.typing import PathLike
 
 # What the colours stand for.

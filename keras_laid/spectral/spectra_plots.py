@@ -14,11 +14,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
+from keras_laid.plotting import check_some
+from keras_laid.plotting import finish
+from keras_laid.plotting import label_of
+from keras_laid.plotting import styles_of
 from keras_laid.spectral.intervals import Interval
-from keras_laid.spectral.plots import check_some
-from keras_laid.spectral.plots import finish
-from keras_laid.spectral.plots import label_of
-from keras_laid.spectral.plots import styles_of
 from keras_laid.typing import PathLike
 
 FREQUENCY_TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)

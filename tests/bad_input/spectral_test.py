@@ -5,6 +5,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
+from keras_laid import distillation
+from keras_laid import haystacks
 from keras_laid import spectral
 from keras_laid.backbones.head_statistics import HeadStatistics
 from keras_laid.backbones.retrieval_heads import RetrievalHeads
@@ -283,7 +285,7 @@ def test_calls_with_models_are_refused(model, call, words, error):
 
 
 PLOTS = {
-    "accuracy": lambda path: spectral.plot_accuracy(path, {}),
+    "accuracy": lambda path: haystacks.plot_accuracy(path, {}),
     "masses": lambda path: spectral.plot_attention_mass(path, {}, (0, 4), 4),
     "powers": lambda path: spectral.plot_spectra(path, SIGNAL, {}),
     "values": lambda path: spectral.plot_intervals(path, {}, "share"),
@@ -293,7 +295,9 @@ PLOTS = {
     "mixtures": lambda path: spectral.plot_head_mixtures(path, {}),
     "gains": lambda path: spectral.plot_gains(path, SIGNAL, {}),
     "found": lambda path: spectral.plot_retrieval_heads(path, {}),
-    "history": lambda path: spectral.plot_terms(path, {"accuracy": [1.0]}, 9),
+    "history": lambda path: distillation.plot_terms(
+        path, {"accuracy": [1.0]}, 9
+    ),
 }
 
 

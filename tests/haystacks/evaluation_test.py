@@ -377,7 +377,7 @@ def test_integers_of_numpy_are_written(tmp_path):
 def test_a_cell_of_the_picture_stands_where_the_needle_was(monkeypatch):
     figures = []
     monkeypatch.setattr(
-        plots, "_finish", lambda figure, _: figures.append(figure)
+        plots, "finish", lambda figure, _: figures.append(figure)
     )
     haystacks = digits(40, sizes=(1, 4))
     # Right where the needle is in the first half of the images.

@@ -1,6 +1,9 @@
 import numpy as np
 
+from keras_laid import distillation
+from keras_laid import haystacks
 from keras_laid import spectral
+from keras_laid.distillation import plots
 from tests.support import attention_of
 from tests.support import make_haystacks
 from tests.support import make_multi_image
@@ -39,12 +42,24 @@ def test_uniform_attention_is_spread_evenly():
 
 def test_plots_are_drawn(tmp_path):
     accuracy = {"before": {1: 0.9, 10: 0.6}, "after": {1: 0.9, 10: 0.9}}
-    spectral.plot_accuracy(
+    haystacks.plot_accuracy(
         tmp_path / "a.png", accuracy, {"before": 3.0}, trained_on=4
     )
-    spectral.plot_terms(tmp_path / "t.png", {"loss": [2.0, 1.0]}, 5)
+    losses = dict.fromkeys(("retrieval", "loss", "kl", "val_loss"), [2.0, 1.0])
+    distillation.plot_terms(tmp_path / "t.png", losses, 5)
     spectral.plot_attention_mass(
         tmp_path / "m.png", {"before": np.array([0.7, 0.3])}, [0, 4, 8], 4
     )
     for name in "atm":
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_term_has_a_panel(monkeypatch):
+    figures = []
+    monkeypatch.setattr(
+        plots, "finish", lambda figure, _: figures.append(figure)
+    )
+    names = ("retrieval", "mine", "progress", "loss", "kl", "val_loss")
+    plots.plot_terms("nowhere.png", dict.fromkeys(names, [2.0, 1.0]), 5)
+    titles = [axes.get_title() for axes in figures[0].axes]
+    assert titles == ["loss", "mine", "retrieval"]

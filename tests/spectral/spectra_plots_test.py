@@ -4,6 +4,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import keras_laid
+from keras_laid import haystacks
+from keras_laid import plotting
 from keras_laid import spectral
 from keras_laid.backbones.head_statistics import HeadStatistics
 from keras_laid.backbones.retrieval_heads import RetrievalHeads
@@ -73,7 +75,7 @@ def test_any_models_are_drawn(tmp_path):
     )
     check(path)
     accuracy = dict.fromkeys(NAMES, {1: 0.9, 10: 0.8})
-    spectral.plot_accuracy(path, accuracy, {"after KD": 4.0})
+    haystacks.plot_accuracy(path, accuracy, {"after KD": 4.0})
     check(path)
     spectral.plot_attention_mass(
         path, dict.fromkeys(NAMES, np.array([0.5, 0.5])), [0, 4, 8], 4
@@ -120,7 +122,7 @@ def test_cells_of_retrieval_heads(tmp_path, monkeypatch):
             image.get_array().filled(np.nan), heads.score
         )
         assert image.get_clim() == (0, 1)
-        assert axes.get_title(loc="left") == spectral.plots.label_of(name)
+        assert axes.get_title(loc="left") == plotting.label_of(name)
         texts = [float(text.get_text()) for text in axes.texts]
         known = heads.score[np.isfinite(heads.score)]
         np.testing.assert_allclose(texts, known, atol=0.00501)
