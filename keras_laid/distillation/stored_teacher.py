@@ -15,9 +15,9 @@ from keras import ops
 from keras_laid.arguments import check_kind
 from keras_laid.arguments import check_path
 from keras_laid.distillation.description import Description
+from keras_laid.ops.attention import MASKED
+from keras_laid.ops.attention import TINY
 from keras_laid.ops.attention import Attention
-from keras_laid.ops.attention_divergence.definition import MASKED
-from keras_laid.ops.attention_divergence.definition import TINY
 from keras_laid.ops.top_logits import TopLogits
 from keras_laid.typing import PathLike
 from keras_laid.typing import Tensor

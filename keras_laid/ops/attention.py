@@ -13,6 +13,11 @@ from keras_laid.arguments import check_scalar
 from keras_laid.arguments import check_shape
 from keras_laid.typing import Tensor
 
+# Stands for minus infinity, whose differences would be NaN.
+MASKED = -1e30
+# Below this a probability counts as 0 in `p * log(p)`.
+TINY = 1e-30
+
 
 class Attention(NamedTuple):
     """Queries and keys of one attention layer, after rotary embedding.
@@ -186,6 +191,22 @@ class Distance(NamedTuple):
         last = ops.maximum(ops.max(rows, axis=1), ops.max(keys, axis=1))
         first = ops.minimum(ops.min(rows, axis=1), ops.min(keys, axis=1))
         return last - first
+
+
+def log_attention(attention: Attention, allowed: Tensor) -> Tensor:
+    """Logarithm of attention maps, float32.
+
+    Args:
+        attention: `Attention`.
+        allowed: Boolean tensor that broadcasts to
+            `(batch, heads, rows, keys)`. Other keys get the logarithm of a
+            probability that rounds to 0; in a row without allowed keys all
+            keys are alike.
+
+    Returns:
+        A tensor of shape `(batch, heads, rows, keys)`.
+    """
+    return ops.log_softmax(ops.where(allowed, attention.logits(), MASKED))
 
 
 def check_attention(name: str, attention: Attention) -> None:

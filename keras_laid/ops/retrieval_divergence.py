@@ -9,10 +9,10 @@ from keras import ops
 from keras_laid.arguments import check_choice
 from keras_laid.arguments import check_kind
 from keras_laid.arguments import check_shape
+from keras_laid.ops.attention import MASKED
+from keras_laid.ops.attention import TINY
 from keras_laid.ops.attention import Distance
 from keras_laid.ops.attention import check_distance
-from keras_laid.ops.attention_divergence.definition import MASKED
-from keras_laid.ops.attention_divergence.definition import TINY
 from keras_laid.typing import Tensor
 
 POOLINGS = ("none", "heads", "rows")

@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_laid.arguments import check_number
 from keras_laid.arguments import is_number
-from keras_laid.ops.attention_divergence.definition import TINY
+from keras_laid.ops.attention import TINY
 from keras_laid.spectral.prompt_attention import PromptAttention
 from keras_laid.spectral.prompt_attention import prompt_attention
 from keras_laid.typing import Tensor

@@ -12,7 +12,7 @@ from keras_laid.backbones import decoder
 from keras_laid.backbones.attention_capture import attention_mask
 from keras_laid.backbones.attention_capture import run_capturing
 from keras_laid.ops.attention import Attention
-from keras_laid.ops.attention_divergence.definition import log_attention
+from keras_laid.ops.attention import log_attention
 from keras_laid.typing import Tensor
 
 

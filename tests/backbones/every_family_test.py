@@ -16,7 +16,7 @@ from keras_laid.backbones import decoder
 from keras_laid.backbones.attention_capture import attention_mask
 from keras_laid.backbones.attention_capture import captured_attention
 from keras_laid.backbones.attention_capture import text_rows
-from keras_laid.ops.attention_divergence.definition import log_attention
+from keras_laid.ops.attention import log_attention
 from tests.backbones import small_models
 from tests.backbones.small_models import EACH_CALLED
 from tests.backbones.small_models import EACH_COMPILED

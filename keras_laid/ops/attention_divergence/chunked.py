@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from keras import ops
 
+from keras_laid.ops.attention import MASKED
+from keras_laid.ops.attention import TINY
 from keras_laid.ops.attention import Attention
 from keras_laid.ops.attention import AttentionMask
 from keras_laid.ops.attention import Distance
@@ -44,7 +46,7 @@ class Block(NamedTuple):
         """The student's and the teacher's."""
         allowed = self.mask.allowed()
         return [
-            ops.where(allowed, attention.logits(), definition.MASKED)
+            ops.where(allowed, attention.logits(), MASKED)
             for attention in (self.student, self.teacher)
         ]
 
@@ -56,7 +58,7 @@ class Block(NamedTuple):
         q, p = ops.exp(log_q), ops.exp(log_p)
         if self.mixture is not None:
             p = ops.einsum("st,btij->bsij", self.mixture, p)
-            log_p = ops.log(ops.maximum(p, definition.TINY))
+            log_p = ops.log(ops.maximum(p, TINY))
         allowed = self.mask.allowed()
         weights = ops.where(allowed, self.distance.weights(self.span), 0.0)
         return log_q, log_p, q, p, weights

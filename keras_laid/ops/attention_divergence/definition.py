@@ -2,15 +2,12 @@
 
 from keras import ops
 
+from keras_laid.ops.attention import TINY
 from keras_laid.ops.attention import Attention
 from keras_laid.ops.attention import AttentionMask
 from keras_laid.ops.attention import Distance
+from keras_laid.ops.attention import log_attention
 from keras_laid.typing import Tensor
-
-# Stands for minus infinity, whose differences would be NaN.
-MASKED = -1e30
-# Below this a probability counts as 0 in `p * log(p)`.
-TINY = 1e-30
 
 
 def attention_divergence(
@@ -31,7 +28,3 @@ def attention_divergence(
     terms = ops.where(allowed, distance.weights() * terms, 0.0)
     # What rounding takes below 0 is 0.
     return ops.maximum(ops.sum(terms, axis=-1), 0.0)
-
-
-def log_attention(attention: Attention, allowed: Tensor) -> Tensor:
-    return ops.log_softmax(ops.where(allowed, attention.logits(), MASKED))

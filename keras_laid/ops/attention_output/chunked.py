@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from keras import ops
 
+from keras_laid.ops.attention import MASKED
 from keras_laid.ops.attention import Attention
 from keras_laid.ops.attention import AttentionMask
-from keras_laid.ops.attention_divergence.definition import MASKED
 from keras_laid.ops.attention_output import definition
 from keras_laid.ops.own_gradient import with_own_gradient
 from keras_laid.ops.row_blocks import RowBlocks

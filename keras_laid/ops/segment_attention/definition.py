@@ -2,10 +2,10 @@
 
 from keras import ops
 
+from keras_laid.ops.attention import MASKED
 from keras_laid.ops.attention import Attention
 from keras_laid.ops.attention import AttentionMask
-from keras_laid.ops.attention_divergence.definition import MASKED
-from keras_laid.ops.attention_divergence.definition import log_attention
+from keras_laid.ops.attention import log_attention
 from keras_laid.typing import Tensor
 
 
