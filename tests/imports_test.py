@@ -1,4 +1,4 @@
-"""No module of the package needs another that needs it."""
+"""Which modules of the package import which."""
 
 import ast
 import graphlib
@@ -7,6 +7,9 @@ import pathlib
 import keras_laid
 
 PACKAGE = pathlib.Path(keras_laid.__file__).parent
+# Lowest first: each imports only itself and what is below.
+FLOORS = ("ops", "layers", "backbones", "distillation")
+BESIDE = ("haystacks", "spectral")  # Import backbones and what is below.
 
 
 def modules():
@@ -16,9 +19,12 @@ def modules():
         yield ".".join(part for part in parts if part != "__init__"), path
 
 
-def imported(path):
+def imported(path, types=True):
     """Names that a file imports, inside of functions and for types too."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    if not types:
+        tree.body = [node for node in tree.body if not isinstance(node, ast.If)]
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             for alias in node.names:
                 yield node.module, f"{node.module}.{alias.name}"
@@ -39,3 +45,22 @@ def test_no_circle_of_imports():
     }
     assert needs["keras_laid.haystacks.results"]
     graphlib.TopologicalSorter(needs).prepare()  # Raises at a circle.
+
+
+def test_a_floor_imports_what_is_below():
+    allowed = {
+        floor: {*FLOORS[: height + 1]} for height, floor in enumerate(FLOORS)
+    }
+    for name in BESIDE:
+        allowed[name] = {*allowed["backbones"], name}
+    seen = set()
+    for name, path in modules():
+        _, *rest = name.split(".")
+        if not rest or rest[0] not in allowed:
+            continue
+        for _, found in imported(path, types=False):
+            package, *parts = found.split(".")
+            if package == "keras_laid" and parts[0] in allowed:
+                assert parts[0] in allowed[rest[0]], f"{name}: {found}"
+                seen.add((rest[0], parts[0]))
+    assert ("distillation", "ops") in seen
