@@ -84,6 +84,9 @@ def forward(
     positions = inputs.get("positions")
     inputs = {name: inputs[name] for name in decoder.input_names(model)}
     with contextlib.ExitStack() as scopes:
+        # Each of these replaces methods, and sees those that stand there: what
+        # captures attention wraps what linear memory computes it by; blocks run
+        # again with both; and hidden states are what such blocks put out.
         if linear_memory:
             scopes.enter_context(linear_blocks(model, named(linear_memory)))
         attention = scopes.enter_context(captured_attention(model, layers))
@@ -95,7 +98,6 @@ def forward(
                     model, positions, layers, attention, linear_memory
                 )
             )
-        # Last: what a rematerialised block puts out, not what is inside.
         hidden_states = scopes.enter_context(
             captured_hidden_states(model, hidden_layers)
         )
