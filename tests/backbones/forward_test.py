@@ -42,19 +42,23 @@ def test_scopes_of_a_run_work_together(family):
             model, inputs | {"positions": positions}, [1], hidden_layers=[0, 1]
         )
     )
-    found = values_of(
-        forward(
-            model,
-            inputs | {"positions": positions},
-            [1],
-            rematerialize=True,
-            linear_memory=True,
-            hidden_layers=[0, 1],
-        )
-    )
     for name, value in moved.items():
         assert np.abs(value - plain[name]).max() > 1e-3, name
-        np.testing.assert_allclose(found[name], value, 1e-3, 1e-4, err_msg=name)
+    for rematerialize in (False, True):
+        found = values_of(
+            forward(
+                model,
+                inputs | {"positions": positions},
+                [1],
+                rematerialize=rematerialize,
+                linear_memory=True,
+                hidden_layers=[0, 1],
+            )
+        )
+        for name, value in moved.items():
+            np.testing.assert_allclose(
+                found[name], value, 1e-3, 1e-4, err_msg=name
+            )
 
 
 def test_a_run_without_layers_has_no_length():
