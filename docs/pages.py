@@ -235,11 +235,14 @@ def identifier(name):
     those who only read; others are imported when they are asked for.
     """
     module, _, last = name.rpartition(".")
+    later = {}
     for node in syntax_of(module).body:
         if isinstance(node, ast.ImportFrom):
             if last in [alias.name for alias in node.names]:
                 return f"{name}.{last}" if node.module == name else name
-    return f"{module}.builder.{last}"
+        elif isinstance(node, ast.Assign) and node.targets[0].id == "LATER":
+            later = ast.literal_eval(node.value)
+    return f"{module}.{later[last]}.{last}"
 
 
 def syntax_of(module):

@@ -27,8 +27,11 @@ __all__ = [
 ]
 
 
+LATER = {"plot_terms": "plots"}  # Matplotlib is slow to import.
+
+
 def __getattr__(name: str) -> Any:
-    if name == "plot_terms":  # Matplotlib is slow to import.
-        plots = importlib.import_module("keras_laid.distillation.plots")
-        return plots.plot_terms
+    if name in LATER:
+        module = importlib.import_module(f"{__name__}.{LATER[name]}")
+        return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
