@@ -43,10 +43,9 @@ class HiddenStates(Term):
             `"all"`, those of image tokens too. Defaults to `"all"`.
 
     Raises:
-        TypeError: If `layer_map` is of another kind.
-        ValueError: If `rows` is another name. When the distiller is made, if a
-            layer does not exist or the teacher is a `keras_laid.StoredTeacher`,
-            which has no hidden states.
+        ValueError: If `rows` is another name. When the distiller is made, if
+            `layer_map` is of another kind, a layer does not exist, or the
+            teacher is a `keras_laid.StoredTeacher`, which has no hidden states.
 
     Example:
 
