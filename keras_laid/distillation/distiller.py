@@ -30,6 +30,8 @@ from keras_laid.backbones.retrieval_heads import find_retrieval_heads
 from keras_laid.backbones.workers import BuiltBesideWorkers
 from keras_laid.backbones.workers import check_workers
 from keras_laid.distillation import checks
+from keras_laid.distillation.compiled_loss import as_loss
+from keras_laid.distillation.compiled_loss import scaling_the_loss
 from keras_laid.distillation.description import Description
 from keras_laid.distillation.distance_weighting import DistanceWeighting
 from keras_laid.distillation.first_batches import first_batches
@@ -42,6 +44,7 @@ from keras_laid.distillation.terms.retrieval import RetrievalTerm
 from keras_laid.distillation.terms.term import Step
 from keras_laid.distillation.terms.term import Term
 from keras_laid.distillation.terms.term import Weight
+from keras_laid.distillation.total_steps import TotalSteps
 from keras_laid.ops.attention_divergence import IMPLEMENTATIONS
 from keras_laid.ops.attention_output import Name
 from keras_laid.ops.dispatch import check_requested
@@ -774,72 +777,3 @@ class DistanceWeightedAttentionDistillation(
 
 def union(sets: Iterable[set[int]]) -> list[int]:
     return sorted(set().union(*sets))
-
-
-def as_loss(loss: Any) -> keras.losses.Loss | None:
-    """What `compile` was given as a loss; `None` for `"auto"`."""
-    if isinstance(loss, str):
-        if loss == "auto":
-            return None
-        raise ValueError(
-            '`loss` must be "auto", a `keras.losses.Loss` or a function: names '
-            "stand for losses of probabilities, and the student gives logits. "
-            f"Received: loss={loss!r:.80}. Pass one such as "
-            "`keras.losses.SparseCategoricalCrossentropy(from_logits=True)`."
-        )
-    if not callable(loss) or isinstance(loss, type):
-        raise TypeError(
-            '`loss` must be "auto", a `keras.losses.Loss` or a function. '
-            f"Received: loss={loss!r:.80}"
-        )
-    if not isinstance(loss, keras.losses.Loss):
-        return FunctionLoss(loss)
-    if loss.reduction in (None, "none"):
-        raise ValueError(
-            "`loss` must have a reduction, to one number. "
-            f"Received: {loss.name!r} with reduction={loss.reduction!r}"
-        )
-    return loss
-
-
-def scaling_the_loss(optimizer: keras.Optimizer) -> keras.Optimizer:
-    """The optimizer in a `LossScaleOptimizer`, unless it scales by itself."""
-    scales = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
-    if scales or optimizer.loss_scale_factor is not None:
-        return optimizer
-    return keras.optimizers.LossScaleOptimizer(optimizer)
-
-
-class FunctionLoss(keras.losses.Loss):
-    """The weighted mean of a function of labels and logits."""
-
-    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
-        super().__init__(reduction="mean_with_sample_weight")
-        self.function = function
-
-    def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
-        return self.function(y_true, y_pred)
-
-
-class TotalSteps(keras.callbacks.Callback):
-    """Tells a distiller how many steps its training has."""
-
-    def __init__(self, initial_epoch: int) -> None:
-        super().__init__()
-        self.initial_epoch = initial_epoch
-
-    def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
-        model = self.model
-        model.fit_knows_steps = self.params["steps"] is not None
-        model.check_progress()
-        if not model.fit_knows_steps:
-            # Evaluation takes schedules at their end.
-            if model.distance_weighting.steps is not None:
-                model.total_steps.assign(model.distance_weighting.steps)
-            return
-        # Set where a callback has found an earlier run.
-        initial_epoch = self.model._initial_epoch or self.initial_epoch
-        remaining = self.params["epochs"] - initial_epoch
-        self.model.total_steps.assign(
-            self.model.step + remaining * self.params["steps"]
-        )
