@@ -62,7 +62,7 @@ class ModelParallel(keras.distribution.ModelParallel):
     ) -> None:
         if keras.backend.backend() != "jax":
             raise ValueError(
-                "Keras shards models over devices on JAX alone. Received: "
+                "Keras shards models over devices only on JAX. Received: "
                 f"backend={keras.backend.backend()!r}. Set KERAS_BACKEND=jax."
             )
         check_kind(

@@ -9,7 +9,7 @@ from typing import TypeAlias
 Tensor: TypeAlias = Any
 
 # Of a haystack: `uint8` arrays of shape `(height, width, 3)`, one array of all
-# of them, or strings, paths. The first element tells which, to readers alone.
+# of them, or strings, paths. The first element tells readers which.
 Images: TypeAlias = Any
 
 PathLike: TypeAlias = str | os.PathLike[str]

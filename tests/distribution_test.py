@@ -15,7 +15,7 @@ from tests.support import PALI_GEMMA
 
 needs_jax = pytest.mark.skipif(
     keras.backend.backend() != "jax",
-    reason="Keras distributes models on JAX alone.",
+    reason="Keras distributes models only on JAX.",
 )
 
 
@@ -101,7 +101,7 @@ def test_which_axis_is_split_over_four_devices(path, shape, axis):
     keras.backend.backend() == "jax", reason="JAX is what is needed."
 )
 def test_other_backends_are_refused():
-    with pytest.raises(ValueError, match="on JAX alone"):
+    with pytest.raises(ValueError, match="only on JAX"):
         ModelParallel(None)
 
 

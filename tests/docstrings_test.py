@@ -167,7 +167,7 @@ def names(presets, tmp_path, monkeypatch):
 def test_docstring(code, names):
     backend = keras.backend.backend()
     if "set_distribution" in code and backend != "jax":
-        pytest.skip("Keras shards on JAX alone")
+        pytest.skip("Keras shards only on JAX")
     if ".fit(" in code and backend != "torch":
         pytest.skip("trains where nothing is compiled; other tests elsewhere")
     if "evaluate_haystacks" in code:  # Takes none that are tokens.

@@ -128,7 +128,7 @@ def rematerializing(
 ) -> Callable[..., Callable[..., Tensor]]:
     """`rematerialized_call`, which also returns what is captured inside.
 
-    What a rematerialised function computes may leave it as an output alone.
+    What a rematerialised function computes may leave it only as an output.
     """
     rematerialized_call = part.rematerialized_call
 
@@ -166,7 +166,7 @@ def attention_mask(
     Args:
         model: As in `captured_attention`.
         inputs: The model's inputs, with `"padding_mask"` of shape
-            `(batch, length)`; for PaliGemma, where it is of text alone, with
+            `(batch, length)`; for PaliGemma, where it is only of text, with
             `"response_mask"` too; for Gemma 3 with images, with
             `"vision_mask"`.
         key_length: Integer, tokens of images and text.
@@ -214,7 +214,7 @@ def prefix_mask(
 def sees_whole_images(model: keras.Model) -> bool:
     """Whether tokens of an image see later ones of it, in global layers.
 
-    Gemma 4's do in its local layers alone.
+    Gemma 4's do only in its local layers.
     """
     return isinstance(backbone_of(model), Gemma3Backbone)
 
@@ -232,7 +232,7 @@ def text_rows(inputs: Mapping[str, Tensor]) -> Tensor:
     Args:
         inputs: A model's inputs. Gemma's have `"vision_mask"`; Qwen 3.5's have
             `"vision_indices"`, into all tokens of the batch. PaliGemma's
-            `"token_ids"` are text alone.
+            `"token_ids"` are only text.
 
     Returns:
         A boolean tensor of shape `(batch, length)`.

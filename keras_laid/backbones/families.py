@@ -194,7 +194,7 @@ def of_gemma(block: keras.layers.Layer) -> AttentionLayer:
     scaled_dim = attention.head_dim
     if not attention.query_head_dim_normalize:
         scaled_dim = attention.hidden_dim // attention.num_query_heads
-    # Gemma 3 alone has norms.
+    # Only Gemma 3 has norms.
     normalized = getattr(attention, "use_query_key_norm", False)
     return of_any_gemma(
         attention,

@@ -43,7 +43,7 @@ def attach_gain_modulation(
 
     Every Keras model that runs the backbone follows, as `keras_laid.yarn` says.
     Compile those that have been trained or evaluated before you train on: their
-    optimizers know the old variables alone, and Keras raises a `ValueError` in
+    optimizers know only the old variables, and Keras raises a `ValueError` in
     the next training step.
 
     With gains, `model.save("model.keras")` and `keras.models.load_model` work
@@ -61,9 +61,9 @@ def attach_gain_modulation(
             not those with a sliding window or linear attention. Defaults to
             all of those.
         per_head: Boolean. `False` is one gain a frequency, shared by all heads
-            and split evenly between queries and keys, or on queries alone where
+            and split evenly between queries and keys, or only on queries where
             layers share keys (Gemma 4). `True` is one a query head and
-            frequency, on queries alone; it cannot be folded where queries are
+            frequency, only on queries; it cannot be folded where queries are
             normalized (Gemma 3, Gemma 4, Qwen 3, Qwen 3.5). Defaults to
             `False`.
         max_gain: Float greater than 1. No gain exceeds it, nor is less than its
@@ -122,7 +122,7 @@ def fold_gain_modulation(model: keras.Model) -> None:
     Gains go into the kernels and biases of queries and keys or, where these are
     normalized after the projection, into the scales of the norms. Shared gains
     are split: the square root goes to queries, the square root to keys. Gains
-    of each head go to queries alone. Where LoRA is enabled on a kernel, shared
+    of each head go only to queries. Where LoRA is enabled on a kernel, shared
     gains are multiplied into its second factor too; adapters saved from then on
     belong to the folded kernels.
 

@@ -207,7 +207,7 @@ class LinearBlock:
         self, masks: Mapping[str, Tensor], batch: int, length: int
     ) -> AttentionMask:
         def of_all_tokens(name: str, of_images: bool) -> Tensor:
-            """PaliGemma's are of text alone, which images precede."""
+            """PaliGemma's are only of text, which images precede."""
             mask = ops.cast(masks[name], "bool")
             images = length - ops.shape(mask)[1]
             return ops.pad(

@@ -95,7 +95,7 @@ class MultiImagePaliGemmaCausalLM(BuiltBesideWorkers, PaliGemmaCausalLM):
             `0, 1, 2, ...` in every rotary embedding.
 
     Returns:
-        Logits of shape `(batch, length, vocabulary)`, for the text alone.
+        Logits of shape `(batch, length, vocabulary)`, for only the text.
 
     Raises:
         TypeError: If `preprocessor` is of another kind.

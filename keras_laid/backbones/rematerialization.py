@@ -107,7 +107,7 @@ def recomputing(
 ) -> Callable[..., Tensor]:
     """`call`, which runs again inside of its scopes.
 
-    What a rematerialised function computes may leave it as an output alone: so
+    What a rematerialised function computes may leave it only as an output: so
     does what is captured in it.
     """
 

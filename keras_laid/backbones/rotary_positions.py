@@ -90,7 +90,7 @@ class RotatedAt:
             check_positions(self.positions, inputs.shape[0], length)
         if not is_su_scaled(self.layer):
             return self.call(inputs, positions=self.positions)
-        # It takes a start alone, and how far it reaches decides the scaling.
+        # It takes only a start, and how far it reaches decides the scaling.
         start_index = ops.max(self.positions) + 1 - ops.shape(inputs)[1]
         with replaced_method(
             self.layer.rotary, "_compute_positions", self.compute_positions

@@ -120,7 +120,7 @@ class SelfExtendedAttention:
         start_index: int | Tensor = 0,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """The rotary embedding's `call`, which alone is told positions."""
+        """The rotary embedding's `call`: only it is given positions."""
         if isinstance(self.call_rope, RotatedAt):  # A scope around this one.
             positions = self.call_rope.positions
         self.rotated_at = start_index, positions

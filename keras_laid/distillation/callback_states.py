@@ -69,7 +69,7 @@ def has_own_state(callback: keras.callbacks.Callback) -> bool:
     if len(there) == 1:
         raise ValueError(
             f"A callback must have both of {OWN}, or neither. Received: "
-            f"{type(callback).__name__} with {there[0]!r} alone."
+            f"{type(callback).__name__} with only {there[0]!r}."
         )
     return bool(there)
 

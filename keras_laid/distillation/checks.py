@@ -201,7 +201,7 @@ def check_labels(
 def check_batch(model: keras.Model, batch: tuple[Any, Any, Any]) -> None:
     """Refuses a batch that the losses cannot be computed of.
 
-    Looks at shapes alone, which are known while a step is compiled.
+    Looks only at shapes, which are known while a step is compiled.
     """
     x, y, sample_weight = batch
     decoder.check_inputs(model, x)

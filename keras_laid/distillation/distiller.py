@@ -160,7 +160,7 @@ class DistanceWeightedAttentionDistillation(
             `keras_laid.ops.attention_divergence`, or `None` for the fastest one
             that can run. Defaults to `None`.
         terms: Sequence of further `keras_laid.distillation.terms.Term`s, each
-            made for this distiller alone. Defaults to `()`.
+            made for only this distiller. Defaults to `()`.
         **kwargs: Passed to `keras.Model`.
 
     Call arguments:
@@ -397,7 +397,7 @@ class DistanceWeightedAttentionDistillation(
                 arguments of the distiller.
 
         With the default loss and without metrics, logits are computed for the
-        tokens that `sample_weight` marks alone, some at a time.
+        tokens that `sample_weight` marks, and for no others, some at a time.
         """
         if optimizer is None or loss is None:
             raise ValueError(

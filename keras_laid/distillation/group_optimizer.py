@@ -75,7 +75,7 @@ def group_optimizer(
 
 
 def check_unscaled(name: str, optimizer: keras.Optimizer) -> None:
-    """Refuses an optimizer that would scale the loss for its group alone."""
+    """Refuses an optimizer that would scale the loss of only its group."""
     is_scaling = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
     if is_scaling or optimizer.loss_scale_factor is not None:
         raise ValueError(

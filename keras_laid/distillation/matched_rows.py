@@ -21,7 +21,7 @@ class MatchedRows(NamedTuple):
         num_rows: Integer, how many, the last ones of the sequence.
         mask: `keras_laid.ops.AttentionMask` of these rows.
         counted: Boolean tensor of shape `(batch, rows)`: neither padding nor,
-            with rows of text alone, an image's.
+            with only rows of text, an image's.
         attended: Boolean tensor of shape `(batch, keys)`: no padding.
         row_positions: Integer tensor of shape `(batch or 1, rows)`.
         key_positions: Integer tensor of shape `(batch or 1, keys)`.
@@ -35,7 +35,7 @@ class MatchedRows(NamedTuple):
     key_positions: Tensor
 
     def of(self, attention: Attention) -> Attention:
-        """`attention` with queries of these rows alone."""
+        """`attention` with queries of only these rows."""
         return attention._replace(query=attention.query[:, -self.num_rows :])
 
 

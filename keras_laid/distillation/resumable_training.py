@@ -61,7 +61,7 @@ class ResumableTraining(keras.callbacks.Callback):
     data or the learning rate are mended.
 
     Args:
-        folder: Path of a folder for this run alone; made if it is not there.
+        folder: Path of a folder for only this run; made if it is not there.
         data: The training data, if they change with the epoch by an attribute
             `epoch`, as `keras_laid.Haystacks` with stretched positions do; or a
             list of all such data, those of validation included.
@@ -271,9 +271,9 @@ def read_state(path: pathlib.Path) -> dict[str, Any]:
         state = None
     if not isinstance(state, dict) or "seeds" not in state:
         raise ValueError(
-            "The folder of a resumable training must hold states of this "
-            f"training alone. Received: {str(path)!r}, which is none. Delete "
-            "it, or pass another folder."
+            "The folder of a resumable training must hold only states of this "
+            f"training. Received: {str(path)!r}, which is none. Delete it, or "
+            "pass another folder."
         )
     return state
 

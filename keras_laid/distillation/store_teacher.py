@@ -76,9 +76,9 @@ def store_teacher(
     Args:
         teacher: As in `keras_laid.DistanceWeightedAttentionDistillation`.
         data: A `keras.utils.PyDataset` of batches `(x, y, sample_weight)` that
-            depend on their index alone, and on the attribute `epoch` if it has
+            depend only on their index, and on the attribute `epoch` if it has
             one, as `keras_laid.Haystacks` do.
-        folder: Path of a folder for this store alone; made if it is not there.
+        folder: Path of a folder for only this store; made if it is not there.
         retrieval_heads: `"auto"`, the heads that
             `keras_laid.find_retrieval_heads` finds on the first batches; or
             pairs of integers `(layer, head)`; or `()` to store none. Defaults

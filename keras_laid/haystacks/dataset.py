@@ -30,7 +30,7 @@ class Haystacks(keras.utils.PyDataset):
     the needles show the target. Other images may show the target, never the
     anchor: a model must find the needle to answer.
 
-    Batch `i` depends on `seed` and `i` alone, so that questions and images are
+    Batch `i` depends only on `seed` and `i`, so that questions and images are
     the same in every epoch, on every backend and after a restart; positions
     depend on the attribute `epoch` too. All haystacks of a batch have one size.
 

@@ -80,10 +80,10 @@ def evaluate_haystacks(
             dataset. No more than a batch of each size is held at a time.
         through: `"logits"`, `"choice"` or `"generate"`, the only one for a
             function. Defaults to `"logits"`.
-        rule: `"strict"`, or `"official"` with `through="generate"` alone, the
+        rule: `"strict"`, or `"official"`, only with `through="generate"`, the
             benchmark's own, by which "yes or no" is always right. Defaults to
             `"strict"`.
-        prompt: `"question"`, the question alone; `"official"`, the benchmark's
+        prompt: `"question"`, only the question; `"official"`, the benchmark's
             own prompt; or a string with `{question}` and maybe `{images}` in
             it, such as `"answer en {question}\\n"`. Images stand first unless
             it says where. Defaults to `"question"`.
@@ -309,7 +309,7 @@ class Asking:
             ]
             images: Any = [haystack.images for haystack in haystacks]
             returned = self.function(images, texts)
-            # A string alone would be one answer a letter.
+            # A single string would be one answer a letter.
             answers = [] if returned is None else [*returned]
             if isinstance(returned, (str, type(None))) or not all(
                 isinstance(answer, str) for answer in answers

@@ -164,7 +164,7 @@ def draw_pairs(
 
     Returns:
         An integer array of shape `(count, size, 2)`. Two different things in
-        an image; the anchor in the needles alone.
+        an image; the anchor only in the needles.
     """
     count, kinds = palettes.shape
     # Draw from the palette but one, then step over the anchor.
@@ -289,7 +289,7 @@ def draw_haystacks(
 
     Sizes, numbers of needles, "all" and "any" are shared out evenly, and half
     of the answers to each are yes. Positions of needles are uniform. Question
-    `i` depends on the arguments and on `i` alone.
+    `i` depends only on the arguments and on `i`.
 
     Args:
         source: A `PairSource` or a `keras_laid.haystacks.Coco`.

@@ -48,12 +48,12 @@ class GainModulatedRotaryEmbedding(RotaryEmbedding):
             Defaults to `1.0`.
         rope_type: `"linear"`, `"dynamic"` or `"yarn"`. How `scaling_factor`
             acts. Defaults to `"linear"`.
-        beta_fast: Float, in rotations over the original context. For `"yarn"`
-            alone. Defaults to `32.0`.
-        beta_slow: Float, in rotations over the original context. For `"yarn"`
-            alone. Defaults to `1.0`.
+        beta_fast: Float, in rotations over the original context. Only for
+            `"yarn"`. Defaults to `32.0`.
+        beta_slow: Float, in rotations over the original context. Only for
+            `"yarn"`. Defaults to `1.0`.
         original_max_position_embeddings: Integer, in positions. The original
-            context. For `"yarn"` alone. Defaults to `4096`.
+            context. Only for `"yarn"`. Defaults to `4096`.
         truncate: Boolean. Whether the range of frequencies `"yarn"` corrects
             is rounded to whole features. Defaults to `True`.
         sequence_axis: Integer. The axis of positions. Defaults to `1`.
@@ -70,7 +70,7 @@ class GainModulatedRotaryEmbedding(RotaryEmbedding):
             inverse. Defaults to `4.0`.
         applied_to: What passes through this layer. `"queries_and_keys"`: both,
             so that each is multiplied by the square root of the gain.
-            `"queries"`: queries alone, multiplied by the whole gain. With
+            `"queries"`: only queries, multiplied by the whole gain. With
             `num_heads` it is `"queries"`, since one key head may serve several
             query heads; without, it defaults to `"queries_and_keys"`.
         **kwargs: Passed to `keras.layers.Layer`: `name`, `dtype`, etc.
@@ -145,7 +145,7 @@ class GainModulatedRotaryEmbedding(RotaryEmbedding):
         check_choice("applied_to", applied_to, APPLIED_TO)
         if num_heads is not None and applied_to != "queries":
             raise ValueError(
-                "Gains of each head must be applied to queries alone: one key "
+                "Gains of each head must be applied only to queries: one key "
                 "head may serve several query heads. "
                 f"Received: num_heads={num_heads}, applied_to={applied_to!r}. "
                 'Pass `applied_to="queries"`, and keys through a plain '

@@ -69,7 +69,7 @@ class Unembedding(NamedTuple):
         return self._replace(hidden=function(self.hidden))
 
     def first(self, vocabulary: int) -> Self:
-        """The same with the logits of the first tokens alone."""
+        """The same with the logits of only the first tokens."""
         if vocabulary == self.vocabulary:
             return self
         if self.kernel is None:

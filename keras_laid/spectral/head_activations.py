@@ -37,7 +37,7 @@ def head_activations(
     wherever it is has half of the tokens far, and so 0.5 at best.
 
     The paper's figure 4 plots "normalised key activations" and gives no
-    formula; this one is ours. The norm of the keys alone would not do:
+    formula; this one is ours. The norm of only the keys would not do:
     PaliGemma has one key head for all query heads. The mean key is taken off
     since softmax ignores what all logits share. How much attention images get
     in all does not count: it grows with their number, whatever a head does.

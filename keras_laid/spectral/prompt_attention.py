@@ -20,7 +20,7 @@ class PromptAttention(NamedTuple):
     """Attention of text rows to images and text, in one layer.
 
     Attributes:
-        attention: A `keras_laid.ops.Attention` with queries of text alone.
+        attention: A `keras_laid.ops.Attention` with only queries of text.
         allowed: Boolean tensor of shape `(batch, 1, rows, keys)`.
         row_weight: Float tensor of shape `(batch, rows)`: rows of the prompt
             have equal weights that sum to 1, the response and padding have 0.

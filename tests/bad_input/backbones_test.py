@@ -718,5 +718,5 @@ def mesh(*shape):
 )
 def test_meshes_refused(call, error, words):
     if keras.backend.backend() != "jax":
-        error, words = ValueError, ["on JAX alone", "Set KERAS_BACKEND=jax"]
+        error, words = ValueError, ["only on JAX", "Set KERAS_BACKEND=jax"]
     assert_refused(error, words, call)

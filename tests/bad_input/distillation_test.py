@@ -909,7 +909,7 @@ def resumed(g, folder):
                     g, folder, content
                 ),
                 ValueError,
-                "must hold states of this training alone",
+                "must hold only states of this training",
                 "epoch_1",
             )
             for content in (None, "{", "{}", "[]")

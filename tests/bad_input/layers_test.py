@@ -222,7 +222,7 @@ ROWS = [
             num_heads=2, applied_to="queries_and_keys"
         ),
         ValueError,
-        "queries alone",
+        "only to queries",
         "num_heads=2",
         'Pass `applied_to="queries"`',
     ),

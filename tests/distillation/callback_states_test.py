@@ -260,7 +260,7 @@ class Strange(Half):
 
 
 def test_states_that_cannot_be_restored_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="Half with 'get_state' alone"):
+    with pytest.raises(ValueError, match="Half with only 'get_state'"):
         fit(tmp_path, Half())
     with pytest.raises(TypeError, match=r"Received: \{1\} of type set"):
         fit(tmp_path, Strange())

@@ -41,7 +41,7 @@ def segment_attention(
 
     the logarithm of the segment's share of the row's attention. The rest of
     the attention goes to keys of no segment. Softmax over the last axis gives
-    the shares among segments alone.
+    the shares among only the segments.
 
     Logarithms keep apart segments that get almost no attention: each is summed
     relative to its own largest key, so that no share is rounded to 0.
