@@ -80,11 +80,15 @@ class DistanceWeightedAttentionDistillation(
     - `attention`: `keras_laid.ops.attention_divergence` of the student's maps
       from mixed maps of the teacher, weighted by distance, averaged over heads
       and rows.
-    - `query_key`: `keras_laid.ops.query_key_distance`, averaged likewise.
+    - `query_key`: `keras_laid.ops.query_key_distance`, averaged in the same
+      way.
     - `logits`: the divergence of `keras_laid.ops.logits_divergence`, averaged
       over the tokens that `sample_weight` marks.
-    - `supervised`: its cross-entropy with the labels, averaged likewise, or
-      another compiled loss; plus the student's regularization losses.
+    - `supervised`: its cross-entropy with the labels, averaged in the same way,
+      or another compiled loss; plus the student's regularization losses.
+
+    `terms` adds others, such as
+    `keras_laid.distillation.terms.HiddenStates`.
 
     A term of weight 0 is not computed, and a teacher that no term needs is not
     run. Each term is a metric, as are `kl` (the logits term at temperature 1)
@@ -381,7 +385,7 @@ class DistanceWeightedAttentionDistillation(
             loss: The supervised loss: a `keras.losses.Loss` of labels and
                 logits, or a function of them, averaged over the tokens that
                 `sample_weight` marks. Defaults to `"auto"`: cross-entropy,
-                averaged likewise over those whose label is 0 or more.
+                averaged in the same way over those whose label is 0 or more.
             auto_scale_loss: Boolean, whether the loss is scaled for a student
                 that computes in float16 and keeps its weights in float32, as
                 with `dtype="mixed_float16"`: small gradients would become 0.

@@ -179,7 +179,7 @@ class StoredTeacher:
     def attention(
         self, x: Mapping[str, Tensor], layers: Collection[int]
     ) -> dict[int, Attention]:
-        """Queries and keys of some layers, likewise.
+        """Queries and keys of some layers, from such a batch.
 
         Returns:
             A dictionary from layer to `keras_laid.ops.Attention`.
@@ -198,7 +198,7 @@ class StoredTeacher:
     def log_shares(
         self, x: Mapping[str, Tensor], layers: Collection[int]
     ) -> dict[int, Tensor]:
-        """The attention of some layers' retrieval heads, likewise.
+        """The attention of some layers' retrieval heads, from such a batch.
 
         Returns:
             A dictionary from layer to the logarithm of the attention that its
