@@ -63,6 +63,7 @@ def single_image_summary():
         "all_labels": "labels",
         "logits": "the teacher's logits",
         "last_layer": "logits, whole maps of the last layer",
+        "hidden_states": "logits, hidden states of every layer",
         "wrong_heads": "logits, retrieval of heads drawn at random",
         "blind_heads": "logits, retrieval of heads that hardly see the needle",
         "retrieval": "LAid: logits, retrieval of the retrieval heads",
