@@ -25,7 +25,10 @@ pytestmark = [
     ),
 ]
 GLOBAL_LAYERS = {5, 11, 17}  # The others see the last 512 tokens.
-TEXT = "<bos>To be, or not to be, that is the question."
+TEXT = (
+    "The quick brown fox jumps over the lazy dog. To be, or not to be, that is "
+    "the question."
+)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +47,9 @@ def test_greedy_generation_knows_the_capital(model):
 
 
 def test_known_text_is_likely(model):
-    token_ids = np.asarray(model.preprocessor.tokenizer(TEXT))[None]
+    tokenizer = model.preprocessor.tokenizer
+    token_ids = [tokenizer.start_token_id, *np.asarray(tokenizer(TEXT))]
+    token_ids = np.array([token_ids])
     inputs = {"token_ids": token_ids, "padding_mask": np.ones_like(token_ids)}
     losses = keras.losses.sparse_categorical_crossentropy(
         token_ids[:, 1:], model(inputs)[:, :-1], from_logits=True
@@ -58,7 +63,7 @@ def test_retrieval_heads_of_two_batches_are_the_same(model):
     tokenizer = model.preprocessor.tokenizer
     found = []
     for seed in (1, 2):
-        inputs, _ = passwords(tokenizer, seed, start="<bos>")
+        inputs, _ = passwords(tokenizer, seed, start=[tokenizer.start_token_id])
         found.append(find_retrieval_heads(model, [inputs]))
     chosen, again = (set(each.heads) for each in found)
     assert chosen and chosen == again

@@ -14,14 +14,14 @@ PASSWORDS = (
 FACTS = 10
 
 
-def passwords(tokenizer, seed, batch=16, start=""):
+def passwords(tokenizer, seed, batch=16, start=()):
     """Inputs with segments and needles, and the tokens of the answers.
 
     Args:
         tokenizer: `keras_hub.tokenizers.Tokenizer`.
         seed: Integer. Draws people, passwords, and whose is asked for.
         batch: Integer, the number of prompts.
-        start: String, the token that a prompt of the model begins with.
+        start: Sequence of ids, tokens that a prompt of the model begins with.
     """
     rng = np.random.default_rng(seed)
     prompts, needles, answers = [], [], []
@@ -39,11 +39,13 @@ def passwords(tokenizer, seed, batch=16, start=""):
         needle = rng.integers(FACTS)
         asked = f"he password of {people[needle]}"
         texts = [
-            f"{start}Here is a list of passwords.\n",
+            "Here is a list of passwords.\n",
             *facts,
             f"Question: What is t{asked}?\nAnswer: T{asked} is",
         ]
-        prompts.append([np.asarray(tokenizer(text)) for text in texts])
+        parts = [np.asarray(tokenizer(text)) for text in texts]
+        parts[0] = np.concatenate([np.array(start, "int32"), parts[0]])
+        prompts.append(parts)
         needles.append(needle)
         (answer,) = np.asarray(tokenizer(f" {words[needle]}"))
         answers.append(answer)
