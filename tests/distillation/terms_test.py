@@ -160,6 +160,12 @@ def test_a_term_of_the_users(preprocessor, haystacks):
     assert {*history} == {"loss", "supervised", "mean_logit"}
 
 
+def test_a_term_of_weight_0_learns_nothing(preprocessor):
+    distiller = make_distiller(preprocessor, [HiddenStates(0.0)])
+    assert distiller.term_layers == []
+    assert "hidden_states" not in distiller.trackers
+
+
 def test_a_term_belongs_to_one_distiller(preprocessor):
     term = HiddenStates(1.0)
     make_distiller(preprocessor, [term])

@@ -99,10 +99,10 @@ class AttentionTerm(Term):
         ]
 
     def student_layers(self) -> set[int]:
-        return {s for s, _ in self.layer_pairs} if self.is_used else set()
+        return {s for s, _ in self.layer_pairs}
 
     def teacher_layers(self) -> set[int]:
-        return {t for _, t in self.layer_pairs} if self.is_used else set()
+        return {t for _, t in self.layer_pairs}
 
     def targets(
         self, student: keras.Model, x: Mapping[str, Tensor], teacher: Run

@@ -86,7 +86,8 @@ class HiddenStates(Term):
                 "its hidden states. Received: a `keras_laid.StoredTeacher`. "
                 "Pass the teacher itself, or leave the term out."
             )
-        self.layers = []
+        if not self.is_used:
+            return
         for student_layer, _ in self.layer_pairs:
             projection = keras.layers.Dense(
                 teacher.hidden_dim,
