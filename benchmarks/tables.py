@@ -322,6 +322,23 @@ def training_step():
     return markdown_table(header, lines)
 
 
+def retrieval_step():
+    """What the retrieval term adds to a step, in rows of one run."""
+    lines = []
+    for backend in ("jax", "torch"):
+        term = only("training_step", backend=backend, method="retrieval")
+        without = only(
+            "training_step",
+            backend=backend,
+            method="without_attention",
+            commit=term["commit"],
+        )
+        cells = [f"{ratio(c, term, without):.3f}" for c in ("ms", "peak_mib")]
+        lines.append([BACKENDS[backend], *cells])
+    header = ["", "time with the retrieval term, over without", "memory"]
+    return markdown_table(header, lines)
+
+
 def linear_memory():
     """Time and memory of a step by its switches."""
     labels = {
@@ -414,6 +431,7 @@ TABLES = (
     attention_output_gpu,
     logits_divergence,
     training_step,
+    retrieval_step,
     linear_memory,
     memory_plan,
     mutation_testing,

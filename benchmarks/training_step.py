@@ -32,6 +32,7 @@ import numpy as np
 import keras_laid
 from benchmarks import measuring
 from benchmarks import rows
+from keras_laid import distillation
 from keras_laid.ops.attention_output import IMPLEMENTATIONS
 
 PATH = rows.RESULTS / "training_step.csv"
@@ -117,6 +118,20 @@ def with_logits(model):
     return keras.Model(backbone.input, logits)
 
 
+def make_terms(method, args):
+    """What a method adds to the terms of logits and labels."""
+    if method == "retrieval":
+        heads = [(args.layers // 2, head) for head in range(3)]
+        return [
+            distillation.RetrievalMatching(
+                teacher_heads=heads, num_segments=SEGMENTS
+            )
+        ]
+    if method == "keras_laid":
+        return [distillation.AttentionMatching(0.03)]
+    return []
+
+
 def make_step(method, args):
     """A function of nothing that takes one step and waits."""
     batch = make_batch(args)
@@ -154,19 +169,16 @@ def make_step(method, args):
             distance_weighting=keras_laid.DistanceWeighting(
                 strength=4.0, schedule="constant"
             ),
-            attention_weight=0.03 if method == "keras_laid" else 0.0,
-            retrieval_weight=1.0 if method == "retrieval" else 0.0,
-            retrieval=keras_laid.RetrievalMatching(
-                [(args.layers // 2, head) for head in range(3)],
-                num_segments=SEGMENTS,
-            ),
+            terms=[*make_terms(method, args), distillation.NextTokens()],
+        )
+        trained.compile(
+            optimizer,
             rematerialize=args.rematerialize,
             # `True`, `False`, or a name.
             linear_memory={"True": True, "False": False}.get(
                 args.linear_memory, args.linear_memory
             ),
         )
-        trained.compile(optimizer)
     optimizer.build(trained.trainable_variables)
     return lambda: trained.train_on_batch(*batch)
 

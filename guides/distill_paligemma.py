@@ -42,6 +42,7 @@ import keras_hub
 import numpy as np
 
 import keras_laid
+from keras_laid import distillation
 from keras_laid import spectral
 
 parser = argparse.ArgumentParser()
@@ -192,10 +193,10 @@ def make_distiller(student, retrieval_weight):
         teacher=several_images(teacher),
         student=several_images(student),
         distance_weighting=keras_laid.DistanceWeighting(strength=4.0),
-        retrieval_weight=retrieval_weight,
-        logits_weight=args.logits_weight,
-        supervised_weight=args.supervised_weight,
-        retrieval=keras_laid.RetrievalMatching(found.heads),
+        terms=[
+            distillation.RetrievalMatching(retrieval_weight, found.heads),
+            distillation.NextTokens(args.logits_weight, args.supervised_weight),
+        ],
     )
     distiller.compile(
         optimizer=keras_laid.group_optimizer(
@@ -235,7 +236,11 @@ sample, _, _ = keras_laid.Haystacks(
     seed=args.seed + 2,
 )[0]
 edges = np.arange(args.images + 1) * image_length
-student_layers = sorted(distiller.retrieval_term.student_layers())
+if args.retrieval_weight:
+    matching = distiller.term(distillation.RetrievalMatching)
+    student_layers = sorted(matching.student_attention())
+else:
+    student_layers = [student.backbone.num_layers - 1]
 teacher_layers = sorted({layer for layer, _ in found.heads})
 looks, masses = {}, {}
 
@@ -284,9 +289,7 @@ keras_laid.haystacks.plot_accuracy(
     {name: found.window for name, found in windows.items()},
     trained_on=args.images,
 )
-keras_laid.distillation.plot_terms(
-    output / "terms.png", history.history, steps_per_epoch
-)
+distillation.plot_terms(output / "terms.png", history.history, steps_per_epoch)
 spectral.plot_attention_mass(
     output / "attention_mass.png", masses, edges, image_length
 )

@@ -2,6 +2,7 @@
 
 # `as` says to type checkers that these are names of the package.
 from keras_laid import backbones as backbones
+from keras_laid import devices as devices
 from keras_laid import distillation as distillation
 from keras_laid import haystacks as haystacks
 from keras_laid import layers as layers
@@ -17,6 +18,8 @@ from keras_laid.backbones.retrieval_heads import find_retrieval_heads
 from keras_laid.backbones.rotary_positions import rotary_positions
 from keras_laid.backbones.self_extend import self_extend
 from keras_laid.backbones.yarn import yarn
+from keras_laid.devices.memory_plan import plan
+from keras_laid.devices.model_parallel import ModelParallel
 from keras_laid.distillation.distance_weighting import DistanceWeighting
 from keras_laid.distillation.distiller import (
     DistanceWeightedAttentionDistillation,
@@ -24,10 +27,8 @@ from keras_laid.distillation.distiller import (
 from keras_laid.distillation.group_optimizer import group_optimizer
 from keras_laid.distillation.position_stretching import PositionStretching
 from keras_laid.distillation.resumable_training import ResumableTraining
-from keras_laid.distillation.retrieval_matching import RetrievalMatching
 from keras_laid.distillation.store_teacher import store_teacher
 from keras_laid.distillation.stored_teacher import StoredTeacher
-from keras_laid.distribution import ModelParallel
 from keras_laid.haystacks.callback import HaystackEvaluation
 from keras_laid.haystacks.dataset import Haystacks
 from keras_laid.haystacks.digits import Digits
@@ -39,7 +40,6 @@ from keras_laid.layers.gain_modulated_rotary_embedding import (
     GainModulatedRotaryEmbedding,
 )
 from keras_laid.layers.head_mixer import HeadMixer
-from keras_laid.memory_plan import plan
 
 __version__ = "0.1.0"
 
@@ -55,7 +55,6 @@ __all__ = [
     "MultiImagePaliGemmaCausalLM",
     "PositionStretching",
     "ResumableTraining",
-    "RetrievalMatching",
     "StoredTeacher",
     "attach_gain_modulation",
     "draw_haystacks",

@@ -9,7 +9,11 @@ import keras_laid
 PACKAGE = pathlib.Path(keras_laid.__file__).parent
 # Lowest first: each imports only itself and what is below.
 FLOORS = ("ops", "layers", "backbones", "distillation")
-BESIDE = ("haystacks", "spectral")  # Import backbones and what is below.
+BESIDE = (
+    "devices",
+    "haystacks",
+    "spectral",
+)  # Import backbones and what is below.
 
 
 def modules():

@@ -129,7 +129,6 @@ def test_public_names():
         "MultiImagePaliGemmaCausalLM",
         "PositionStretching",
         "ResumableTraining",
-        "RetrievalMatching",
         "StoredTeacher",
         "attach_gain_modulation",
         "draw_haystacks",

@@ -1,6 +1,7 @@
 """What tests share: small models, gradients, and closeness across dtypes."""
 
 import gc
+import inspect
 import io
 import json
 
@@ -15,6 +16,9 @@ from keras_laid import Digits
 from keras_laid import Haystacks
 from keras_laid import MultiImagePaliGemmaCausalLM
 from keras_laid.backbones import attention_layers
+from keras_laid.distillation import AttentionMatching
+from keras_laid.distillation import NextTokens
+from keras_laid.distillation import RetrievalMatching
 from keras_laid.haystacks.dataset import question
 from keras_laid.haystacks.digits import NAMES
 
@@ -51,6 +55,27 @@ PALI_GEMMA_2 = dict(
 # XLA still longer to compile it.
 FEW_STEPS = dict(run_eagerly=keras.backend.backend() == "tensorflow")
 NO_XLA = dict(jit_compile=keras.backend.backend() == "jax")
+
+
+def make_terms(
+    retrieval_weight=1.0,
+    attention_weight=0.0,
+    query_key_weight=0.0,
+    logits_weight=1.0,
+    supervised_weight=1.0,
+    **settings,
+):
+    """Retrieval, attention, logits and labels; a setting goes where it is."""
+    terms = []
+    for kind, *weights in (
+        (RetrievalMatching, retrieval_weight),
+        (AttentionMatching, attention_weight, query_key_weight),
+        (NextTokens, logits_weight, supervised_weight),
+    ):
+        names = {*inspect.signature(kind).parameters} & {*settings}
+        terms.append(kind(*weights, **{n: settings.pop(n) for n in names}))
+    assert not settings, settings
+    return terms
 
 
 def make_preprocessor(**kwargs):

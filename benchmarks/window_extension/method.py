@@ -2,6 +2,9 @@
 
 import dataclasses
 
+from keras_laid.distillation import AttentionMatching
+from keras_laid.distillation import NextTokens
+
 
 @dataclasses.dataclass(frozen=True)
 class Method:
@@ -15,10 +18,8 @@ class Method:
             interpolated by YaRN, by one factor for the whole window.
         lora_rank: Integer, or `None` to train all weights. With LoRA, four
             times the learning rate is taken: it wants a larger one.
-        terms: Dictionary of further arguments of
-            `keras_laid.DistanceWeightedAttentionDistillation`.
-        make_terms: Tuple of functions without arguments, which make further
-            terms of the loss: each run has its own.
+        terms: Dictionary from the kind of a term of the loss to its arguments;
+            each run makes its own.
     """
 
     stretching: bool = True
@@ -27,43 +28,51 @@ class Method:
     lora_rank: int | None = None
     strength: float = 4.0
     terms: dict = dataclasses.field(default_factory=dict)
-    make_terms: tuple = ()
 
     @property
     def has_teacher(self):
-        return bool(self.make_terms) or any(
-            self.terms.get(f"{term}_weight", 1.0)
-            for term in ("retrieval", "attention", "query_key", "logits")
-        )
+        without_labels = self.make_terms(supervised_weight=0.0)
+        return any(term.is_used for term in without_labels)
+
+    def make_terms(self, supervised_weight=1.0):
+        """New terms; labels come with the logits."""
+        tokens = self.terms.get(NextTokens, {})
+        tokens = tokens | {"supervised_weight": supervised_weight}
+        arguments = self.terms | {NextTokens: tokens}
+        return [kind(**chosen) for kind, chosen in arguments.items()]
 
 
-def laid(stretching=True, gains=True, strength=4.0, yarn=False, **terms):
-    """LAid with some of its parts changed."""
-    defaults = {
-        "retrieval_weight": 0.0,
-        "attention_weight": 0.3,
-        "query_key_weight": 0.1,
-    }
+def laid(
+    stretching=True,
+    gains=True,
+    strength=4.0,
+    yarn=False,
+    logits_weight=1.0,
+    **attention,
+):
+    """LAid in the paper's form, with some of its parts changed."""
+    defaults = {"weight": 0.3, "query_key_weight": 0.1}
     return Method(
         stretching=stretching,
         gains=gains,
         strength=strength,
         yarn=yarn,
-        terms=defaults | terms,
+        terms={
+            AttentionMatching: defaults | attention,
+            NextTokens: {"logits_weight": logits_weight},
+        },
     )
 
 
 def kd(stretching, yarn=False):
-    return laid(
-        stretching,
-        gains=False,
-        yarn=yarn,
-        attention_weight=0.0,
-        query_key_weight=0.0,
-    )
+    return Method(stretching=stretching, gains=False, yarn=yarn)
 
 
 def sft(stretching, yarn=False, lora_rank=None):
-    method = kd(stretching, yarn)
-    terms = method.terms | {"logits_weight": 0.0}
-    return dataclasses.replace(method, lora_rank=lora_rank, terms=terms)
+    return Method(
+        stretching=stretching,
+        gains=False,
+        yarn=yarn,
+        lora_rank=lora_rank,
+        terms={NextTokens: {"logits_weight": 0.0}},
+    )

@@ -81,25 +81,21 @@ METHODS = {
     "laid_yarn": laid(stretching=False, yarn=True),
     "laid_yarn_stretched": laid(yarn=True),
     # A tenth of the weights.
-    "laid_light_stretched": laid(attention_weight=0.03, query_key_weight=0.01),
+    "laid_light_stretched": laid(weight=0.03, query_key_weight=0.01),
     "laid_light_yarn": laid(
         stretching=False,
         yarn=True,
-        attention_weight=0.03,
+        weight=0.03,
         query_key_weight=0.01,
     ),
-    "laid_light": laid(
-        stretching=False, attention_weight=0.03, query_key_weight=0.01
-    ),
+    "laid_light": laid(stretching=False, weight=0.03, query_key_weight=0.01),
     # All of the weight on the attention of the question's rows.
-    "laid_heavy": laid(
-        stretching=False, attention_weight=1.0, query_key_weight=0.0
-    ),
+    "laid_heavy": laid(stretching=False, weight=1.0, query_key_weight=0.0),
     "laid_all_layers": laid(stretching=False, layer_map="uniform"),
     # LAid with stretching, a part taken out of each.
     "without_kl": laid(logits_weight=0.0),
     "without_query_key": laid(query_key_weight=0.0),
-    "without_attention": laid(attention_weight=0.0),
+    "without_attention": laid(weight=0.0),
     "without_gain": laid(gains=False),
     "without_distance_weighting": laid(strength=0.0),
     # Other layers than the last ones: all of them, and the teacher's sharpest.
@@ -171,9 +167,7 @@ def train(method, settings, seed, learning_rate, student, callbacks=()):
         teacher=several_images(teacher),
         student=several_images(student),
         distance_weighting=keras_laid.DistanceWeighting(method.strength),
-        supervised_weight=1.0 if has_labels else 0.0,
-        terms=[make() for make in method.make_terms],
-        **method.terms,
+        terms=method.make_terms(1.0 if has_labels else 0.0),
     )
     steps = settings.steps
     if method.lora_rank:

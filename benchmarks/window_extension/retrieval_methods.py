@@ -1,16 +1,16 @@
 """Matching retrieval: its forms, and the controls that could refute it."""
 
-import dataclasses
-import functools
 import random
 
 from keras import ops
 
-import keras_laid
+from benchmarks.window_extension.method import Method
 from benchmarks.window_extension.method import kd
-from benchmarks.window_extension.method import laid
 from benchmarks.window_extension.method import sft
-from keras_laid.distillation.terms import HiddenStates
+from keras_laid.distillation import AttentionMatching
+from keras_laid.distillation import HiddenStates
+from keras_laid.distillation import NextTokens
+from keras_laid.distillation import RetrievalMatching
 
 LAYERS, HEADS = range(4), range(4)  # Of the embedded teacher.
 RETRIEVING = [(1, 1), (1, 2), (1, 3)]
@@ -26,42 +26,48 @@ OTHERS = [
 BLIND = [(layer, head) for layer in (0, 3) for head in HEADS]
 
 
-def matching(stretching=False, yarn=False, strength=4.0, gains=False, **terms):
+def matching(
+    kind=RetrievalMatching,
+    stretching=False,
+    yarn=False,
+    strength=4.0,
+    gains=False,
+    logits_weight=1.0,
+    **arguments,
+):
     """LAid by retrieval: the default distiller, without labels."""
-    defaults = {
-        "retrieval_weight": 1.0,
-        "attention_weight": 0.0,
-        "query_key_weight": 0.0,
-    }
-    return laid(stretching, gains, strength, yarn, **defaults | terms)
-
-
-def form(**arguments):
-    return keras_laid.RetrievalMatching(**arguments)
-
-
-def dense(**terms):
-    """Whole attention maps, as in the paper."""
-    return laid(
-        stretching=False,
-        gains=False,
-        query_key_weight=0.0,
-        **{"attention_weight": 1.0, **terms},
+    return Method(
+        stretching=stretching,
+        gains=gains,
+        yarn=yarn,
+        strength=strength,
+        terms={
+            kind: arguments,
+            NextTokens: {"logits_weight": logits_weight},
+        },
     )
 
 
-def hidden_states(weight, **arguments):
+def dense(**arguments):
+    """Logits, and whole attention maps, as in the paper."""
+    return Method(
+        stretching=False, gains=False, terms={AttentionMatching: arguments}
+    )
+
+
+def hidden_states(stretching=False, **arguments):
     """Logits, and what blocks put out through a learned projection."""
-    make = functools.partial(HiddenStates, weight, **arguments)
-    return dataclasses.replace(kd(stretching=False), make_terms=(make,))
+    return Method(
+        stretching=stretching, gains=False, terms={HiddenStates: arguments}
+    )
 
 
-class WrongHeads(keras_laid.RetrievalMatching):
+class WrongHeads(RetrievalMatching):
     """As many heads as retrieve, drawn at random from all others."""
 
     drawn_from = OTHERS
 
-    def resolve(self, student, teacher):
+    def named_heads(self, teacher):
         # Keras has seeded this generator with the seed of the run.
         return tuple(random.sample(self.drawn_from, len(RETRIEVING)))
 
@@ -72,7 +78,7 @@ class BlindHeads(WrongHeads):
     drawn_from = BLIND
 
 
-class AllRowsAlike(keras_laid.RetrievalMatching):
+class AllRowsAlike(RetrievalMatching):
     """Every counted row weighs the same, whatever the teacher does there."""
 
     def teacher_retrieval(self, log_shares, heads, x):
@@ -81,7 +87,7 @@ class AllRowsAlike(keras_laid.RetrievalMatching):
         return found._replace(mass=ones, sharpness=ones)
 
 
-class TrueNeedle(keras_laid.RetrievalMatching):
+class TrueNeedle(RetrievalMatching):
     """Every row must look at the needle, where the teacher's rows are sure."""
 
     def teacher_retrieval(self, log_shares, heads, x):
@@ -103,26 +109,29 @@ METHODS = {
     "retrieval_yarn": matching(yarn=True),
     "retrieval_gains_stretched": matching(stretching=True, gains=True),
     # Other forms of the term.
-    "retrieval_heads": matching(retrieval=form(pooling="heads")),
-    "retrieval_rows": matching(retrieval=form(pooling="rows")),
-    "retrieval_every_layer": matching(
-        retrieval=form(student_layers=tuple(LAYERS))
-    ),
-    "retrieval_layer_2": matching(retrieval=form(student_layers=(2,))),
+    "retrieval_heads": matching(pooling="heads"),
+    "retrieval_rows": matching(pooling="rows"),
+    "retrieval_every_layer": matching(student_layers=tuple(LAYERS)),
+    "retrieval_layer_2": matching(student_layers=(2,)),
     # Without a part.
     "retrieval_without_logits": matching(logits_weight=0.0),
     "retrieval_without_distance": matching(strength=0.0),
-    "retrieval_without_row_weights": matching(retrieval=AllRowsAlike()),
+    "retrieval_without_row_weights": matching(AllRowsAlike),
     "retrieval_without_choice": matching(
-        retrieval=form(teacher_heads=[(1, head) for head in HEADS])
+        teacher_heads=[(1, head) for head in HEADS]
     ),
     # Controls: other targets.
-    "wrong_heads": matching(retrieval=WrongHeads()),
-    "blind_heads": matching(retrieval=BlindHeads()),
-    "true_needle": matching(retrieval=TrueNeedle()),
-    "hidden_states": hidden_states(1.0, layer_map="uniform"),
+    "wrong_heads": matching(WrongHeads),
+    "blind_heads": matching(BlindHeads),
+    "true_needle": matching(TrueNeedle),
+    "hidden_states": hidden_states(layer_map="uniform"),
+    "hidden_states_stretched": hidden_states(
+        stretching=True, layer_map="uniform"
+    ),
+    # The one layer that retrieves, in both models.
+    "hidden_states_layer_1": hidden_states(layer_map=[(1, 1)]),
     # Whole maps: the paper's form, the layer that retrieves, all layers.
-    "last_layer": dense(attention_weight=0.3),
+    "last_layer": dense(weight=0.3),
     "dense_layer_1": dense(layer_map=[(1, 1)]),
     "dense_every_layer": dense(layer_map="uniform"),
 }

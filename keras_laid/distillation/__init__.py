@@ -10,13 +10,19 @@ from keras_laid.distillation.distiller import (
 from keras_laid.distillation.group_optimizer import group_optimizer
 from keras_laid.distillation.position_stretching import PositionStretching
 from keras_laid.distillation.resumable_training import ResumableTraining
-from keras_laid.distillation.retrieval_matching import RetrievalMatching
 from keras_laid.distillation.store_teacher import store_teacher
 from keras_laid.distillation.stored_teacher import StoredTeacher
+from keras_laid.distillation.terms import AttentionMatching
+from keras_laid.distillation.terms import HiddenStates
+from keras_laid.distillation.terms import NextTokens
+from keras_laid.distillation.terms import RetrievalMatching
 
 __all__ = [
+    "AttentionMatching",
     "DistanceWeightedAttentionDistillation",
     "DistanceWeighting",
+    "HiddenStates",
+    "NextTokens",
     "PositionStretching",
     "ResumableTraining",
     "RetrievalMatching",

@@ -1,5 +1,6 @@
 """What is refused before a distiller is made."""
 
+from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,7 +8,6 @@ import keras
 from keras.optimizers.schedules import LearningRateSchedule
 
 from keras_laid.arguments import at_hand
-from keras_laid.arguments import check_number
 from keras_laid.arguments import check_shape
 from keras_laid.arguments import check_tokens
 from keras_laid.backbones import decoder
@@ -15,20 +15,22 @@ from keras_laid.distillation.description import Description
 from keras_laid.distillation.terms.term import Term
 
 # Metrics of the distiller.
-NAMES = (
-    "loss",
-    "progress",
-    "retrieval",
-    "attention",
-    "query_key",
-    "logits",
-    "kl",
-    "supervised",
-)
+NAMES = ("loss", "progress", "kl")
+
+
+def check_no_weights(weights: Mapping[str, object]) -> None:
+    """Refuses weights beside `terms`, which have their own."""
+    given = {k: w for k, w in weights.items() if w is not None}
+    if given:
+        raise ValueError(
+            "Weights must be left out where `terms` are given, which have "
+            f"their own. Received: terms and {given}. Pass each weight to its "
+            "term, such as `NextTokens(logits_weight=0.5)`."
+        )
 
 
 def check_terms(terms: object) -> None:
-    """Refuses what are no further terms, or terms of another distiller."""
+    """Refuses what are no terms, or terms of another distiller."""
     if not isinstance(terms, (list, tuple)) or not all(
         isinstance(term, Term) for term in terms
     ):
@@ -43,22 +45,21 @@ def check_terms(terms: object) -> None:
             f"Received: {bound} of another distiller. Make it again."
         )
     names = [name for term in terms for name in term.weights]
-    taken = {*NAMES} & {*names}
-    if taken or len({*names}) < len(names):
+    if {*NAMES} & {*names} or len({*names}) < len(names):
         raise ValueError(
             "Each loss of `terms` must have a name of its own, other than "
             f"{NAMES}. Received: {names}"
         )
+    check_any_weight({k: w for term in terms for k, w in term.weights.items()})
 
 
-def check_weights(**term_weights: float | LearningRateSchedule) -> None:
-    for name, weight in term_weights.items():
-        if not isinstance(weight, LearningRateSchedule):
-            check_number(f"{name}_weight", weight, "[0, inf)")
-    if not any(term_weights.values()):
+def check_any_weight(
+    weights: Mapping[str, float | LearningRateSchedule],
+) -> None:
+    if not any(weights.values()):
         raise ValueError(
             "At least one term must have a weight greater than 0. Received: "
-            + ", ".join(f"{k}_weight={v}" for k, v in term_weights.items())
+            + ", ".join(f"{name}={weight}" for name, weight in weights.items())
         )
 
 
@@ -121,8 +122,8 @@ def check_vocabularies(
         raise ValueError(
             "The logits term needs one vocabulary. Received: teacher "
             f"vocabulary_size={sizes[0]}, student vocabulary_size={sizes[1]}. "
-            'Pass `vocabulary="shared"` to compare the first '
-            f"{min(sizes)} tokens, or `logits_weight=0` to leave it out."
+            'Pass `NextTokens(vocabulary="shared")` in `terms` to compare the '
+            f"first {min(sizes)} tokens, or `logits_weight=0` to leave it out."
         )
 
 

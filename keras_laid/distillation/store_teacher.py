@@ -27,9 +27,10 @@ from keras_laid.distillation import checks
 from keras_laid.distillation import stored_teacher
 from keras_laid.distillation.description import Description
 from keras_laid.distillation.first_batches import first_batches
-from keras_laid.distillation.retrieval_matching import RetrievalMatching
-from keras_laid.distillation.retrieval_matching import layers_of
-from keras_laid.distillation.retrieval_matching import text_log_shares
+from keras_laid.distillation.retrieval_shares import Heads
+from keras_laid.distillation.retrieval_shares import layers_of
+from keras_laid.distillation.retrieval_shares import resolve_heads
+from keras_laid.distillation.retrieval_shares import text_log_shares
 from keras_laid.distillation.stored_teacher import StoredTeacher
 from keras_laid.ops.top_logits import TopLogits
 from keras_laid.ops.unembedding import Unembedding
@@ -99,7 +100,7 @@ def store_teacher(
         epochs: Integer, of how many epochs. Defaults to `1`: right for data
             that are the same in every epoch.
         batches_per_shard: Integer. Defaults to `64`.
-        num_segments: As in `keras_laid.RetrievalMatching`.
+        num_segments: As in `keras_laid.distillation.RetrievalMatching`.
 
     Returns:
         A `StoredTeacher`.
@@ -117,10 +118,8 @@ def store_teacher(
     check_path("folder", folder)
     check_integer("epochs", epochs)
     layers = check_indices("layers", layers)
-    matching = RetrievalMatching(
-        retrieval_heads if len(retrieval_heads) else "auto",
-        num_segments=num_segments,
-    )
+    if num_segments is not None:
+        check_integer("num_segments", num_segments)
     settings: dict[str, Any] = dict(
         layers=chosen_layers(teacher, layers) if layers else [],
         rows=rows,
@@ -134,9 +133,9 @@ def store_teacher(
         num_segments=num_segments,
     )
     description = Description.of(teacher)
-    heads = matching.resolve(description, description)
-    if not len(retrieval_heads):
-        heads = ()
+    heads: Heads | None = ()
+    if len(retrieval_heads):
+        heads = resolve_heads("retrieval_heads", retrieval_heads, description)
     if vocabulary_size is None:
         settings["vocabulary_size"] = description.vocabulary_size
     check_settings(settings, description.vocabulary_size, data)

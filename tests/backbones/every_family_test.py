@@ -7,7 +7,6 @@ from keras import ops
 
 from keras_laid import DistanceWeightedAttentionDistillation
 from keras_laid import DistanceWeighting
-from keras_laid import RetrievalMatching
 from keras_laid import attach_gain_modulation
 from keras_laid import fold_gain_modulation
 from keras_laid import rotary_positions
@@ -24,6 +23,7 @@ from tests.backbones.small_models import make_inputs
 from tests.backbones.small_models import make_model
 from tests.support import FEW_STEPS
 from tests.support import NO_XLA
+from tests.support import make_terms
 from tests.support import to_numpy
 
 
@@ -246,8 +246,7 @@ def test_one_step_reaches_every_weight(family):
         teacher=make_model(family, seed=5, **small_models.LARGER),
         student=student,
         distance_weighting=DistanceWeighting(schedule="constant"),
-        attention_weight=1.0,
-        query_key_weight=1.0,
+        terms=make_terms(attention_weight=1.0, query_key_weight=1.0),
     )
     distiller.compile(keras.optimizers.SGD(3.0), **FEW_STEPS)
     inputs = make_inputs(student)
@@ -287,8 +286,11 @@ def test_a_teacher_of_another_family(teacher, student):
     distiller = DistanceWeightedAttentionDistillation(
         teacher,
         student,
-        attention_weight=1.0,
-        retrieval=RetrievalMatching([(1, 0), (1, 5)], num_segments=2),
+        terms=make_terms(
+            attention_weight=1.0,
+            teacher_heads=[(1, 0), (1, 5)],
+            num_segments=2,
+        ),
         distance_weighting=DistanceWeighting(steps=1),
     )
     distiller.compile(keras.optimizers.SGD(0.1), run_eagerly=True)
@@ -307,7 +309,7 @@ def test_a_teacher_of_another_family(teacher, student):
     assert np.abs(outputs_of(student) - before).max() > 1e-3
     with pytest.raises(ValueError, match="needs models of one family"):
         DistanceWeightedAttentionDistillation(
-            teacher, student, query_key_weight=0.1
+            teacher, student, terms=make_terms(query_key_weight=0.1)
         )
 
 

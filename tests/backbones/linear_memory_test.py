@@ -16,6 +16,7 @@ from tests.support import FEW_STEPS
 from tests.support import assert_as_good_as
 from tests.support import make_multi_image
 from tests.support import make_preprocessor
+from tests.support import make_terms
 from tests.support import to_numpy
 
 BACKEND = keras.backend.backend()
@@ -92,9 +93,11 @@ def one_step(family, **kwargs):
     student = make_model(family)
     keras_laid.attach_gain_modulation(student)
     distiller = keras_laid.DistanceWeightedAttentionDistillation(
-        make_model(family, seed=5), student, layer_map="uniform", **kwargs
+        make_model(family, seed=5),
+        student,
+        terms=make_terms(layer_map="uniform"),
     )
-    distiller.compile(keras.optimizers.SGD(0.1), **FEW_STEPS)
+    distiller.compile(keras.optimizers.SGD(0.1), **FEW_STEPS, **kwargs)
     inputs = make_inputs(student)
     history = distiller.fit(inputs, inputs["token_ids"], verbose=0).history
     return history, [to_numpy(v) for v in distiller.trainable_variables]

@@ -14,6 +14,7 @@ from tests.backbones.small_models import LENGTH
 from tests.backbones.small_models import make_inputs
 from tests.backbones.small_models import make_model
 from tests.support import NO_XLA
+from tests.support import make_terms
 from tests.support import to_numpy
 
 BACKEND = keras.backend.backend()
@@ -30,11 +31,11 @@ def one_step(family, rematerialize):
     distiller = keras_laid.DistanceWeightedAttentionDistillation(
         make_model(family, seed=5),
         student,
-        layer_map="uniform",
-        query_key_weight=0.1,
-        rematerialize=rematerialize,
+        terms=make_terms(query_key_weight=0.1, layer_map="uniform"),
     )
-    distiller.compile(keras.optimizers.SGD(0.1), **NO_XLA)
+    distiller.compile(
+        keras.optimizers.SGD(0.1), rematerialize=rematerialize, **NO_XLA
+    )
     inputs = make_inputs(student)
     if family is not small_models.phi_3:  # It takes one set for a batch.
         length = LENGTH + (
@@ -99,9 +100,8 @@ def test_keeps_less():
 
 def test_dropout_is_refused():
     student = make_model(small_models.gemma_2, dropout=0.5)
+    distiller = keras_laid.DistanceWeightedAttentionDistillation(
+        make_model(small_models.gemma_2, seed=5), student
+    )
     with pytest.raises(ValueError, match="without dropout.*0.5"):
-        keras_laid.DistanceWeightedAttentionDistillation(
-            make_model(small_models.gemma_2, seed=5),
-            student,
-            rematerialize=True,
-        )
+        distiller.compile("sgd", rematerialize=True)

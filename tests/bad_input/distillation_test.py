@@ -12,12 +12,14 @@ import pytest
 
 from keras_laid import DistanceWeightedAttentionDistillation
 from keras_laid import ResumableTraining
-from keras_laid import RetrievalMatching
 from keras_laid import StoredTeacher
 from keras_laid import find_retrieval_heads
 from keras_laid import store_teacher
 from keras_laid import yarn
-from keras_laid.distillation.terms import HiddenStates
+from keras_laid.distillation import AttentionMatching
+from keras_laid.distillation import HiddenStates
+from keras_laid.distillation import NextTokens
+from keras_laid.distillation import RetrievalMatching
 from keras_laid.distillation.terms import Term
 from tests.bad_input.table import assert_refused
 from tests.bad_input.table import refused
@@ -204,14 +206,14 @@ CONSTRUCTOR = [
         lambda g: make(g, teacher=make_multi_image(vocabulary_size=50)),
         ValueError,
         "needs one vocabulary",
-        'Pass `vocabulary="shared"`',
+        'Pass `NextTokens(vocabulary="shared")`',
     ),
     refused(
         "queries of another head dim",
         lambda g: make(
             g,
             teacher=make_multi_image(None, g.preprocessor, head_dim=4),
-            query_key_weight=1.0,
+            terms=[AttentionMatching(query_key_weight=1.0)],
         ),
         ValueError,
         "equal head dims",
@@ -226,13 +228,10 @@ CONSTRUCTOR = [
             f"{name}={value!r}",
         )
         for name, values in (
-            ("retrieval_weight", (-1.0, "auto", None)),
-            ("attention_weight", (-1.0, NAN, INFINITY, "1", True, None)),
-            ("query_key_weight", (-1.0, "0")),
+            ("retrieval_weight", (-1.0, "auto")),
+            ("attention_weight", (-1.0, NAN, INFINITY, "1", True)),
             ("logits_weight", (NAN, [1.0])),
             ("supervised_weight", (-0.5, False)),
-            ("temperature", (0.0, NAN, INFINITY, "1", None)),
-            ("mixer_sharpness", (NAN, "sharp", True)),
         )
         for value in values
         for error in [ValueError if isinstance(value, float) else TypeError]
@@ -248,7 +247,9 @@ CONSTRUCTOR = [
     *[
         refused(
             f"layer_map={layer_map!r}",
-            lambda g, layer_map=layer_map: make(g, layer_map=layer_map),
+            lambda g, layer_map=layer_map: make(
+                g, terms=[AttentionMatching(layer_map=layer_map)]
+            ),
             ValueError,
             "`layer_map` must",
         )
@@ -287,15 +288,27 @@ CONSTRUCTOR = [
             ),
             (
                 "taken name",
-                lambda: [Term(logits=1.0)],
+                lambda: [Term(progress=1.0)],
                 ValueError,
                 "a name of its own",
             ),
             (
-                "negative",
-                lambda: [HiddenStates(-1.0)],
+                "another's name",
+                lambda: [NextTokens(), Term(logits=1.0)],
                 ValueError,
-                "`hidden_states_weight` must be",
+                "a name of its own",
+            ),
+            (
+                "no weight",
+                lambda: [NextTokens(0.0, 0.0), HiddenStates(0.0)],
+                ValueError,
+                "At least one term must have a weight greater than 0",
+            ),
+            (
+                "none",
+                list,
+                ValueError,
+                "At least one term must have a weight greater than 0",
             ),
             (
                 "no such layer",
@@ -306,46 +319,48 @@ CONSTRUCTOR = [
         )
     ],
     refused(
-        "rows='question' of hidden states",
-        lambda g: HiddenStates(1.0, rows="question"),
+        "weights beside terms",
+        lambda g: make(g, terms=[NextTokens()], retrieval_weight=1.0),
         ValueError,
-        "`rows` must be one of",
+        "Weights must be left out where `terms` are given",
+        "{'retrieval_weight': 1.0}",
     ),
     *[
         refused(
+            f"{kind.__name__}({name}={value!r})",
+            lambda g, kind=kind, name=name, value=value: kind(**{name: value}),
+            error,
+            f"`{name}` must be",
             f"{name}={value!r}",
-            lambda g, name=name, value=value: make(g, **{name: value}),
+        )
+        for kind, name, values in (
+            (RetrievalMatching, "weight", (-1.0, "auto", None)),
+            (AttentionMatching, "weight", (NAN, True)),
+            (AttentionMatching, "query_key_weight", (-1.0, "0")),
+            (AttentionMatching, "mixer_sharpness", (NAN, "sharp", True)),
+            (NextTokens, "logits_weight", (-1.0, None)),
+            (NextTokens, "supervised_weight", (INFINITY, [1.0])),
+            (NextTokens, "temperature", (0.0, NAN, INFINITY, "1", None)),
+            (HiddenStates, "weight", (-1.0, None)),
+        )
+        for value in values
+        for error in [ValueError if isinstance(value, float) else TypeError]
+    ],
+    *[
+        refused(
+            f"{kind.__name__}({name}={value!r})",
+            lambda g, kind=kind, name=name, value=value: kind(**{name: value}),
             ValueError,
             f"`{name}` must be one of",
             f"{name}={value!r}",
         )
-        for name, value in (
-            ("rows", "question"),
-            ("rows", None),
-            ("vocabulary", ["same"]),
+        for kind, name, value in (
+            (AttentionMatching, "rows", "question"),
+            (AttentionMatching, "rows", None),
+            (HiddenStates, "rows", "question"),
+            (NextTokens, "vocabulary", ["same"]),
         )
     ],
-    refused(
-        "rematerialize='no'",
-        lambda g: make(g, rematerialize="no"),
-        TypeError,
-        "`rematerialize` must be `True` or `False`",
-        "rematerialize='no'",
-    ),
-    refused(
-        "linear_memory=1",
-        lambda g: make(g, linear_memory=1),
-        TypeError,
-        "`linear_memory` must be `True`, `False` or the name",
-        "linear_memory=1",
-    ),
-    refused(
-        "linear_memory='fast'",
-        lambda g: make(g, linear_memory="fast"),
-        ValueError,
-        "Unknown `implementation` for `attention_output`. Expected one of",
-        "'fast'",
-    ),
     refused(
         "a number for a weighting",
         lambda g: make(g, distance_weighting=4.0),
@@ -353,17 +368,10 @@ CONSTRUCTOR = [
         "`distance_weighting` must be a `keras_laid.DistanceWeighting`",
         "float",
     ),
-    refused(
-        "a number for a matching",
-        lambda g: make(g, retrieval=1.0),
-        TypeError,
-        "`retrieval` must be a `keras_laid.RetrievalMatching`",
-        "float",
-    ),
     *[
         refused(
             f"teacher_heads={heads!r}",
-            lambda g, heads=heads: RetrievalMatching(heads),
+            lambda g, heads=heads: RetrievalMatching(teacher_heads=heads),
             ValueError,
             '`teacher_heads` must be "auto" or pairs of indices (layer, head)',
         )
@@ -372,7 +380,9 @@ CONSTRUCTOR = [
     *[
         refused(
             f"teacher_heads={heads!r} of a pair",
-            lambda g, heads=heads: make(g, retrieval=RetrievalMatching(heads)),
+            lambda g, heads=heads: make(
+                g, terms=[RetrievalMatching(teacher_heads=heads)]
+            ),
             ValueError,
             "`teacher_heads` must name",
             received,
@@ -388,7 +398,7 @@ CONSTRUCTOR = [
         refused(
             f"student_layers={layers!r}",
             lambda g, layers=layers: make(
-                g, retrieval=RetrievalMatching(student_layers=layers)
+                g, terms=[RetrievalMatching(student_layers=layers)]
             ),
             error,
             "`student_layers` must",
@@ -419,13 +429,43 @@ CONSTRUCTOR = [
     ],
     refused(
         "an unknown implementation",
-        lambda g: make(g, implementation="fast"),
+        lambda g: AttentionMatching(implementation="fast"),
         ValueError,
         "Expected one of",
         "implementation='fast'",
     ),
 ]
 COMPILE = [
+    refused(
+        "a loss that no term takes",
+        lambda g: make(g, terms=[RetrievalMatching()]).compile(
+            "sgd",
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        ),
+        ValueError,
+        "`loss` needs a term that takes it",
+    ),
+    refused(
+        "rematerialize='no'",
+        lambda g: compiled(g, rematerialize="no"),
+        TypeError,
+        "`rematerialize` must be `True` or `False`",
+        "rematerialize='no'",
+    ),
+    refused(
+        "linear_memory=1",
+        lambda g: compiled(g, linear_memory=1),
+        TypeError,
+        "`linear_memory` must be `True`, `False` or the name",
+        "linear_memory=1",
+    ),
+    refused(
+        "linear_memory='fast'",
+        lambda g: compiled(g, linear_memory="fast"),
+        ValueError,
+        "Unknown `implementation` for `attention_output`. Expected one of",
+        "'fast'",
+    ),
     refused(
         "no optimizer",
         lambda g: compiled(g, optimizer=None),
@@ -855,20 +895,17 @@ STORED = [
     *[
         refused(
             f"a store without {name}={value!r}",
-            lambda g, folder, name=name, value=value: make(
-                g,
-                teacher=StoredTeacher(folder),
-                attention_weight=1.0,
-                **{name: value},
+            lambda g, folder, kind=kind, name=name, value=value: make(
+                g, teacher=StoredTeacher(folder), terms=[kind(**{name: value})]
             ),
             ValueError,
             "must have what the losses need",
             f"wanted: {wanted}",
         )
-        for name, value, wanted in (
-            ("rows", "all", "all"),
-            ("temperature", 2.0, "2.0"),
-            ("layer_map", [(0, 0)], "[0]"),
+        for kind, name, value, wanted in (
+            (AttentionMatching, "rows", "all", "all"),
+            (NextTokens, "temperature", 2.0, "2.0"),
+            (AttentionMatching, "layer_map", [(0, 0)], "[0]"),
         )
     ],
 ]

@@ -86,11 +86,11 @@ def test_without_labelled_questions_labels_alone_has_all_answers():
 
 
 def test_wrong_heads_do_not_retrieve():
-    matching = study.METHODS["wrong_heads"].terms["retrieval"]
+    (matching, _) = study.METHODS["wrong_heads"].make_terms()
     drawn = set()
     for seed in range(5):
         keras.utils.set_random_seed(seed)
-        heads = matching.resolve(None, None)
+        heads = matching.named_heads(None)
         assert len({*heads}) == 3
         assert not {*heads} & {*retrieval_methods.RETRIEVING}
         drawn.add(heads)
@@ -104,7 +104,7 @@ def test_targets_of_controls():
     heads = ((1, 3),)
 
     def target(name):
-        matching = study.METHODS[name].terms["retrieval"]
+        (matching, _) = study.METHODS[name].make_terms()
         return matching.teacher_retrieval(logs, heads, x)
 
     needle = target("true_needle")

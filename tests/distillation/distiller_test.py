@@ -13,9 +13,10 @@ import keras_laid
 from keras_laid import DistanceWeightedAttentionDistillation
 from keras_laid import DistanceWeighting
 from keras_laid import PositionStretching
-from keras_laid import RetrievalMatching
 from keras_laid import attach_gain_modulation
 from keras_laid.backbones.multi_image_pali_gemma import multi_image_preprocessor
+from keras_laid.distillation import AttentionMatching
+from keras_laid.distillation import NextTokens
 from keras_laid.distillation.terms.term import weighted_mean
 from keras_laid.ops.logits_divergence import chunked
 from tests.support import FEW_STEPS
@@ -25,6 +26,7 @@ from tests.support import make_haystacks
 from tests.support import make_multi_image
 from tests.support import make_pali_gemma
 from tests.support import make_preprocessor
+from tests.support import make_terms
 from tests.support import to_numpy
 
 CURVE = pathlib.Path(__file__).parent / "loss_curve.json"
@@ -53,10 +55,11 @@ def make_distiller(preprocessor, optimizer=None, gains=True, **kwargs):
     compile_kwargs = FEW_STEPS | NO_XLA | compile_kwargs
     kwargs.setdefault("attention_weight", 1.0)  # So that it shows.
     # Not those that are found, which may differ between dtypes and batches.
-    kwargs.setdefault("retrieval", RetrievalMatching([(0, 1), (1, 2)]))
+    kwargs.setdefault("teacher_heads", [(0, 1), (1, 2)])
+    weighting = kwargs.pop("distance_weighting", None)
     teacher, student = make_pair(preprocessor, gains)
     distiller = DistanceWeightedAttentionDistillation(
-        teacher, student, **kwargs
+        teacher, student, weighting, terms=make_terms(**kwargs)
     )
     distiller.compile(optimizer or keras.optimizers.SGD(0.1), **compile_kwargs)
     return distiller
@@ -295,10 +298,12 @@ def test_student_equal_to_teacher_has_nothing_to_learn(preprocessor):
     models = [make_multi_image(None, preprocessor, seed=1) for _ in range(2)]
     distiller = DistanceWeightedAttentionDistillation(
         *models,
-        attention_weight=1.0,
-        query_key_weight=1.0,
-        mixer_sharpness=30.0,
-        rows="all",
+        terms=make_terms(
+            attention_weight=1.0,
+            query_key_weight=1.0,
+            mixer_sharpness=30.0,
+            rows="all",
+        ),
     )
     distiller.compile("sgd", **FEW_STEPS)
     logs = distiller.evaluate(
@@ -586,7 +591,9 @@ def test_plain_kerashub_models_with_one_image(preprocessor):
     student = make_pali_gemma(None, preprocessor, seed=2)
     attach_gain_modulation(student)
     distiller = DistanceWeightedAttentionDistillation(
-        teacher, student, layer_map=[(-1, 1)]
+        teacher,
+        student,
+        terms=make_terms(attention_weight=1.0, layer_map=[(-1, 1)]),
     )
     distiller.compile(keras.optimizers.Adam(1e-2), **FEW_STEPS)
     x, y, sample_weight = make_haystacks(
@@ -602,10 +609,10 @@ def test_plain_kerashub_models_with_one_image(preprocessor):
 def test_shared_vocabulary(preprocessor):
     teacher = make_multi_image(None, seed=1, vocabulary_size=60)
     student = make_multi_image(None, seed=2, vocabulary_size=50)
-    with pytest.raises(ValueError, match='`vocabulary="shared"`.*first 50'):
+    with pytest.raises(ValueError, match='vocabulary="shared".*first 50'):
         DistanceWeightedAttentionDistillation(teacher, student)
     distiller = DistanceWeightedAttentionDistillation(
-        teacher, student, vocabulary="shared"
+        teacher, student, terms=[NextTokens(vocabulary="shared")]
     )
     distiller.compile("sgd", **FEW_STEPS)
     logs = distiller.evaluate(
@@ -617,12 +624,16 @@ def test_shared_vocabulary(preprocessor):
 def test_sliding_layers_are_no_targets(preprocessor):
     teacher = make_multi_image(PALI_GEMMA_2, preprocessor, seed=1)
     student = make_multi_image(PALI_GEMMA_2, preprocessor, seed=2)
-    make = DistanceWeightedAttentionDistillation
-    assert make(teacher, student).layer_pairs == ((3, 3),)
-    uniform = make(teacher, student, layer_map="uniform")
-    assert uniform.layer_pairs == ((1, 1), (3, 3))
+
+    def pairs(**kwargs):
+        return DistanceWeightedAttentionDistillation(
+            teacher, student, terms=[AttentionMatching(**kwargs)]
+        ).layer_pairs
+
+    assert pairs() == ((3, 3),)
+    assert pairs(layer_map="uniform") == ((1, 1), (3, 3))
     with pytest.raises(ValueError, match=r"full attention, of \[1, 3\]"):
-        make(teacher, student, layer_map=[(0, 1)])
+        pairs(layer_map=[(0, 1)])
 
 
 def test_weighted_mean():

@@ -7,23 +7,24 @@ from keras.optimizers.schedules import PolynomialDecay
 
 from keras_laid import DistanceWeightedAttentionDistillation
 from keras_laid import DistanceWeighting
-from keras_laid import RetrievalMatching
 from keras_laid import arguments
 from tests.backbones import small_models
 from tests.backbones.small_models import LENGTH
 from tests.backbones.small_models import make_inputs
 from tests.backbones.small_models import make_model
+from tests.support import make_terms
 
 # At the last of 6 steps, this one has just faded out.
 FADE = PolynomialDecay(2.0, 6, end_learning_rate=0.5)
 
 
-def make_distiller(loss="auto", **kwargs):
-    kwargs.setdefault("retrieval_weight", 0.0)
+def make_distiller(loss="auto", distance_weighting=None, **weights):
+    weights = {"retrieval_weight": 0.0} | weights
     distiller = DistanceWeightedAttentionDistillation(
         teacher=make_model(small_models.llama, seed=5),
         student=make_model(small_models.llama),
-        **kwargs,
+        distance_weighting=distance_weighting,
+        terms=make_terms(**weights),
     )
     # TensorFlow takes long to trace, and JAX to run operations one by one.
     eager = keras.backend.backend() == "tensorflow"
@@ -50,7 +51,8 @@ def make_batch(model):
             "query_key_weight": FADE,
             "logits_weight": FADE,
             "supervised_weight": FADE,
-            "retrieval": RetrievalMatching([(-1, 0)], num_segments=2),
+            "teacher_heads": [(-1, 0)],
+            "num_segments": 2,
         },
     ],
     ids=["progress", "schedules"],

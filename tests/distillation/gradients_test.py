@@ -6,7 +6,6 @@ import pytest
 
 from keras_laid import DistanceWeightedAttentionDistillation
 from keras_laid import DistanceWeighting
-from keras_laid import RetrievalMatching
 from keras_laid import attach_gain_modulation
 from tests.backbones import small_models
 from tests.backbones.small_models import LENGTH
@@ -15,6 +14,7 @@ from tests.backbones.small_models import make_model
 from tests.support import cosine
 from tests.support import gradients_of
 from tests.support import has_gpu
+from tests.support import make_terms
 from tests.support import quantize
 from tests.support import to_numpy
 
@@ -58,10 +58,13 @@ def make_distiller(
     return DistanceWeightedAttentionDistillation(
         teacher=make_model(family, seed=5, **small_models.LARGER),
         student=student,
-        attention_weight=1.0,
         distance_weighting=DistanceWeighting(schedule="constant"),
-        query_key_weight=0.01,
-        retrieval=RetrievalMatching([(-1, 0)], num_segments=2),
+        terms=make_terms(
+            attention_weight=1.0,
+            query_key_weight=0.01,
+            teacher_heads=[(-1, 0)],
+            num_segments=2,
+        ),
         **kwargs,
     )
 
@@ -106,10 +109,10 @@ def make_batch(student):
 
 def gradients_in(family, *form, **kwargs):
     """Gradients of the student by path, and the student."""
-    distiller = make_distiller(family, *form, **kwargs)
+    distiller = make_distiller(family, *form)
     student = distiller.student
     # At the usual scale, 2 ** 15, the first steps would only lower it.
-    found = gradients_of(distiller, make_batch(student), scale=2.0**8)
+    found = gradients_of(distiller, make_batch(student), scale=2.0**8, **kwargs)
     trained = {each.path for each in student.trainable_variables}
     return {k: found[k] for k in found if k in trained}, student
 

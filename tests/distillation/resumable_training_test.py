@@ -23,6 +23,7 @@ from tests.support import FEW_STEPS
 from tests.support import make_haystacks
 from tests.support import make_multi_image
 from tests.support import make_preprocessor
+from tests.support import make_terms
 from tests.support import to_numpy
 
 EPOCHS = 4
@@ -201,8 +202,7 @@ def distill(folder, epochs=EPOCHS):
         teacher,
         student,
         # Its threads add up this term's gradient in another order each time.
-        retrieval_weight=0.0 if on_tensorflow else 1.0,
-        query_key_weight=0.1,
+        terms=make_terms(0.0 if on_tensorflow else 1.0, query_key_weight=0.1),
     )
     schedule = keras.optimizers.schedules.CosineDecay(1e-2, 2 * epochs)
     distiller.compile(keras.optimizers.Adam(schedule), **FEW_STEPS)

@@ -10,8 +10,8 @@ import keras_laid
 from keras_laid import DistanceWeightedAttentionDistillation
 from keras_laid import DistanceWeighting
 from keras_laid import PositionStretching
-from keras_laid import RetrievalMatching
 from keras_laid.backbones.attention_capture import run_capturing
+from keras_laid.distillation import RetrievalMatching
 from keras_laid.distillation.description import Description
 from tests.backbones import small_models
 from tests.support import FEW_STEPS
@@ -20,6 +20,7 @@ from tests.support import make_haystacks
 from tests.support import make_multi_image
 from tests.support import make_pali_gemma
 from tests.support import make_preprocessor
+from tests.support import make_terms
 from tests.support import to_numpy
 
 HEADS = ((0, 1), (1, 0), (1, 3))
@@ -30,14 +31,14 @@ def preprocessor():
     return make_preprocessor()
 
 
-def make_distiller(preprocessor, retrieval=None, **kwargs):
+def make_distiller(preprocessor, weighting=None, **kwargs):
     size = preprocessor.tokenizer.vocabulary_size()
     teacher = make_multi_image(
         seed=1, vocabulary_size=size, hidden_dim=24, num_query_heads=4
     )
     student = make_multi_image(seed=2, vocabulary_size=size)
     distiller = DistanceWeightedAttentionDistillation(
-        teacher, student, retrieval=retrieval, **kwargs
+        teacher, student, weighting, terms=make_terms(**kwargs)
     )
     distiller.compile(keras.optimizers.SGD(0.1), **FEW_STEPS)
     return distiller
@@ -123,8 +124,9 @@ def test_term_is_the_plain_computation(
 ):
     distiller = make_distiller(
         preprocessor,
-        RetrievalMatching(HEADS, layers),
-        distance_weighting=DistanceWeighting(3.0, schedule="constant"),
+        DistanceWeighting(3.0, schedule="constant"),
+        teacher_heads=HEADS,
+        student_layers=layers,
     )
     batch = make_haystacks(
         preprocessor,
@@ -137,7 +139,7 @@ def test_term_is_the_plain_computation(
 
 
 def test_rows_after_the_last_marked_token_do_not_count(preprocessor):
-    distiller = make_distiller(preprocessor, RetrievalMatching(HEADS))
+    distiller = make_distiller(preprocessor, teacher_heads=HEADS)
     x, y, sample_weight = make_haystacks(preprocessor, sizes=(3,))[0]
     only_first = sample_weight * (np.cumsum(sample_weight, axis=1) == 1)
     before = distiller.test_on_batch(x, y, only_first, return_dict=True)
@@ -153,8 +155,9 @@ def test_rows_after_the_last_marked_token_do_not_count(preprocessor):
 def test_pooled_heads_have_learned_weights(preprocessor, pooling):
     distiller = make_distiller(
         preprocessor,
-        RetrievalMatching(HEADS, pooling=pooling),
-        distance_weighting=DistanceWeighting(0.0),
+        DistanceWeighting(0.0),
+        teacher_heads=HEADS,
+        pooling=pooling,
         logits_weight=0.0,
         supervised_weight=0.0,
     )
@@ -174,29 +177,30 @@ def description(num_layers):
 
 
 def test_layers_are_matched_by_their_relative_depth():
-    matching = RetrievalMatching()
-    teacher, student = description(8), description(4)
+    deep, shallow = description(8), description(4)
     heads = ((2, 1), (3, 0), (7, 1))
-    found = matching.targets(heads, student, teacher)
+
+    def matches(heads, student, teacher, **kwargs):
+        matching = RetrievalMatching(teacher_heads=heads, **kwargs)
+        matching.bind(student, teacher, None)
+        return matching.matches
+
+    found = matches(heads, shallow, deep)
     assert found == ((1, ((2, 1), (3, 0))), (3, ((7, 1),)))
     # A student that is deeper, and heads in one layer.
-    assert matching.targets(((1, 0),), teacher, student) == ((2, ((1, 0),)),)
-    every = RetrievalMatching(pooling="heads").targets(heads, student, teacher)
+    assert matches([(1, 0)], deep, shallow) == ((2, ((1, 0),)),)
+    every = matches(heads, shallow, deep, pooling="heads")
     assert every == tuple((layer, heads) for layer in range(4))
-    assert matching.targets((), student, teacher) == ()
 
 
 def test_negative_layers_count_from_the_last():
     teacher, student = description(8), description(4)
-    matching = RetrievalMatching([(-1, 1), (7, 1), (0, 0)], (-1,))
-    assert matching.resolve(student, teacher) == ((7, 1), (0, 0))
-    assert matching.pooled_layers(student) == [3]
-
-
-def test_config_makes_the_same_matching():
-    matching = RetrievalMatching([(1, 2)], (0,), "rows", 7)
-    config = matching.get_config()
-    assert RetrievalMatching.from_config(config).get_config() == config
+    matching = RetrievalMatching(
+        teacher_heads=[(-1, 1), (7, 1), (0, 0)], student_layers=(-1,)
+    )
+    matching.bind(student, teacher, None)
+    assert matching.heads == ((7, 1), (0, 0))
+    assert matching.student_attention() == {3}
 
 
 def heads_found(preprocessor, data):
@@ -218,9 +222,7 @@ def test_heads_are_found_on_the_first_batches_and_logged(
     preprocessor, entry, caplog
 ):
     haystacks = make_haystacks(preprocessor, 32, sizes=(3,), batch_size=8)
-    distiller = make_distiller(
-        preprocessor, distance_weighting=DistanceWeighting(steps=4)
-    )
+    distiller = make_distiller(preprocessor, DistanceWeighting(steps=4))
     with caplog.at_level(logging.INFO, logger="keras_laid"):
         if entry.endswith("batch"):
             getattr(distiller, entry)(*haystacks[0])
@@ -263,7 +265,8 @@ def test_weight_files_hold_the_heads(preprocessor, tmp_path):
     haystacks = make_haystacks(preprocessor, sizes=(3,))
     distiller = make_distiller(preprocessor)
     distiller.fit(haystacks, verbose=0)
-    distiller.set_heads(((0, 2),))  # None that would be found.
+    matching = distiller.term(RetrievalMatching)
+    distiller.set_heads(matching, ((0, 2),))  # None that would be found.
     path = str(tmp_path / "state.weights.h5")
     distiller.save_weights(path)
     other = make_distiller(preprocessor)
@@ -313,7 +316,9 @@ def test_a_stored_teacher_has_the_same_heads(preprocessor, tmp_path):
             assert array.shape == (8, 14, 3) and array.dtype == "float16"
     with pytest.raises(ValueError, match="must have the retrieval heads"):
         DistanceWeightedAttentionDistillation(
-            store, beside.student, retrieval=RetrievalMatching([(0, 0), (0, 1)])
+            store,
+            beside.student,
+            terms=[RetrievalMatching(teacher_heads=[(0, 0), (0, 1)])],
         )
 
 
@@ -337,9 +342,7 @@ def test_segments_of_any_kind(family):
         teacher,
         student,
         distance_weighting=DistanceWeighting(0.0),
-        retrieval=RetrievalMatching(num_segments=3),
-        logits_weight=0.0,
-        supervised_weight=0.0,
+        terms=[RetrievalMatching(num_segments=3)],
     )
     distiller.compile(keras.optimizers.Adam(3e-3), **FEW_STEPS)
     history = distiller.fit(
@@ -357,7 +360,9 @@ def test_segments_of_any_kind(family):
 
 def make_without_count(teacher, student):
     distiller = DistanceWeightedAttentionDistillation(
-        teacher, student, retrieval=RetrievalMatching([(-1, 0)])
+        teacher,
+        student,
+        terms=[RetrievalMatching(teacher_heads=[(-1, 0)])],
     )
     distiller.compile(run_eagerly=True)
     return distiller

@@ -11,7 +11,6 @@ import pytest
 import keras_laid
 from keras_laid import DistanceWeightedAttentionDistillation
 from keras_laid import PositionStretching
-from keras_laid import RetrievalMatching
 from keras_laid import StoredTeacher
 from keras_laid import store_teacher
 from tests.support import FEW_STEPS
@@ -19,6 +18,7 @@ from tests.support import PALI_GEMMA_2
 from tests.support import make_haystacks
 from tests.support import make_multi_image
 from tests.support import make_preprocessor
+from tests.support import make_terms
 
 STRETCHING = PositionStretching(9, 4)
 HEADS = ((1, 0), (1, 3), (3, 2))
@@ -73,14 +73,14 @@ def distil(teacher, data, preprocessor, **kwargs):
     keras.utils.set_random_seed(0)
     student = make_multi_image(preprocessor=preprocessor, seed=2)
     arguments = dict(
-        retrieval=RetrievalMatching(HEADS),
+        teacher_heads=HEADS,
         attention_weight=1.0,
         query_key_weight=0.1,
         temperature=2.0,
         layer_map=[(0, 1), (1, 3)],
     )
     distiller = DistanceWeightedAttentionDistillation(
-        teacher, student, **arguments | kwargs
+        teacher, student, terms=make_terms(**arguments | kwargs)
     )
     distiller.compile(keras.optimizers.SGD(0.1), **FEW_STEPS)
     history = distiller.fit(data, epochs=2, shuffle=False, verbose=0).history

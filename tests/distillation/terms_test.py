@@ -1,4 +1,4 @@
-"""Further terms: hidden states, and one of a user's own."""
+"""Terms of the loss: hidden states, and one of a user's own."""
 
 import keras
 import numpy as np
@@ -6,15 +6,16 @@ import pytest
 from keras import ops
 
 from keras_laid import DistanceWeightedAttentionDistillation
-from keras_laid import RetrievalMatching
 from keras_laid.backbones.forward import forward
 from keras_laid.distillation.terms import HiddenStates
+from keras_laid.distillation.terms import NextTokens
 from keras_laid.distillation.terms import Term
 from tests.backbones import small_models
 from tests.support import FEW_STEPS
 from tests.support import make_haystacks
 from tests.support import make_multi_image
 from tests.support import make_preprocessor
+from tests.support import make_terms
 from tests.support import to_numpy
 
 
@@ -37,11 +38,9 @@ def make_distiller(preprocessor, terms, **kwargs):
     distiller = DistanceWeightedAttentionDistillation(
         teacher,
         student,
-        retrieval=RetrievalMatching([(0, 1)]),
         terms=terms,
-        **kwargs,
     )
-    distiller.compile(keras.optimizers.Adam(1e-2), **FEW_STEPS)
+    distiller.compile(keras.optimizers.Adam(1e-2), **FEW_STEPS, **kwargs)
     return distiller
 
 
@@ -74,7 +73,11 @@ def test_the_last_block_puts_out_what_is_unembedded(family):
 @pytest.mark.parametrize("rows", ["text", "all"])
 def test_hidden_states_are_the_plain_computation(preprocessor, haystacks, rows):
     distiller = make_distiller(
-        preprocessor, [HiddenStates(0.5, [(0, 1), (1, 0)], rows)]
+        preprocessor,
+        [
+            *make_terms(teacher_heads=[(0, 1)]),
+            HiddenStates(0.5, [(0, 1), (1, 0)], rows),
+        ],
     )
     x, y, sample_weight = haystacks[0]
     logs = distiller.test_on_batch(x, y, sample_weight, return_dict=True)
@@ -112,9 +115,6 @@ def test_projections_learn_and_are_saved(preprocessor, haystacks, tmp_path):
         return make_distiller(
             preprocessor,
             [HiddenStates(1.0, "uniform")],
-            retrieval_weight=0.0,
-            logits_weight=0.0,
-            supervised_weight=0.0,
             rematerialize=True,
         )
 
@@ -143,9 +143,7 @@ def test_a_term_of_the_users(preprocessor, haystacks):
     weight = keras.optimizers.schedules.PolynomialDecay(2.0, 3, 1.0)
     distiller = make_distiller(
         preprocessor,
-        [MeanLogit(mean_logit=weight)],
-        retrieval_weight=0.0,
-        logits_weight=0.0,
+        [NextTokens(logits_weight=0.0), MeanLogit(mean_logit=weight)],
     )
     x, y, sample_weight = haystacks[0]
     history = distiller.fit(haystacks, verbose=0).history
@@ -161,7 +159,7 @@ def test_a_term_of_the_users(preprocessor, haystacks):
 
 
 def test_a_term_of_weight_0_learns_nothing(preprocessor):
-    distiller = make_distiller(preprocessor, [HiddenStates(0.0)])
+    distiller = make_distiller(preprocessor, [NextTokens(), HiddenStates(0.0)])
     assert distiller.term_layers == []
     assert "hidden_states" not in distiller.trackers
 

@@ -23,6 +23,7 @@ import keras
 import numpy as np
 
 import keras_laid
+from keras_laid import distillation
 from keras_laid.backbones.gain_modulation import gain_layers
 from tests.support import make_multi_image
 from tests.support import make_preprocessor
@@ -99,10 +100,10 @@ def make_distiller(teacher, student):
     distiller = keras_laid.DistanceWeightedAttentionDistillation(
         teacher,
         student,
-        retrieval_weight=0.0,
-        attention_weight=1.0,
-        query_key_weight=0.1,
-        temperature=2.0,
+        terms=[
+            distillation.AttentionMatching(1.0, query_key_weight=0.1),
+            distillation.NextTokens(temperature=2.0),
+        ],
     )
     optimizer = keras_laid.group_optimizer(
         student=keras.optimizers.SGD(0.1, momentum=0.9),

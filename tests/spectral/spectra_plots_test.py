@@ -9,6 +9,7 @@ from keras_laid import plotting
 from keras_laid import spectral
 from keras_laid.backbones.head_statistics import HeadStatistics
 from keras_laid.backbones.retrieval_heads import RetrievalHeads
+from keras_laid.distillation import AttentionMatching
 from keras_laid.spectral import retrieval_plots
 from tests.support import make_multi_image
 
@@ -36,8 +37,7 @@ def test_untrained_mixtures_and_gains(tmp_path):
     distiller = keras_laid.DistanceWeightedAttentionDistillation(
         teacher=make_multi_image(vocabulary_size=60, num_query_heads=4),
         student=student,
-        layer_map=[(0, 0), (1, 1)],
-        attention_weight=1.0,
+        terms=[AttentionMatching(layer_map=[(0, 0), (1, 1)])],
     )
     mixtures = spectral.head_mixtures(distiller)
     assert mixtures.keys() == {(0, 0), (1, 1)}

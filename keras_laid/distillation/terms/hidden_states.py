@@ -16,12 +16,13 @@ from keras_laid.distillation.stored_teacher import StoredTeacher
 from keras_laid.distillation.terms.term import Step
 from keras_laid.distillation.terms.term import Term
 from keras_laid.distillation.terms.term import Weight
+from keras_laid.distillation.terms.term import check_weight
 from keras_laid.distillation.terms.term import weighted_mean
 from keras_laid.typing import Tensor
 
 
 class HiddenStates(Term):
-    """Squared error of projected hidden states, of some pairs of layers.
+    """`hidden_states`: squared error of projected outputs of some layers.
 
     A learned projection `P` takes the student's hidden states `h` to the
     teacher's `t`. For each pair of layers
@@ -35,10 +36,11 @@ class HiddenStates(Term):
     Args:
         weight: Float of at least 0, or a
             `keras.optimizers.schedules.LearningRateSchedule` of training steps.
-        layer_map: `"last"`, `"uniform"`, or pairs of indices
-            `(student_layer, teacher_layer)`, as in
-            `keras_laid.DistanceWeightedAttentionDistillation`. Defaults to
-            `"last"`.
+            Defaults to `1.0`.
+        layer_map: Which layers are compared: `"last"`, the last layer of each
+            model; `"uniform"`, every layer of the student with the one at the
+            same relative depth; or pairs of indices `(student_layer,
+            teacher_layer)`. Defaults to `"last"`.
         rows: Whose states are compared: `"text"`, those of text tokens, or
             `"all"`, those of image tokens too. Defaults to `"all"`.
 
@@ -50,10 +52,14 @@ class HiddenStates(Term):
     Example:
 
     ```python
-    from keras_laid.distillation.terms import HiddenStates
+    from keras_laid.distillation import HiddenStates
+    from keras_laid.distillation import NextTokens
+    from keras_laid.distillation import RetrievalMatching
 
     distiller = keras_laid.DistanceWeightedAttentionDistillation(
-        teacher=teacher, student=student, terms=[HiddenStates(0.1)]
+        teacher=teacher,
+        student=student,
+        terms=[RetrievalMatching(), NextTokens(), HiddenStates(0.1)],
     )
     ```
 
@@ -63,13 +69,14 @@ class HiddenStates(Term):
 
     def __init__(
         self,
-        weight: Weight,
+        weight: Weight = 1.0,
         layer_map: Literal["last", "uniform"]
         | Sequence[tuple[int, int]] = "last",
         rows: Literal["text", "all"] = "all",
     ) -> None:
-        super().__init__(hidden_states=weight)
+        check_weight("weight", weight)
         check_choice("rows", rows, ("text", "all"))
+        super().__init__(hidden_states=weight)
         self.layer_map = layer_map
         self.rows = rows
 

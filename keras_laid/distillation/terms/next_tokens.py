@@ -7,6 +7,8 @@ from typing import Literal
 import keras
 from keras import ops
 
+from keras_laid.arguments import check_choice
+from keras_laid.arguments import check_number
 from keras_laid.backbones.forward import Run
 from keras_laid.distillation import checks
 from keras_laid.distillation.description import Description
@@ -14,6 +16,7 @@ from keras_laid.distillation.stored_teacher import StoredTeacher
 from keras_laid.distillation.terms.term import Step
 from keras_laid.distillation.terms.term import Term
 from keras_laid.distillation.terms.term import Weight
+from keras_laid.distillation.terms.term import check_weight
 from keras_laid.ops.logits_divergence import logits_divergence
 from keras_laid.ops.top_logits import TopLogits
 from keras_laid.ops.unembedding import Unembedding
@@ -21,28 +24,45 @@ from keras_laid.typing import Tensor
 
 
 class NextTokens(Term):
-    """`keras_laid.ops.logits_divergence`, and a supervised loss.
+    """`logits` and `supervised`: the teacher's answers and the labels.
+
+    `logits` is the divergence of `keras_laid.ops.logits_divergence`, averaged
+    over the tokens that `sample_weight` marks. `supervised` is its
+    cross-entropy with the labels, averaged in the same way, or the loss that
+    the distiller was compiled with.
 
     Args:
-        logits_weight: Float of at least 0, or a schedule of training steps.
-        supervised_weight: The same, of the loss of labels.
+        logits_weight: Float of at least 0, or a
+            `keras.optimizers.schedules.LearningRateSchedule` of training steps:
+            the weight of `logits`. Defaults to `1.0`.
+        supervised_weight: Float of at least 0, or a schedule of training steps:
+            the weight of `supervised`. Defaults to `1.0`.
         temperature: Float greater than 0, of the divergence from the teacher's
-            logits.
+            logits. Defaults to `1.0`.
         vocabulary: `"same"`, or `"shared"` to compare the logits of the first
-            tokens that both vocabularies have.
+            tokens that both vocabularies have. Defaults to `"same"`.
 
     Attributes:
         loss: `keras.losses.Loss` of labels and logits, or `None` for the
             cross-entropy that is computed with the divergence.
+
+    Raises:
+        TypeError: If an argument is of another kind.
+        ValueError: If an argument is outside its range. When the distiller is
+            made, if the vocabularies do not fit.
     """
 
     def __init__(
         self,
-        logits_weight: Weight,
-        supervised_weight: Weight,
-        temperature: float,
-        vocabulary: Literal["same", "shared"],
+        logits_weight: Weight = 1.0,
+        supervised_weight: Weight = 1.0,
+        temperature: float = 1.0,
+        vocabulary: Literal["same", "shared"] = "same",
     ) -> None:
+        check_weight("logits_weight", logits_weight)
+        check_weight("supervised_weight", supervised_weight)
+        check_number("temperature", temperature, "(0, inf)")
+        check_choice("vocabulary", vocabulary, ("same", "shared"))
         super().__init__(logits=logits_weight, supervised=supervised_weight)
         self.temperature = temperature
         self.vocabulary = vocabulary

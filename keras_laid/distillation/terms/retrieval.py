@@ -1,57 +1,135 @@
 """Where the student looks among the images, as the teacher's heads do."""
 
 from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
+from typing import Literal
+from typing import NamedTuple
 
 import keras
 from keras import ops
 
+from keras_laid.arguments import check_choice
+from keras_laid.arguments import check_indices
+from keras_laid.arguments import check_integer
+from keras_laid.backbones.decoder import indices_of_global
 from keras_laid.backbones.forward import Run
 from keras_laid.backbones.head_examples import matters
+from keras_laid.backbones.segments import Segments
 from keras_laid.distillation.description import Description
-from keras_laid.distillation.distance_weighting import DistanceWeighting
+from keras_laid.distillation.layer_map import resolve_index
+from keras_laid.distillation.matched_rows import MatchedRows
 from keras_laid.distillation.matched_rows import after_segments
-from keras_laid.distillation.retrieval_matching import Heads
-from keras_laid.distillation.retrieval_matching import RetrievalMatching
-from keras_laid.distillation.retrieval_matching import Target
-from keras_laid.distillation.retrieval_matching import layers_of
-from keras_laid.distillation.retrieval_matching import segment_distance
-from keras_laid.distillation.retrieval_matching import segments_for
-from keras_laid.distillation.retrieval_matching import text_log_shares
+from keras_laid.distillation.retrieval_shares import Heads
+from keras_laid.distillation.retrieval_shares import check_heads
+from keras_laid.distillation.retrieval_shares import layers_of
+from keras_laid.distillation.retrieval_shares import resolve_heads
+from keras_laid.distillation.retrieval_shares import segment_distance
+from keras_laid.distillation.retrieval_shares import segments_for
+from keras_laid.distillation.retrieval_shares import text_log_shares
 from keras_laid.distillation.stored_teacher import StoredTeacher
 from keras_laid.distillation.terms.term import Step
 from keras_laid.distillation.terms.term import Term
 from keras_laid.distillation.terms.term import Weight
+from keras_laid.distillation.terms.term import check_weight
 from keras_laid.distillation.terms.term import weighted_mean
 from keras_laid.layers.head_mixer import HeadMixer
+from keras_laid.ops.attention import Attention
+from keras_laid.ops.attention import Distance
+from keras_laid.ops.retrieval_divergence import POOLINGS
+from keras_laid.ops.retrieval_divergence import Retrieval
+from keras_laid.ops.retrieval_divergence import retrieval
+from keras_laid.ops.retrieval_divergence import retrieval_divergence
+from keras_laid.ops.segment_attention import segment_attention
 from keras_laid.typing import Tensor
 
 
-class RetrievalTerm(Term):
-    """`keras_laid.ops.retrieval_divergence` from the teacher's heads.
+class Match(NamedTuple):
+    """What one layer of the student learns from.
+
+    Attributes:
+        student_layer: Integer.
+        teacher_heads: Pairs of integers `(layer, head)`.
+    """
+
+    student_layer: int
+    teacher_heads: Heads
+
+
+class RetrievalMatching(Term):
+    """`retrieval`: the student looks where the teacher's retrieval heads look.
+
+    The teacher's retrieval heads look at the image that a question is about.
+    The student's attention over the images is compared with theirs, by
+    `keras_laid.ops.retrieval_divergence`, weighted by distance.
 
     Args:
-        weight: Float of at least 0, or a schedule of training steps.
-        matching: `keras_laid.RetrievalMatching`.
-        distance_weighting: `keras_laid.DistanceWeighting`.
+        weight: Float of at least 0, or a
+            `keras.optimizers.schedules.LearningRateSchedule` of training steps,
+            which can fade the term in or out. The term is 0 for prompts with
+            less than two images or segments. Defaults to `1.0`.
+        teacher_heads: `"auto"`, the heads that
+            `keras_laid.find_retrieval_heads` finds on the first batches; or
+            pairs of integers `(layer, head)`, where a negative layer counts
+            from the last. Defaults to `"auto"`.
+        student_layers: Optional sequence of integers, the layers of the student
+            that learn from all of these heads. Defaults to `None`: without
+            pooling, the student's layer at the same relative depth learns from
+            the heads of each layer of the teacher; with pooling, every layer
+            with full attention takes part.
+        pooling: `"none"`: every head of those layers must look where the
+            teacher does. `"heads"`: a mean of the heads with learned weights
+            must. `"rows"`: the mean over heads and rows must; nothing says
+            which head or row has to do it. Defaults to `"none"`.
+        num_segments: Optional integer, the largest number of a segment, where
+            inputs have `"segments"` or the family does not tell how many
+            images a prompt has. Defaults to `None`, the number of images.
 
     Attributes:
         heads: Pairs `(layer, head)` of the teacher that are matched; `None`
             until they are found. Without any, the term is 0.
         head_pooling: `keras_laid.HeadMixer`, or `None` without pooling.
+
+    Raises:
+        TypeError: If an argument is of another kind.
+        ValueError: If an argument is outside its range.
+
+    Example:
+
+    ```python
+    distiller = keras_laid.DistanceWeightedAttentionDistillation(
+        teacher=teacher,
+        student=student,
+        terms=[
+            keras_laid.distillation.RetrievalMatching(teacher_heads=[(1, 2)]),
+            keras_laid.distillation.NextTokens(),
+        ],
+    )
+    ```
     """
 
     has_progress = True
 
     def __init__(
         self,
-        weight: Weight,
-        matching: RetrievalMatching,
-        distance_weighting: DistanceWeighting,
+        weight: Weight = 1.0,
+        teacher_heads: Literal["auto"] | Sequence[tuple[int, int]] = "auto",
+        student_layers: Sequence[int] | None = None,
+        pooling: Literal["none", "heads", "rows"] = "none",
+        num_segments: int | None = None,
     ) -> None:
+        check_weight("weight", weight)
+        check_heads("teacher_heads", teacher_heads)
+        if student_layers is not None:
+            check_indices("student_layers", student_layers)
+        check_choice("pooling", pooling, POOLINGS)
+        if num_segments is not None:
+            check_integer("num_segments", num_segments)
         super().__init__(retrieval=weight)
-        self.matching = matching
-        self.distance_weighting = distance_weighting
+        self.teacher_heads = teacher_heads
+        self.student_layers = student_layers
+        self.pooling = pooling
+        self.num_segments = num_segments
         self.heads: Heads | None = ()
         self.head_pooling: HeadMixer | None = None
 
@@ -61,20 +139,43 @@ class RetrievalTerm(Term):
         teacher: Description,
         store: StoredTeacher | None,
     ) -> None:
-        heads = self.matching.resolve(student, teacher)
+        layers = self.pooled_layers(student)
+        heads = self.named_heads(teacher)
         if not self.is_used:
             return
         if store is not None:
             heads = store.check_retrieval(heads)
         self.heads = heads
         self.descriptions = student, teacher
-        if self.matching.pooling != "none":
-            layers = self.matching.pooled_layers(student)
+        if self.pooling != "none":
             count = sum(student.layers[s].num_query_heads for s in layers)
             self.head_pooling = HeadMixer(1, count, name="mixer_retrieval")
 
+    def named_heads(self, teacher: Description) -> Heads | None:
+        """The teacher's heads, or `None` if the first batches tell them.
+
+        A subclass may choose others.
+        """
+        return resolve_heads("teacher_heads", self.teacher_heads, teacher)
+
+    def pooled_layers(self, student: Description) -> list[int]:
+        """The layers that are named, or else all with full attention."""
+        allowed = indices_of_global(student.layers, student.model)
+        if self.student_layers is None:
+            return allowed
+        layers = [
+            resolve_index("student_layers", "student", student, allowed, index)
+            for index in self.student_layers
+        ]
+        if not layers or len({*layers}) < len(layers):
+            raise ValueError(
+                "`student_layers` must name one layer or more, each once. "
+                f"Received: student_layers={self.student_layers!r:.80}"
+            )
+        return layers
+
     @property
-    def matches(self) -> tuple[Target, ...]:
+    def matches(self) -> tuple[Match, ...]:
         """Which layer of the student learns from which heads."""
         if self.heads is None:
             raise ValueError(
@@ -84,7 +185,17 @@ class RetrievalTerm(Term):
             )
         if not self.heads:
             return ()
-        return self.matching.targets(self.heads, *self.descriptions)
+        student, teacher = self.descriptions
+        if self.student_layers is not None or self.pooling != "none":
+            layers = self.pooled_layers(student)
+            return tuple(Match(layer, self.heads) for layer in layers)
+        allowed = indices_of_global(student.layers, student.model)
+        groups: dict[int, list[tuple[int, int]]] = {}
+        for layer, head in sorted(self.heads):
+            depth = (layer + 0.5) / len(teacher.layers) * len(student.layers)
+            nearest = min(allowed, key=lambda s: abs(s + 0.5 - depth))
+            groups.setdefault(nearest, []).append((layer, head))
+        return tuple(Match(s, tuple(of)) for s, of in sorted(groups.items()))
 
     @property
     def needs_teacher(self) -> bool:
@@ -94,10 +205,10 @@ class RetrievalTerm(Term):
     def weighs_distance(self) -> bool:
         return bool(self.heads)
 
-    def student_layers(self) -> set[int]:
+    def student_attention(self) -> set[int]:
         return {match.student_layer for match in self.matches}
 
-    def teacher_layers(self) -> set[int]:
+    def teacher_attention(self) -> set[int]:
         return {*layers_of(self.heads)} if self.matches else set()
 
     def targets(
@@ -105,16 +216,37 @@ class RetrievalTerm(Term):
     ) -> dict[int, Tensor]:
         """The mean attention of the heads of each layer, in logarithms."""
         attention = {
-            layer: teacher.attention[layer] for layer in self.teacher_layers()
+            layer: teacher.attention[layer]
+            for layer in self.teacher_attention()
         }
         return text_log_shares(
-            student, x, attention, self.heads, self.matching.num_segments
+            student, x, attention, self.heads, self.num_segments
         )
 
     def stored_targets(
         self, store: StoredTeacher, x: Mapping[str, Tensor]
     ) -> dict[int, Tensor]:
-        return store.log_shares(x, self.teacher_layers())
+        return store.log_shares(x, self.teacher_attention())
+
+    def teacher_retrieval(
+        self,
+        log_shares: Mapping[int, Tensor],
+        heads: Heads,
+        x: Mapping[str, Tensor],
+    ) -> Retrieval:
+        """Where the teacher looks; a subclass may set other targets.
+
+        Args:
+            log_shares: Dictionary from layer to what `log_shares_of_heads`
+                returns.
+            heads: Pairs `(layer, head)` whose mean is taken.
+            x: The batch's inputs.
+        """
+        layers = layers_of(heads)
+        counts = [sum(of == layer for of, _ in heads) for layer in layers]
+        stacked = ops.stack([log_shares[layer] for layer in layers], axis=1)
+        weight = [count / len(heads) for count in counts]
+        return retrieval(stacked, ops.convert_to_tensor(weight, "float32"))
 
     def compute(
         self, step: Step, targets: Any
@@ -125,10 +257,7 @@ class RetrievalTerm(Term):
             return 0.0, {"retrieval": ops.zeros(())}
         rows = step.rows("text")
         segments = segments_for(
-            step.model,
-            step.x,
-            ops.shape(rows.attended)[1],
-            self.matching.num_segments,
+            step.model, step.x, ops.shape(rows.attended)[1], self.num_segments
         )
         # Rows between segments see some of them, and what stands after the
         # last marked token is part of no answer.
@@ -136,7 +265,7 @@ class RetrievalTerm(Term):
         counted = ops.logical_and(
             counted, after_segments(rows, segments.numbers)
         )
-        divergence, weight = self.matching.divergence(
+        divergence, weight = self.divergence(
             matches,
             step.run.attention,
             targets,
@@ -144,13 +273,8 @@ class RetrievalTerm(Term):
             step.x,
             segments,
             segment_distance(
-                segments,
-                rows.row_positions,
-                rows.key_positions,
-                self.distance_weighting.strength * step.progress,
-                self.distance_weighting.exponent,
+                segments, step.distance(rows.row_positions, rows.key_positions)
             ),
-            self.head_pooling and self.head_pooling.mixture()[0],
         )
         # Examples count alike, but for those in which nothing is retrieved.
         retrieves = ops.cast(weight > 0, "float32")
@@ -158,3 +282,47 @@ class RetrievalTerm(Term):
             divergence, retrieves * ops.max(step.sample_weight, axis=1)
         )
         return step.weights["retrieval"] * mean, {"retrieval": mean}
+
+    def divergence(
+        self,
+        matches: Sequence[Match],
+        student: Mapping[int, Attention],
+        log_shares: Mapping[int, Tensor],
+        rows: MatchedRows,
+        x: Mapping[str, Tensor],
+        segments: Segments,
+        distance: Distance,
+    ) -> tuple[Tensor, Tensor]:
+        """The divergence of each example and its weight, as of the op.
+
+        Without pooling, the mean over the student's layers; otherwise one
+        divergence of all their heads together.
+        """
+        found = {
+            match.student_layer: segment_attention(
+                rows.of(student[match.student_layer]), rows.mask, *segments
+            )
+            for match in matches
+        }
+        if self.head_pooling is not None:
+            (heads,) = {match.teacher_heads for match in matches}
+            return retrieval_divergence(
+                ops.concatenate(list(found.values()), axis=1),
+                self.teacher_retrieval(log_shares, heads, x),
+                rows.counted,
+                distance,
+                self.head_pooling.mixture()[0],
+                self.pooling,
+            )
+        by_layer = [
+            retrieval_divergence(
+                found[match.student_layer],
+                self.teacher_retrieval(log_shares, match.teacher_heads, x),
+                rows.counted,
+                distance,
+            )
+            for match in matches
+        ]
+        weight = sum(each for _, each in by_layer)
+        total = sum(divergence * each for divergence, each in by_layer)
+        return total / ops.maximum(weight, keras.backend.epsilon()), weight

@@ -10,11 +10,13 @@ import keras
 from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule
 
+from keras_laid.arguments import check_number
 from keras_laid.backbones.forward import Run
 from keras_laid.distillation.description import Description
 from keras_laid.distillation.matched_rows import MatchedRows
 from keras_laid.distillation.matched_rows import matched_rows
 from keras_laid.distillation.stored_teacher import StoredTeacher
+from keras_laid.ops.attention import Distance
 from keras_laid.typing import Tensor
 
 Weight: TypeAlias = float | LearningRateSchedule
@@ -31,7 +33,9 @@ class Step(NamedTuple):
         run: The student's `Run`.
         logits: Float tensor of shape `(batch, length, vocabulary)`, or `None`
             if no loss or metric takes them.
-        progress: Float scalar from 0 to 1, of training.
+        strength: Float scalar of at least 0, how much more the most distant
+            tokens count at this step.
+        exponent: Float, of distance; see `keras_laid.DistanceWeighting`.
         weights: Dictionary from the name of a loss to its weight at this step.
     """
 
@@ -41,12 +45,21 @@ class Step(NamedTuple):
     sample_weight: Tensor
     run: Run
     logits: Tensor | None
-    progress: Tensor
+    strength: Tensor
+    exponent: float
     weights: Mapping[str, float | Tensor]
 
     def rows(self, rows: Literal["text", "all"]) -> MatchedRows:
         """The rows of text, or all rows, of the layers that were read."""
         return matched_rows(self.model, self.x, self.run.key_length, rows)
+
+    def distance(
+        self, row_positions: Tensor, key_positions: Tensor
+    ) -> Distance:
+        """Positions, and how much more distant ones count at this step."""
+        return Distance(
+            row_positions, key_positions, self.strength, self.exponent
+        )
 
 
 class Term:
@@ -112,11 +125,11 @@ class Term:
         """Whether a step needs to know the progress of training."""
         return self.has_progress and self.is_used
 
-    def student_layers(self) -> set[int]:
+    def student_attention(self) -> set[int]:
         """Layers of the student whose attention it reads."""
         return set()
 
-    def teacher_layers(self) -> set[int]:
+    def teacher_attention(self) -> set[int]:
         """Layers of the teacher whose attention it reads."""
         return set()
 
@@ -166,6 +179,12 @@ class Term:
             scalars, its losses without their weights and further metrics.
         """
         raise NotImplementedError
+
+
+def check_weight(name: str, weight: object) -> None:
+    """Refuses what is neither a schedule nor a number of at least 0."""
+    if not isinstance(weight, LearningRateSchedule):
+        check_number(name, weight, "[0, inf)")
 
 
 def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:

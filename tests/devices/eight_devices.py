@@ -1,4 +1,4 @@
-"""What `distribution_test.py` runs in a process with eight devices."""
+"""What `model_parallel_test.py` runs in a process with eight devices."""
 
 import collections
 import json
@@ -24,6 +24,7 @@ from tests.backbones.small_models import make_model
 from tests.support import make_haystacks
 from tests.support import make_multi_image
 from tests.support import make_preprocessor
+from tests.support import make_terms
 
 SHAPE = dict(
     hidden_dim=32,
@@ -51,7 +52,7 @@ def losses(distribution):
     )
     keras_laid.attach_gain_modulation(student)
     distiller = keras_laid.DistanceWeightedAttentionDistillation(
-        teacher, student, query_key_weight=0.1
+        teacher, student, terms=make_terms(query_key_weight=0.1)
     )
     distiller.compile(keras.optimizers.SGD(0.03))
     seen = []

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 import keras_laid
-from keras_laid import memory_plan
+from keras_laid.devices import memory_plan
 from tests.backbones import small_models
 from tests.support import PALI_GEMMA
+from tests.support import make_terms
 
 SHAPE = PALI_GEMMA | dict(vocabulary_size=40, num_query_heads=8)
 ARGUMENTS = dict(image_tokens=8, text_tokens=14, batch_size=2)
@@ -126,11 +127,10 @@ def test_total_is_near_what_a_compiled_step_takes():
     models = [keras_laid.MultiImagePaliGemmaCausalLM(b) for b in backbones]
     distiller = keras_laid.DistanceWeightedAttentionDistillation(
         *models,
-        retrieval=keras_laid.RetrievalMatching([(2, 0)]),
+        terms=make_terms(teacher_heads=[(2, 0)]),
         distance_weighting=keras_laid.DistanceWeighting(steps=1),
-        rematerialize=True,
     )
-    distiller.compile(keras.optimizers.AdamW(1e-4))
+    distiller.compile(keras.optimizers.AdamW(1e-4), rematerialize=True)
     distiller.optimizer.build(distiller.trainable_variables)
     inputs = dict.fromkeys(
         ("token_ids", "padding_mask", "response_mask"),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from keras_laid import ModelParallel
-from keras_laid.distribution import split_axis
+from keras_laid.devices.model_parallel import split_axis
 from tests.support import PALI_GEMMA
 
 needs_jax = pytest.mark.skipif(
@@ -22,7 +22,12 @@ needs_jax = pytest.mark.skipif(
 def on_eight_devices(*arguments):
     """Simulated ones: JAX must be told before it starts."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.eight_devices", *map(str, arguments)],
+        [
+            sys.executable,
+            "-m",
+            "tests.devices.eight_devices",
+            *map(str, arguments),
+        ],
         capture_output=True,
         text=True,
     )

@@ -17,7 +17,7 @@ from keras_laid.arguments import check_number
 from keras_laid.backbones import attention_layers
 from keras_laid.backbones.decoder import backbone_of
 from keras_laid.backbones.decoder import global_layers
-from keras_laid.distribution import split_axis
+from keras_laid.devices.model_parallel import split_axis
 from keras_laid.ops.logits_divergence import chunked
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
