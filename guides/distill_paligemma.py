@@ -124,7 +124,7 @@ unless `--supervised-weight` gives them one.
 
 digits = keras_laid.Digits("train", image_size, augment=True)
 test_digits = keras_laid.Digits("test", image_size)
-train_sizes = {2, 5, args.images // 2, args.images}
+train_sizes = {1, 2, 5, args.images // 2, args.images}
 stretching = keras_laid.PositionStretching(args.window, image_length)
 
 
@@ -133,7 +133,7 @@ def make_haystacks():
         digits,
         preprocessor,
         num_questions=args.questions * args.epochs,
-        sizes=sorted(size for size in train_sizes if 2 <= size <= args.images),
+        sizes=sorted(size for size in train_sizes if size <= args.images),
         batch_size=32,
         stretching=stretching if args.stretching else None,
         seed=args.seed,
