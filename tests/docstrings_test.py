@@ -156,7 +156,7 @@ def names(presets, tmp_path, monkeypatch):
     for preset in presets.iterdir():
         (tmp_path / preset.name).symlink_to(preset)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(families, "ADAPTERS", dict(families.ADAPTERS))
+    monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
     yield Names(make_preprocessor())
     if keras.backend.backend() == "jax":
         keras.distribution.set_distribution(None)

@@ -10,13 +10,12 @@ from typing import Any
 
 import keras
 from keras import ops
-from keras_hub.models import Gemma3Backbone
-from keras_hub.models import PaliGemmaBackbone
 
+from keras_laid.backbones.attention_layer import AttentionLayer
 from keras_laid.backbones.decoder import backbone_of
 from keras_laid.backbones.decoder import replaced_method
-from keras_laid.backbones.families import AttentionLayer
-from keras_laid.backbones.families import attention_layers
+from keras_laid.backbones.families import family_of
+from keras_laid.backbones.families import layers_with_maps
 from keras_laid.backbones.self_extend import SelfExtendedAttention
 from keras_laid.ops.attention import Attention
 from keras_laid.ops.attention import AttentionMask
@@ -46,7 +45,7 @@ def captured_attention(
     raises.
     """
     captured: dict[int, Attention] = {}
-    known = attention_layers(model)
+    known = layers_with_maps(model)
     blocks = backbone_of(model).transformer_layers
     with contextlib.ExitStack() as stack:
         for index in layers:
@@ -176,10 +175,11 @@ def attention_mask(
         A `keras_laid.ops.AttentionMask`.
     """
     present = ops.cast(inputs["padding_mask"], "bool")
-    if isinstance(backbone_of(model), PaliGemmaBackbone):
+    family = family_of(model)
+    if family.mask == "prefix":
         return prefix_mask(inputs, present, key_length, row_index)
     block = None
-    if "vision_mask" in inputs and sees_whole_images(model):
+    if family.mask == "images" and "vision_mask" in inputs:
         block = numbered_runs(inputs["vision_mask"])
     return AttentionMask(
         bidirectional=ops.zeros_like(present),
@@ -209,14 +209,6 @@ def prefix_mask(
         ),
         row_index=row_index,
     )
-
-
-def sees_whole_images(model: keras.Model) -> bool:
-    """Whether tokens of an image see later ones of it, in global layers.
-
-    Gemma 4's do only in its local layers.
-    """
-    return isinstance(backbone_of(model), Gemma3Backbone)
 
 
 def numbered_runs(mask: Tensor) -> Tensor:

@@ -13,20 +13,11 @@ from keras_laid.arguments import check_indices
 from keras_laid.arguments import check_kind
 from keras_laid.arguments import check_shape
 from keras_laid.arguments import check_tokens
-from keras_laid.backbones.families import AttentionLayer
+from keras_laid.backbones.attention_layer import DecoderLayer
 from keras_laid.backbones.families import attention_layers
+from keras_laid.backbones.families import family_of
 from keras_laid.typing import Tensor
 
-# By their names in any family.
-IMAGE_ATTRIBUTES = (
-    "image_size",
-    "image_sequence_length",
-    "num_vision_tokens_per_image",
-    "patch_size",
-    "pool_size",
-    "spatial_merge_size",
-    "temporal_patch_size",
-)
 # Inputs with a number for each of the token ids.
 TOKEN_MASKS = ("padding_mask", "response_mask", "vision_mask")
 
@@ -54,8 +45,8 @@ def global_layers(model: keras.Model) -> list[int]:
     return indices_of_global(attention_layers(model), backbone_of(model).name)
 
 
-def indices_of_global(layers: Sequence[AttentionLayer], name: str) -> list[int]:
-    """The same, of a list of `families.AttentionLayer` of a model so named."""
+def indices_of_global(layers: Sequence[DecoderLayer], name: str) -> list[int]:
+    """The same, of the layers of a model so named."""
     indices = [layer.index for layer in layers if layer.kind == "global"]
     if not indices:
         raise ValueError(
@@ -107,7 +98,7 @@ def image_layout(model: keras.Model) -> dict[str, Any]:
     return {
         name: getattr(part, name)
         for part in parts
-        for name in IMAGE_ATTRIBUTES
+        for name in family_of(model).image_attributes
         if hasattr(part, name)
     }
 

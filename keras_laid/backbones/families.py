@@ -1,8 +1,7 @@
-"""What is known of the decoders that KerasHub ships: an adapter a family.
+"""What is known of the decoders that KerasHub ships: a record for each family.
 
-An adapter tells where a decoder block attends, and by which numbers. A family
-that is not here yet takes one more. This is all of it, for a backbone whose
-blocks keep their attention as `block.attention`:
+A family that is not here yet takes one more. This is all of it, for a backbone
+whose blocks keep their attention as `block.attention`:
 
 ```python
 from keras_laid.backbones import families
@@ -26,15 +25,18 @@ def of_my_block(block):
     )
 
 
-families.ADAPTERS[MyBackbone] = of_my_block
+families.FAMILIES[MyBackbone] = families.Family(of_my_block)
 ```
 
 Blocks are those of `backbone.transformer_layers`. Subclasses of a known
-backbone need no adapter of their own.
+backbone need no record of their own.
 """
 
 import dataclasses
+from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
+from typing import Literal
 
 import keras
 from keras_hub.models import Gemma3Backbone
@@ -49,74 +51,73 @@ from keras_hub.models import Qwen3_5Backbone
 from keras_hub.models import Qwen3Backbone
 from keras_hub.models import QwenBackbone
 
-
-def _part() -> Any:
-    return dataclasses.field(default=None, repr=False, compare=False)
+from keras_laid.backbones.attention_layer import AttentionLayer
+from keras_laid.backbones.attention_layer import DecoderLayer
+from keras_laid.backbones.attention_layer import layer
+from keras_laid.backbones.attention_layer import linear
 
 
 @dataclasses.dataclass(frozen=True)
-class AttentionLayer:
-    """A decoder layer and how it attends.
-
-    All but `index` and `kind` are `None` where `kind` is `"linear"`.
+class Family:
+    """All that is known of a family of decoders.
 
     Attributes:
-        index: Integer, its place in the decoder, from 0.
-        kind: `"global"`, `"local"` where a sliding window bounds what it sees,
-            or `"linear"` where it has no attention map.
-        num_query_heads: Integer.
-        num_key_value_heads: Integer.
-        head_dim: Integer, numbers in a query or key of one head.
-        rotary_dim: Integer, how many of them rotary embedding turns.
-        wavelength: Float, the longest of its rotary frequencies, in tokens over
-            `2 * pi`, before any scaling.
-        scale: Float, what logits are multiplied by.
-        soft_cap: Float, what logits are softly capped at, or `None`.
-        window: Integer, tokens of the sliding window, or `None`.
-        pair_distance: Integer: rotary embedding turns feature `k` together with
-            feature `k + pair_distance`.
-        keys_from: Integer, index of the layer whose keys it uses, or `None`
-            where it has keys of its own.
-        lends_keys: Boolean, whether another layer uses its keys.
-        layer: The `keras.layers.Layer` that computes it.
-        rotary: Its `keras_hub.layers.RotaryEmbedding`.
-        query_layer: The layer whose output is rotated into queries: the
-            projection, or the norm that follows it.
-        key_layer: That of keys, or `None` where they are another layer's.
-        norm_offset: Number, where the two are norms: they multiply by their
-            `scale` plus this. `None` where they are projections.
+        read_block: Function from a block of the decoder to its
+            `AttentionLayer`, or to a `LinearLayer`.
+        mask: Which tokens see later ones, in layers with full attention:
+            `"causal"`, none do; `"prefix"`, the images and the prompt see each
+            other; `"images"`, tokens of an image see each other.
+        mask_method: String, the method of a block that makes its mask.
+        linear_memory: Whether the masks of all layers are known well enough
+            for `keras_laid.linear_memory_attention`: `"always"`, `"without
+            windows"` or `"never"`.
+        image_attributes: Names of attributes of the backbone or its vision
+            encoder, which decide how many tokens an image becomes, and in which
+            order. Empty for decoders of text.
+        vision_encoder: String, the attribute of the backbone that is its vision
+            encoder; empty for decoders of text.
+        vision_blocks: String, the attribute of the encoder, or of one of its
+            layers, that lists its blocks.
     """
 
-    index: int
-    kind: str
-    num_query_heads: int | None = None
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    rotary_dim: int | None = None
-    wavelength: float | None = None
-    scale: float | None = None
-    soft_cap: float | None = None
-    window: int | None = None
-    pair_distance: int | None = None
-    keys_from: int | None = None
-    lends_keys: bool = False
-    norm_offset: int | None = None
-    layer: keras.layers.Layer | None = _part()
-    rotary: keras.layers.Layer | None = _part()
-    query_layer: keras.layers.Layer | None = _part()
-    key_layer: keras.layers.Layer | None = _part()
+    read_block: Callable[[keras.layers.Layer], DecoderLayer]
+    mask: Literal["causal", "prefix", "images"] = "causal"
+    mask_method: str = "_compute_self_attention_mask"
+    linear_memory: Literal["always", "without windows", "never"] = "always"
+    image_attributes: tuple[str, ...] = ()
+    vision_encoder: str = ""
+    vision_blocks: str = ""
 
 
-def attention_layers(model: keras.Model) -> list[AttentionLayer]:
+def family_of(model: keras.Model) -> Family:
+    """The record of a model's or backbone's family.
+
+    Raises:
+        ValueError: If the family is unknown.
+    """
+    backbone = getattr(model, "backbone", model)
+    for kind, family in FAMILIES.items():
+        if isinstance(backbone, kind):
+            return family
+    names = sorted(kind.__name__ for kind in FAMILIES)
+    raise ValueError(
+        f"The model's family must be known, one of {names}. "
+        f"Received: {type(backbone).__name__}. Write a record: "
+        "`help(keras_laid.backbones.families)` shows one in 20 lines."
+    )
+
+
+def attention_layers(model: keras.Model) -> list[DecoderLayer]:
     """The attention of each decoder layer of a KerasHub model, first to last.
 
     Args:
         model: A `keras_hub.models.CausalLM` or its backbone, of PaliGemma,
             Gemma (1 to 4), Qwen (2, 3, 3.5), Llama (1 to 3), Mistral or Phi-3,
-            or of a family added to `ADAPTERS`.
+            or of a family added to `FAMILIES`.
 
     Returns:
-        A list of `AttentionLayer`s.
+        A list of `AttentionLayer`s, and of `LinearLayer`s where a layer has no
+        attention maps.
 
     Raises:
         ValueError: If the family is unknown.
@@ -129,64 +130,28 @@ def attention_layers(model: keras.Model) -> list[AttentionLayer]:
         print(layer.index, layer.kind, layer.window, layer.wavelength)
     ```
     """
+    family = family_of(model)
     backbone = getattr(model, "backbone", model)
-    adapter = next(
-        (of for kind, of in ADAPTERS.items() if isinstance(backbone, kind)),
-        None,
-    )
-    if adapter is None:
-        names = sorted(kind.__name__ for kind in ADAPTERS)
-        raise ValueError(
-            f"The model's family must be known, one of {names}. "
-            f"Received: {type(backbone).__name__}. Write an adapter: "
-            "`help(keras_laid.backbones.families)` shows one in 20 lines."
-        )
-    layers = [adapter(block) for block in backbone.transformer_layers]
-    lenders = {layer.keys_from for layer in layers}
+    layers = [family.read_block(each) for each in backbone.transformer_layers]
+    lenders = {getattr(each, "keys_from", None) for each in layers}
     return [
-        dataclasses.replace(layer, index=index, lends_keys=index in lenders)
-        for index, layer in enumerate(layers)
+        dataclasses.replace(each, index=index)
+        if each.kind == "linear"
+        else dataclasses.replace(each, index=index, lends_keys=index in lenders)
+        for index, each in enumerate(layers)
     ]
 
 
-def layer(
-    attention: keras.layers.Layer,
-    rotary: keras.layers.Layer,
-    window: int | None,
-    head_dim: int,
-    rotary_dim: int | None = None,
-    pair_distance: int | None = None,
-    **attributes: Any,
-) -> AttentionLayer:
-    """An `AttentionLayer` with attention maps, for adapters.
-
-    Args:
-        attention: The Keras layer.
-        rotary: Its rotary embedding.
-        window: Integer, tokens of its sliding window, or `None`.
-        head_dim: Integer.
-        rotary_dim: Integer, if not all of the head dim is turned.
-        pair_distance: Integer. Defaults to half of `rotary_dim`.
-        **attributes: The other attributes of `AttentionLayer`.
-    """
-    rotary_dim = rotary_dim or head_dim
-    return AttentionLayer(
-        index=0,
-        kind="global" if window is None else "local",
-        head_dim=head_dim,
-        rotary_dim=rotary_dim,
-        pair_distance=pair_distance or rotary_dim // 2,
-        wavelength=float(rotary.max_wavelength),
-        window=window,
-        layer=attention,
-        rotary=rotary,
-        **attributes,
-    )
+def layers_with_maps(model: keras.Model) -> dict[int, AttentionLayer]:
+    """The decoder layers with attention maps, by their index."""
+    return with_maps(attention_layers(model))
 
 
-def linear() -> AttentionLayer:
-    """An `AttentionLayer` without attention maps, for adapters."""
-    return AttentionLayer(index=0, kind="linear")
+def with_maps(layers: Sequence[DecoderLayer]) -> dict[int, AttentionLayer]:
+    """Those of some layers that have attention maps, by their index."""
+    return {
+        each.index: each for each in layers if isinstance(each, AttentionLayer)
+    }
 
 
 def of_gemma(block: keras.layers.Layer) -> AttentionLayer:
@@ -288,7 +253,7 @@ def of_qwen3(block: keras.layers.Layer) -> AttentionLayer:
     )
 
 
-def of_qwen3_5(block: keras.layers.Layer) -> AttentionLayer:
+def of_qwen3_5(block: keras.layers.Layer) -> DecoderLayer:
     if block.layer_type == "linear_attention":
         return linear()
     attention = block._self_attention_layer
@@ -332,17 +297,55 @@ def of_mistral(block: keras.layers.Layer) -> AttentionLayer:
     )
 
 
-# From the class of a backbone to what reads one of its decoder blocks.
-ADAPTERS = {
-    PaliGemmaBackbone: of_gemma,
-    GemmaBackbone: of_gemma,
-    Gemma3Backbone: of_gemma,
-    Gemma4Backbone: of_gemma4,
-    LlamaBackbone: of_llama,
-    Llama3Backbone: of_llama,
-    MistralBackbone: of_mistral,
-    Phi3Backbone: of_phi3,
-    QwenBackbone: of_qwen,
-    Qwen3Backbone: of_qwen3,
-    Qwen3_5Backbone: of_qwen3_5,
+OF_GEMMA = Family(of_gemma, mask_method="_compute_attention_mask")
+OF_LLAMA = Family(of_llama)
+IMAGE_GRID = ("image_size", "num_vision_tokens_per_image", "patch_size")
+
+# From the class of a backbone to what is known of it.
+FAMILIES = {
+    # All of its images stand before the text, and their tokens are apart.
+    PaliGemmaBackbone: Family(
+        of_gemma,
+        mask="prefix",
+        mask_method="_compute_attention_mask",
+        image_attributes=("image_size", "image_sequence_length"),
+        vision_encoder="vit_encoder",
+        vision_blocks="resblocks",
+    ),
+    GemmaBackbone: OF_GEMMA,
+    Gemma3Backbone: Family(
+        of_gemma,
+        mask="images",
+        mask_method="_compute_attention_mask",
+        image_attributes=(*IMAGE_GRID, "pool_size"),
+        vision_encoder="vision_encoder",
+        vision_blocks="resblocks",
+    ),
+    # Tokens of an image see each other in its local layers only.
+    Gemma4Backbone: Family(
+        of_gemma4,
+        mask_method="_compute_attention_mask",
+        linear_memory="never",
+        image_attributes=(*IMAGE_GRID, "pool_size"),
+        vision_encoder="vision_encoder",
+        vision_blocks="encoder_blocks",
+    ),
+    LlamaBackbone: OF_LLAMA,
+    Llama3Backbone: OF_LLAMA,
+    MistralBackbone: Family(of_mistral),
+    Phi3Backbone: Family(of_phi3),
+    # Fused attention drops its window, so that it depends on the backend.
+    QwenBackbone: Family(of_qwen, linear_memory="without windows"),
+    Qwen3Backbone: Family(of_qwen3, linear_memory="without windows"),
+    Qwen3_5Backbone: Family(
+        of_qwen3_5,
+        linear_memory="without windows",
+        image_attributes=(
+            "patch_size",
+            "spatial_merge_size",
+            "temporal_patch_size",
+        ),
+        vision_encoder="vision_encoder",
+        vision_blocks="blocks",
+    ),
 }

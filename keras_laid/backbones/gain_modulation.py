@@ -11,14 +11,15 @@ from keras import ops
 
 from keras_laid.arguments import check_indices
 from keras_laid.arguments import check_switch
+from keras_laid.backbones.attention_layer import AttentionLayer
 from keras_laid.backbones.compiled import compiled_functions
 from keras_laid.backbones.compiled import make_anew
 from keras_laid.backbones.compiled import models_around
 from keras_laid.backbones.decoder import backbone_of
 from keras_laid.backbones.decoder import global_layers
-from keras_laid.backbones.families import ADAPTERS
-from keras_laid.backbones.families import AttentionLayer
+from keras_laid.backbones.families import FAMILIES
 from keras_laid.backbones.families import attention_layers
+from keras_laid.backbones.families import layers_with_maps
 from keras_laid.layers.gain_modulated_rotary_embedding import (
     GainModulatedRotaryEmbedding,
 )
@@ -145,7 +146,7 @@ def fold_gain_modulation(model: keras.Model) -> None:
             f"Received: {backbone.name!r}, which has none. "
             "Call `attach_gain_modulation` first."
         )
-    layers = [attention_layers(backbone)[index] for index in gained]
+    layers = [layers_with_maps(backbone)[index] for index in gained]
     for layer, gain in zip(layers, gained.values(), strict=True):
         for part in _modulated_parts(layer, gain):
             _check_foldable(layer, part, gain)
@@ -233,9 +234,9 @@ def _save_to_preset(
 @functools.cache
 def gain_modulated(plain_class: type[keras.Model]) -> type[keras.Model]:
     """The class of a backbone with gains, registered with Keras."""
-    if plain_class not in ADAPTERS:
+    if plain_class not in FAMILIES:
         raise ValueError(
-            "The backbone must be of a class in `families.ADAPTERS` itself, "
+            "The backbone must be of a class in `families.FAMILIES` itself, "
             "not of a subclass, which could not be saved with gains. "
             f"Received: {plain_class.__name__}"
         )
@@ -247,7 +248,7 @@ def gain_modulated(plain_class: type[keras.Model]) -> type[keras.Model]:
     return keras.saving.register_keras_serializable("keras_laid")(gained_class)
 
 
-for _plain_class in ADAPTERS:  # Keras must know them to load a file.
+for _plain_class in FAMILIES:  # Keras must know them to load a file.
     gain_modulated(_plain_class)
 
 
@@ -261,7 +262,7 @@ def _attach(
     chosen = _chosen_indices(backbone, layers)
     # All are made before one is put in: a refusal changes nothing.
     gains = [_new_gain(backbone, i, per_head, max_gain) for i in chosen]
-    attentions = attention_layers(backbone)
+    attentions = layers_with_maps(backbone)
     for index, gain in zip(chosen, gains, strict=True):
         _put_in(attentions[index], gain)
     return gains
@@ -304,7 +305,7 @@ def _new_gain(
     backbone: keras.Model, index: int, per_head: bool, max_gain: float
 ) -> GainModulatedRotaryEmbedding:
     """A built gain layer for the rotary frequencies of a decoder layer."""
-    layer = attention_layers(backbone)[index]
+    layer = layers_with_maps(backbone)[index]
     heads = layer.num_query_heads if per_head else None
     shares_keys = layer.lends_keys or layer.keys_from is not None
     gain = GainModulatedRotaryEmbedding(
@@ -388,8 +389,8 @@ def gains_by_index(
 ) -> dict[int, GainModulatedRotaryEmbedding]:
     """The gain layers, by the index of their decoder layer, from 0."""
     return {
-        layer.index: layer.layer.rotary_gain
-        for layer in attention_layers(backbone)
+        index: layer.layer.rotary_gain
+        for index, layer in layers_with_maps(backbone).items()
         if hasattr(layer.layer, "rotary_gain")
     }
 

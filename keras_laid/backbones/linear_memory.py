@@ -9,13 +9,13 @@ from typing import Any
 
 import keras
 from keras import ops
-from keras_hub.models import Gemma4Backbone
 
 from keras_laid.backbones import decoder
 from keras_laid.backbones.attention_capture import numbered_runs
+from keras_laid.backbones.attention_layer import AttentionLayer
 from keras_laid.backbones.compiled import compiled_apart
-from keras_laid.backbones.families import AttentionLayer
-from keras_laid.backbones.families import attention_layers
+from keras_laid.backbones.families import family_of
+from keras_laid.backbones.families import layers_with_maps
 from keras_laid.ops.attention import Attention
 from keras_laid.ops.attention import AttentionMask
 from keras_laid.ops.attention_output import IMPLEMENTATIONS
@@ -24,8 +24,6 @@ from keras_laid.ops.attention_output import attention_output
 from keras_laid.ops.dispatch import check_requested
 from keras_laid.typing import Tensor
 
-# What families call the method of a block that makes its mask.
-MASK_METHODS = ("_compute_attention_mask", "_compute_self_attention_mask")
 # What the names of that method's arguments end with.
 MASKS = ("padding_mask", "response_mask", "vision_mask", "attention_mask")
 
@@ -94,13 +92,11 @@ def linear_blocks(
     """
     blocks = decoder.backbone_of(model).transformer_layers
     with contextlib.ExitStack() as stack:
-        for layer in attention_layers(model):
-            if layer.kind == "linear":
-                continue
+        name = family_of(model).mask_method
+        for layer in layers_with_maps(model).values():
             if indices is not None and layer.index not in indices:
                 continue
             block = blocks[layer.index]
-            name = next(n for n in MASK_METHODS if hasattr(block, n))
             linear = LinearBlock(block, name, layer, implementation)
             for part, method, function in (
                 (block, name, linear.make_mask),
@@ -132,18 +128,15 @@ def check_linear_memory(model: keras.Model) -> None:
     """Refuses models whose attention would not be the same."""
     backbone = decoder.backbone_of(model)
     name = type(backbone).__name__
-    windows = any(layer.window for layer in attention_layers(model))
-    blocks = [
-        backbone.transformer_layers[layer.index]
-        for layer in attention_layers(model)
-        if layer.kind != "linear"
-    ]
-    knows = all(any(hasattr(b, n) for n in MASK_METHODS) for b in blocks)
-    # Qwen's window depends on the backend: fused attention drops it.
-    if (
-        isinstance(backbone, Gemma4Backbone)
-        or ("Qwen" in name and windows)
-        or not knows
+    family, layers = family_of(model), layers_with_maps(model).values()
+    known = {
+        "always": True,
+        "without windows": not any(layer.window for layer in layers),
+        "never": False,
+    }
+    blocks = [backbone.transformer_layers[layer.index] for layer in layers]
+    if not known[family.linear_memory] or not all(
+        hasattr(block, family.mask_method) for block in blocks
     ):
         raise ValueError(
             "`linear_memory_attention` knows the masks of the families in "
@@ -155,8 +148,7 @@ def check_linear_memory(model: keras.Model) -> None:
             "`linear_memory_attention` needs a model without dropout. "
             f"Received: backbone.dropout={backbone.dropout}"
         )
-    layers = [layer.layer for layer in attention_layers(model)]
-    if any(layer and "_compute_attention" in vars(layer) for layer in layers):
+    if any("_compute_attention" in vars(layer.layer) for layer in layers):
         raise ValueError(
             "`linear_memory_attention` must be the outermost scope that "
             "changes a model's attention, and cannot be nested. Received: a "

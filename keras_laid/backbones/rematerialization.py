@@ -12,15 +12,13 @@ import keras
 from keras_laid.backbones.attention_capture import captured_attention
 from keras_laid.backbones.decoder import backbone_of
 from keras_laid.backbones.decoder import replaced_method
+from keras_laid.backbones.families import family_of
 from keras_laid.backbones.linear_memory import linear_blocks
 from keras_laid.backbones.linear_memory import named
 from keras_laid.backbones.rotary_positions import rotary_embeddings_at
 from keras_laid.ops.attention import Attention
 from keras_laid.ops.attention_output import Name
 from keras_laid.typing import Tensor
-
-# What families call the list of a vision encoder's blocks.
-VISION_BLOCKS = ("resblocks", "encoder_blocks", "blocks")
 
 
 @contextlib.contextmanager
@@ -89,12 +87,13 @@ def no_scopes() -> Iterator[dict[int, Attention]]:
 
 def vision_blocks(backbone: keras.Model) -> list[keras.layers.Layer]:
     """The blocks of a backbone's vision encoder, if it has one."""
-    for name in ("vit_encoder", "vision_encoder"):
-        encoder = getattr(backbone, name, None)
-        for part in (encoder, *getattr(encoder, "layers", ())):
-            for blocks in VISION_BLOCKS:
-                if hasattr(part, blocks):
-                    return list(getattr(part, blocks))
+    family = family_of(backbone)
+    if not family.vision_encoder:
+        return []
+    encoder = getattr(backbone, family.vision_encoder)
+    for part in (encoder, *getattr(encoder, "layers", ())):
+        if hasattr(part, family.vision_blocks):
+            return list(getattr(part, family.vision_blocks))
     return []
 
 

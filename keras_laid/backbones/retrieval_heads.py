@@ -15,6 +15,7 @@ from keras_laid.arguments import check_number
 from keras_laid.arguments import check_switch
 from keras_laid.backbones.decoder import global_layers
 from keras_laid.backbones.families import attention_layers
+from keras_laid.backbones.families import layers_with_maps
 from keras_laid.backbones.head_examples import Batch
 from keras_laid.backbones.head_examples import examples_of
 from keras_laid.backbones.head_examples import first_batches
@@ -245,7 +246,7 @@ def statistics_of(
 ) -> dict[str, HeadStatistics] | None:
     """Statistics of rows of each kind; `None` if no example counts."""
     layers = global_layers(model)
-    known = attention_layers(model)
+    known = layers_with_maps(model)
     by_kind: dict[str, list[Examples]] = {kind: [] for kind in kinds}
     for batch in batches:
         found = examples_of(model, batch, layers, kinds, num_segments)
@@ -255,6 +256,6 @@ def statistics_of(
         return None
     width = max(known[layer].num_query_heads for layer in layers)
     return {
-        kind: head_statistics(examples, len(known), width)
+        kind: head_statistics(examples, len(attention_layers(model)), width)
         for kind, examples in by_kind.items()
     }

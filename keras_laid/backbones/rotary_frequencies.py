@@ -7,6 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_laid.arguments import is_integer
+from keras_laid.backbones.attention_layer import LinearLayer
 from keras_laid.backbones.decoder import backbone_of
 from keras_laid.backbones.families import attention_layers
 from keras_laid.backbones.rotary_positions import is_su_scaled
@@ -36,7 +37,7 @@ def rotary_wavelengths(model: keras.Model, layer: int = -1) -> np.ndarray:
             f"layers. Received: layer={layer!r:.80}"
         )
     attention = layers[layer]
-    if attention.kind == "linear" or is_su_scaled(attention):
+    if isinstance(attention, LinearLayer) or is_su_scaled(attention):
         raise ValueError(
             "The decoder layer must have one set of rotary frequencies: linear "
             "ones have none, and those of Phi-3 for long contexts depend on "

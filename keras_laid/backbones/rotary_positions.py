@@ -10,10 +10,10 @@ from keras import ops
 
 from keras_laid.arguments import check_dtype
 from keras_laid.arguments import check_positions
+from keras_laid.backbones.attention_layer import AttentionLayer
 from keras_laid.backbones.compiled import compiled_apart
 from keras_laid.backbones.decoder import replaced_method
-from keras_laid.backbones.families import AttentionLayer
-from keras_laid.backbones.families import attention_layers
+from keras_laid.backbones.families import layers_with_maps
 from keras_laid.typing import Tensor
 
 
@@ -59,9 +59,7 @@ def rotary_embeddings_at(
         yield
         return
     with contextlib.ExitStack() as stack:
-        layers = [
-            layer for layer in attention_layers(model) if layer.kind != "linear"
-        ]
+        layers = layers_with_maps(model).values()
         check_kind_of(positions)
         for layer in layers:
             check_rank(layer, positions)

@@ -5,14 +5,13 @@ from typing import NamedTuple
 
 import keras
 from keras import ops
-from keras_hub.models import PaliGemmaBackbone
 
 from keras_laid.arguments import check_dtype
 from keras_laid.arguments import check_shape
 from keras_laid.arguments import is_integer
 from keras_laid.backbones.attention_capture import numbered_runs
 from keras_laid.backbones.attention_capture import text_rows
-from keras_laid.backbones.decoder import backbone_of
+from keras_laid.backbones.families import family_of
 from keras_laid.typing import Tensor
 
 
@@ -85,7 +84,7 @@ def segment_numbers(
         batch = inputs["token_ids"].shape[0]
         check_shape("segments", numbers, batch=batch, keys=keys)
         check_dtype("segments", numbers, "int")
-    elif isinstance(backbone_of(model), PaliGemmaBackbone):
+    elif family_of(model).mask == "prefix":
         numbers = pali_gemma_numbers(inputs, key_length)
     elif has_images(inputs):
         numbers = numbered_runs(ops.logical_not(text_rows(inputs)))

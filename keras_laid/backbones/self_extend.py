@@ -9,7 +9,7 @@ from keras import ops
 from keras_laid.arguments import check_integer
 from keras_laid.backbones import decoder
 from keras_laid.backbones.compiled import compiled_apart
-from keras_laid.backbones.families import attention_layers
+from keras_laid.backbones.families import layers_with_maps
 from keras_laid.backbones.rotary_positions import RotatedAt
 from keras_laid.typing import Tensor
 
@@ -76,7 +76,7 @@ def self_extend(
     check_integer("group_size", group_size)
     check_integer("neighbor_window", neighbor_window)
     decoder.pali_gemma_backbone_of(model)
-    attentions = attention_layers(model)
+    attentions = layers_with_maps(model)
     layers = [attentions[i].layer for i in decoder.global_layers(model)]
     if any("_compute_attention" in vars(layer) for layer in layers):
         raise ValueError(

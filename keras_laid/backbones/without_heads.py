@@ -13,10 +13,10 @@ from keras import ops
 
 from keras_laid.arguments import is_integer
 from keras_laid.backbones.attention_capture import no_gradients
+from keras_laid.backbones.attention_layer import AttentionLayer
 from keras_laid.backbones.compiled import compiled_apart
 from keras_laid.backbones.decoder import replaced_method
-from keras_laid.backbones.families import AttentionLayer
-from keras_laid.backbones.families import attention_layers
+from keras_laid.backbones.families import layers_with_maps
 from keras_laid.backbones.forward import forward
 from keras_laid.backbones.head_examples import Batch
 from keras_laid.typing import Tensor
@@ -42,7 +42,7 @@ def without_heads(
         ValueError: If a layer or a head does not exist, or a layer has no
             attention maps.
     """
-    layers = attention_layers(model)
+    layers = layers_with_maps(model)
     by_layer: dict[int, list[int]] = {}
     for index, head in checked_heads(layers, heads):
         by_layer.setdefault(index, []).append(head)
@@ -74,7 +74,7 @@ def silencing(
 
 
 def checked_heads(
-    layers: Sequence[AttentionLayer], heads: Sequence[tuple[int, int]]
+    layers: Mapping[int, AttentionLayer], heads: Sequence[tuple[int, int]]
 ) -> list[tuple[int, int]]:
     """Returns pairs `(layer, head)`, of which each must exist."""
     rule = "`heads` must be pairs of integers (layer, query head)"
@@ -84,12 +84,12 @@ def checked_heads(
             "Pass a list of tuples, such as `[(1, 3)]`."
         )
     for index, head in heads:
-        exists = 0 <= index < len(layers) and layers[index].kind != "linear"
-        if not exists or not 0 <= head < layers[index].num_query_heads:
+        counts = {i: layer.num_query_heads for i, layer in layers.items()}
+        if not 0 <= head < counts.get(index, 0):
             raise ValueError(
                 f"{rule} of layers with attention maps. Received: layer "
-                f"{index}, head {head}, of a decoder of {len(layers)} layers "
-                f"with {[layer.num_query_heads or 0 for layer in layers]} heads"
+                f"{index}, head {head}, of a decoder whose layers have so many "
+                f"heads: {counts}"
             )
     return [(int(index), int(head)) for index, head in heads]
 

@@ -16,7 +16,7 @@ from keras_laid.arguments import check_integer
 from keras_laid.arguments import check_number
 from keras_laid.backbones import decoder
 from keras_laid.backbones.compiled import compiled_apart
-from keras_laid.backbones.families import attention_layers
+from keras_laid.backbones.families import layers_with_maps
 from keras_laid.typing import Tensor
 
 
@@ -96,7 +96,7 @@ def yarn(
     """
     _check_arguments(factor, original_length, beta_fast, beta_slow, ramp)
     decoder.pali_gemma_backbone_of(model)
-    attentions = attention_layers(model)
+    attentions = layers_with_maps(model)
     ropes = [attentions[i].rotary for i in decoder.global_layers(model)]
     for rope in ropes:
         _check_unscaled(rope)

@@ -14,9 +14,9 @@ import keras_hub
 from keras_laid.arguments import check_integer
 from keras_laid.arguments import check_integers
 from keras_laid.arguments import check_number
-from keras_laid.backbones import attention_layers
 from keras_laid.backbones.decoder import backbone_of
 from keras_laid.backbones.decoder import global_layers
+from keras_laid.backbones.families import layers_with_maps
 from keras_laid.devices.model_parallel import split_axis
 from keras_laid.ops.logits_divergence import chunked
 
@@ -324,11 +324,10 @@ def blueprint_of_built(
     model: keras.Model, image_tokens: int, text_tokens: int
 ) -> Blueprint:
     backbone = backbone_of(model)
-    layers = attention_layers(model)
-    last = layers[global_layers(model)[-1]]
+    last = layers_with_maps(model)[global_layers(model)[-1]]
     heads = (last.num_query_heads + last.num_key_value_heads) * last.head_dim
     decoder = Stack(
-        layers=len(layers),
+        layers=len(backbone.transformer_layers),
         width=backbone.hidden_dim,
         inner=2 * heads + 3 * feedforward_units(backbone, last.index),
         tokens=image_tokens + text_tokens,

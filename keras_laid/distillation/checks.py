@@ -147,8 +147,8 @@ def check_features(
                 "the same."
             )
         head_dims = [
-            teacher.layers[teacher_layer].head_dim,
-            student.layers[student_layer].head_dim,
+            teacher.layers_with_maps[teacher_layer].head_dim,
+            student.layers_with_maps[student_layer].head_dim,
         ]
         if head_dims[0] != head_dims[1]:
             raise ValueError(

@@ -8,7 +8,10 @@ import keras
 
 from keras_laid.backbones import attention_layers
 from keras_laid.backbones import decoder
-from keras_laid.backbones.families import AttentionLayer
+from keras_laid.backbones.attention_layer import AttentionLayer
+from keras_laid.backbones.attention_layer import DecoderLayer
+from keras_laid.backbones.attention_layer import LinearLayer
+from keras_laid.backbones.families import with_maps
 from keras_laid.backbones.multi_image_pali_gemma import (
     MultiImagePaliGemmaCausalLM,
 )
@@ -25,8 +28,8 @@ class Description:
         image_layout: Dictionary, what decides how many tokens an image becomes.
         vocabulary_size: Integer, the number of tokens that have logits.
         tokens: List of strings, those of the tokenizer; empty without one.
-        layers: List of `keras_laid.backbones.AttentionLayer`, all of its
-            decoder.
+        layers: List of `keras_laid.backbones.AttentionLayer` and `LinearLayer`,
+            all of its decoder.
         layer_types: List of strings, the class of each.
         hidden_dim: Integer, the width of the hidden states; `None` for a stored
             teacher, which has none.
@@ -37,7 +40,7 @@ class Description:
     image_layout: dict[str, Any]
     vocabulary_size: int
     tokens: list[str]
-    layers: list[AttentionLayer]
+    layers: list[DecoderLayer]
     layer_types: list[str]
     hidden_dim: int | None = None
 
@@ -56,14 +59,24 @@ class Description:
             vocabulary_size=decoder.backbone_of(model).vocabulary_size,
             tokens=list(tokenizer.get_vocabulary()) if tokenizer else [],
             layers=layers,
-            layer_types=[type(layer.layer).__name__ for layer in layers],
+            layer_types=[
+                type(getattr(layer, "layer", None)).__name__ for layer in layers
+            ],
             hidden_dim=decoder.backbone_of(model).hidden_dim,
         )
 
+    @property
+    def layers_with_maps(self) -> dict[int, AttentionLayer]:
+        """The layers with attention maps, by their index."""
+        return with_maps(self.layers)
+
     def to_json(self) -> dict[str, Any]:
-        numbers = [f.name for f in dataclasses.fields(AttentionLayer) if f.repr]
         layers = [
-            {name: getattr(layer, name) for name in numbers}
+            {
+                field.name: getattr(layer, field.name)
+                for field in dataclasses.fields(layer)
+                if field.repr
+            }
             for layer in self.layers
         ]
         values = vars(self) | {"layers": layers}
@@ -72,5 +85,10 @@ class Description:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        layers = [AttentionLayer(**layer) for layer in values["layers"]]
+        layers = [
+            LinearLayer(layer["index"])
+            if layer["kind"] == "linear"
+            else AttentionLayer(**layer)
+            for layer in values["layers"]
+        ]
         return cls(**values | {"layers": layers})

@@ -52,7 +52,7 @@ def resolve_heads(
     resolved = []
     for layer, head in heads:
         index = resolve_index(name, "teacher", teacher, allowed, layer)
-        count = teacher.layers[index].num_query_heads
+        count = teacher.layers_with_maps[index].num_query_heads
         if not 0 <= head < count:
             raise ValueError(
                 f"`{name}` must name heads from 0 to {count - 1} of layer "

@@ -184,7 +184,7 @@ class StoredTeacher:
         Returns:
             A dictionary from layer to `keras_laid.ops.Attention`.
         """
-        described = self.description.layers
+        described = self.description.layers_with_maps
         return {
             index: Attention(
                 x[f"teacher_query_{index}"],

@@ -8,6 +8,7 @@ import pytest
 from keras import ops
 
 from keras_laid.backbones import AttentionLayer
+from keras_laid.backbones import LinearLayer
 from keras_laid.backbones import attention_layers
 from keras_laid.backbones import families
 from tests.support import make_pali_gemma
@@ -24,13 +25,11 @@ HEADS = dict(num_query_heads=4, num_key_value_heads=2)
 
 
 def expected(*kinds, **attributes):
-    """One `AttentionLayer` for each kind, with the same attributes."""
+    """One layer for each kind; those with maps have the same attributes."""
     return [
-        AttentionLayer(
-            index=index,
-            kind=kind,
-            **(attributes if kind != "linear" else {}),
-        )
+        LinearLayer(index)
+        if kind == "linear"
+        else AttentionLayer(index=index, kind=kind, **attributes)
         for index, kind in enumerate(kinds)
     ]
 
@@ -240,7 +239,7 @@ def test_a_layer_computes_logits_by_the_scale_listed():
     )
 
 
-def test_unknown_families_are_refused_until_they_have_an_adapter(monkeypatch):
+def test_unknown_families_are_refused_until_they_have_a_record(monkeypatch):
     backbone = keras_hub.models.GPT2Backbone(
         vocabulary_size=8,
         num_layers=1,
@@ -252,8 +251,8 @@ def test_unknown_families_are_refused_until_they_have_an_adapter(monkeypatch):
     with pytest.raises(ValueError, match="known, one of .*'GemmaBackbone'"):
         attention_layers(backbone)
     monkeypatch.setitem(
-        families.ADAPTERS,
+        families.FAMILIES,
         keras_hub.models.GPT2Backbone,
-        lambda block: families.linear(),
+        families.Family(lambda block: families.linear()),
     )
     assert attention_layers(backbone) == expected("linear")

@@ -111,8 +111,8 @@ class AttentionMatching(Term):
             store.check(layers=self.teacher_attention(), rows=self.rows)
         self.mixers = [
             HeadMixer(
-                student.layers[s].num_query_heads,
-                teacher.layers[t].num_query_heads,
+                student.layers_with_maps[s].num_query_heads,
+                teacher.layers_with_maps[t].num_query_heads,
                 sharpness=self.mixer_sharpness,
                 name=f"mixer_{s}",
             )

@@ -148,7 +148,8 @@ class RetrievalMatching(Term):
         self.heads = heads
         self.descriptions = student, teacher
         if self.pooling != "none":
-            count = sum(student.layers[s].num_query_heads for s in layers)
+            known = student.layers_with_maps
+            count = sum(known[layer].num_query_heads for layer in layers)
             self.head_pooling = HeadMixer(1, count, name="mixer_retrieval")
 
     def named_heads(self, teacher: Description) -> Heads | None:
