@@ -105,37 +105,9 @@ reproduce-all: $(BENCHMARKS:%=$(REPRODUCED)/%.csv)
 			-m benchmarks.window_extension.spectra --config $$study || exit 1; \
 	done
 
-# The rows that need a GPU, after the tests of its kernels; what matters most comes
-# first, and rows that this commit has are not measured again. `GPU_PYTHON` has Keras,
+# The rows that need a GPU, after the tests of its kernels. `GPU_PYTHON` has Keras,
 # KerasHub, JAX, PyTorch, pytest-xdist and hypothesis.
 GPU_PYTHON ?= python3
-GPU_DIVERGENCE := benchmarks.attention_divergence --missing --dtype bfloat16 --repeats 10
-GPU_8 := --heads 8 --head-dim 256 --lengths
-GPU_16 := --heads 16 --head-dim 128 --lengths
-GPU_STEP := benchmarks.training_step --missing --dtype bfloat16 --width 2048 \
-	--layers 18 --rematerialize --rounds 1
-GPU_BOTH := --methods keras_laid without_attention --tokens 8192 --linear_memory
-GPU_OURS := --methods keras_laid --tokens 32768 --linear_memory
-TRITON := --implementations triton dot_product_attention
-PALLAS := --implementations pallas
-ATTENTION := --implementations dot_product_attention
-DEFINITION := --implementations definition --definition-up-to 8192
-GPU_ROWS := \
-	"torch $(GPU_DIVERGENCE) $(GPU_8) 32768 8192 65536 2048 $(TRITON)" \
-	"torch $(GPU_DIVERGENCE) $(GPU_16) 65536 32768 8192 2048 $(TRITON)" \
-	"torch $(GPU_DIVERGENCE) $(GPU_8) 8192 $(DEFINITION)" \
-	"torch $(GPU_DIVERGENCE) $(GPU_16) 8192 $(DEFINITION)" \
-	"jax $(GPU_DIVERGENCE) $(GPU_8) 32768 8192 $(PALLAS)" \
-	"jax $(GPU_DIVERGENCE) $(GPU_16) 32768 8192 $(PALLAS)" \
-	"torch $(GPU_DIVERGENCE) $(GPU_8) 32768 --implementations attention_output/triton" \
-	"torch $(GPU_DIVERGENCE) $(GPU_16) 32768 --implementations attention_output/triton" \
-	"jax $(GPU_DIVERGENCE) $(GPU_8) 32768 --implementations attention_output/pallas" \
-	"jax $(GPU_DIVERGENCE) $(GPU_8) 32768 8192 $(ATTENTION)" \
-	"jax $(GPU_DIVERGENCE) $(GPU_16) 32768 8192 $(ATTENTION)" \
-	"jax $(GPU_STEP) $(GPU_BOTH) pallas" \
-	"torch $(GPU_STEP) $(GPU_BOTH) triton" \
-	"jax $(GPU_STEP) $(GPU_OURS) pallas" \
-	"torch $(GPU_STEP) $(GPU_OURS) triton"
 reproduce-gpu: test-gpu rows-gpu
 
 test-gpu: export XLA_PYTHON_CLIENT_PREALLOCATE = false
@@ -151,12 +123,7 @@ test-gpu:
 
 rows-gpu: export RESULTS = $(REPRODUCED)
 rows-gpu:
-	failed=0; \
-	for row in $(GPU_ROWS); do \
-		set -- $$row; backend=$$1; shift; \
-		KERAS_BACKEND=$$backend $(GPU_PYTHON) -m "$$@" || failed=1; \
-	done; \
-	exit $$failed
+	$(GPU_PYTHON) -m benchmarks.gpu_rows
 
 format: $(TEST_ENV)/ready
 	$(TEST_ENV)/bin/ruff check --fix .

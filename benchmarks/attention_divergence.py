@@ -21,6 +21,7 @@ from keras import ops
 
 from benchmarks import measuring
 from benchmarks import rows
+from benchmarks.markdown import markdown_table
 from keras_laid.ops import Attention
 from keras_laid.ops import AttentionMask
 from keras_laid.ops import Distance
@@ -148,6 +149,127 @@ def draw():
         name = "_".join([PATH.stem, backend, *device_name.lower().split()])
         figure.savefig(PATH.with_name(f"{name}.png"), dpi=120)
         plt.close(figure)
+
+
+TIMES = ("ms", "device_ms")  # Called from Python, and of the GPU alone.
+
+
+def attention_divergence_cpu():
+    """Chunked against the definition, 4 heads of 64."""
+
+    def row(backend, name, length):
+        return rows.only(
+            "attention_divergence",
+            backend=backend,
+            implementation=name,
+            length=length,
+            head_dim=64,
+        )
+
+    lines = []
+    for backend, label in rows.BACKENDS.items():
+        chunked = {n: row(backend, "chunked", n) for n in (2048, 4096, 8192)}
+        plain = {n: row(backend, "definition", n) for n in (2048, 4096)}
+        ratios = (
+            rows.ratio("ms", chunked[2048], plain[2048]),
+            rows.ratio("peak_mib", chunked[4096], plain[4096]),
+            rows.ratio("peak_mib", chunked[8192], chunked[2048]),
+        )
+        compiled = ", compiled" if backend == "tensorflow" else ""
+        time, memory, growth = ratios
+        lines.append(
+            [label + compiled, f"{time:.2f}", f"{memory:.2f}", f"{growth:.1f}"]
+        )
+    header = [
+        "",
+        "time at 2,048",
+        "memory at 4,096",
+        "growth of memory, 2,048 to 8,192",
+    ]
+    return markdown_table(header, lines)
+
+
+def gpu_rows(implementation, backend="torch"):
+    """Rows of a GPU, each after what a table's line starts with."""
+    for heads, head_dim in ((16, 128), (8, 256)):
+        found = rows.read(
+            "attention_divergence",
+            backend=backend,
+            implementation=implementation,
+            heads=heads,
+            head_dim=head_dim,
+            dtype="bfloat16",
+        )
+        label = f"{heads} heads of {head_dim}"
+        for row in sorted(found, key=lambda row: int(row["length"])):
+            yield [label, f"{int(row['length']):,}"], row
+            label = ""
+
+
+def beside(row, implementation):
+    """Torch's row of the same shape."""
+    names = ("length", "heads", "head_dim", "dtype")
+    return rows.only(
+        "attention_divergence",
+        backend="torch",
+        implementation=implementation,
+        **{name: row[name] for name in names},
+    )
+
+
+def attention_divergence_gpu():
+    """The Triton kernels against torch's flash attention."""
+    lines = []
+    for start, row in gpu_rows("triton"):
+        attention = beside(row, "dot_product_attention")
+        cells = [milliseconds(each, "device_ms") for each in (row, attention)]
+        over_attention = f"{rows.ratio('device_ms', row, attention):.2f}"
+        memory = f"{float(row['peak_mib']):.1f} MiB"
+        lines.append([*start, *cells, over_attention, memory])
+    header = ["", "length", "Triton", "attention", "ratio"]
+    return markdown_table([*header, "memory beyond gradients"], lines)
+
+
+def attention_divergence_pallas():
+    """The Pallas kernels against those of Triton."""
+    lines = []
+    for start, row in gpu_rows("pallas", "jax"):
+        triton = beside(row, "triton")
+        cells = [milliseconds(each, "ms") for each in (row, triton)]
+        ratios = (float(row["ms"]) / float(triton[n]) for n in TIMES)
+        lines.append([*start, *cells, *(f"{each:.2f}" for each in ratios)])
+    header = ["", "length", "Pallas", "Triton", "ratio"]
+    return markdown_table([*header, "over Triton's time of the GPU"], lines)
+
+
+def attention_output_gpu():
+    """The kernels of what attention puts out, against flash attention."""
+    pallas = {
+        (row["heads"], row["length"]): milliseconds(row, "ms")
+        for _, row in gpu_rows("attention_output/pallas", "jax")
+    }
+    lines = []
+    for start, row in gpu_rows("attention_output/triton"):
+        attention = beside(row, "dot_product_attention")
+        cells = [milliseconds(each, "ms") for each in (attention, row)]
+        key = row["heads"], row["length"]
+        lines.append([*start, *cells, pallas.get(key, "")])
+    header = ["", "length", "flash attention", "Triton", "Pallas"]
+    return markdown_table(header, lines)
+
+
+def milliseconds(row, column):
+    """Three digits or more."""
+    value = float(row[column])
+    return f"{value:.{3 if value < 1 else 2 if value < 10 else 1}f} ms"
+
+
+TABLES = {
+    "attention_divergence_cpu": attention_divergence_cpu,
+    "attention_divergence_gpu": attention_divergence_gpu,
+    "attention_divergence_pallas": attention_divergence_pallas,
+    "attention_output_gpu": attention_output_gpu,
+}
 
 
 def main():

@@ -10,12 +10,15 @@ guide, which matched the last layer.
 """
 
 import argparse
+import itertools
 import json
 import pathlib
 import subprocess
 import sys
 
 from benchmarks import rows
+from benchmarks.markdown import markdown_table
+from benchmarks.window_extension.tables import SIZES
 
 PATH = rows.RESULTS / "guide_runs.csv"
 GUIDE = pathlib.Path(__file__).parent.parent / "guides" / "distill_paligemma.py"
@@ -66,6 +69,57 @@ def make_row(method, seed, output):
         row[f"window_{name}"] = windows.get(name, "")
     row |= {f"seconds_{k}": round(v) for k, v in results["seconds"].items()}
     return row | results["versions"] | {"machine": rows.machine()}
+
+
+def guide_runs():
+    """The guide's accuracies and windows, on each seed it ran with."""
+    lines = []
+    for row in rows.read("guide_runs", method="guide"):
+        for name, label in (
+            ("teacher", "teacher"),
+            ("before", "student before"),
+            ("after", "LAid"),
+            ("logits", "logits alone"),
+        ):
+            window = row.get(f"window_{name}")
+            window = f"{float(window):.1f}" if window else ""
+            lines.append(line_of(label, row, name, [window]))
+    return markdown_table(["", "seed", *SIZES, "effective window"], lines)
+
+
+def compare_methods():
+    """An earlier guide, and labels alone, on each seed."""
+    names = {
+        "guide": "the guide",
+        "sft": "labels alone",
+        "sft_stretched": "labels alone, stretched positions",
+    }
+    lines = []
+    for seed, name in itertools.product("012", names):
+        for row in rows.read("compare_methods", method=name, seed=seed):
+            if name == "guide":
+                lines += [
+                    line_of("teacher", row, "teacher", ["", ""]),
+                    line_of(
+                        "student before",
+                        row,
+                        "before",
+                        [f"{float(row['window_before']):.1f}", ""],
+                    ),
+                ]
+            windows = [row["window_after"], row["window_ratio"]]
+            windows = [f"{float(value):.1f}" for value in windows]
+            lines.append(line_of(names[name], row, "after", windows))
+    header = ["", "seed", *SIZES, "effective window", "ratio"]
+    return markdown_table(header, lines)
+
+
+def line_of(label, row, when, windows):
+    accuracy = [f"{float(row[f'{when}_{size}']):.3f}" for size in SIZES]
+    return [label, row["seed"], *accuracy, *windows]
+
+
+TABLES = {"guide_runs": guide_runs, "compare_methods": compare_methods}
 
 
 def main():

@@ -9,6 +9,7 @@ own, so that its peak memory is its own.
 """
 
 import argparse
+import itertools
 import json
 
 import keras
@@ -17,6 +18,7 @@ from keras import ops
 
 from benchmarks import measuring
 from benchmarks import rows
+from benchmarks.markdown import markdown_table
 from keras_laid.ops import Unembedding
 from keras_laid.ops import logits_divergence
 from keras_laid.ops.logits_divergence import IMPLEMENTATIONS
@@ -58,6 +60,35 @@ def measure(implementation, counted, args):
         ],
         args.repeats,
     )
+
+
+def table():
+    """Chunked against the definition."""
+    lines = []
+    counted = {"1.0": "all tokens count", "0.0625": "one in 16"}
+    for backend, share in itertools.product(("torch", "jax"), counted):
+        chunked, plain = (
+            rows.only(
+                "logits_divergence",
+                backend=backend,
+                counted=share,
+                implementation=name,
+            )
+            for name in ("chunked", "definition")
+        )
+        memory = [f"{float(row['peak_mib']):,.0f}" for row in (chunked, plain)]
+        lines.append(
+            [
+                f"{rows.BACKENDS[backend]}, {counted[share]}",
+                f"{rows.ratio('ms', chunked, plain):.2f}",
+                " against ".join(memory),
+            ]
+        )
+    header = ["", "time, chunked over definition", "peak memory, MiB"]
+    return markdown_table(header, lines)
+
+
+TABLES = {"logits_divergence": table}
 
 
 def main():

@@ -12,6 +12,7 @@ import keras_hub
 
 import keras_laid
 from benchmarks import rows
+from benchmarks.markdown import markdown_table
 
 PATH = rows.RESULTS / "memory_plan.csv"
 # From the models' published configurations.
@@ -61,6 +62,29 @@ DEVICES = {  # Mesh and bytes of each device.
     "TPU v5e-16": ((1, 16), 16e9),
 }
 IMAGES = 32  # Of 256 tokens.
+
+
+def table():
+    """What each part of a plan takes."""
+    columns = {
+        "teacher: weights": "teacher",
+        "student: weights": "student",
+        "student: gradients": "gradients",
+        "student: optimizer": "optimizer",
+        "student: what blocks are given": "block inputs",
+        "one block at work": "one block",
+        "logits": "logits",
+        "total": "total",
+    }
+    lines = []
+    for row in rows.read("memory_plan"):
+        mesh = row["mesh_shape"].strip("()").replace(", ", " x ")
+        gigabytes = [f"{float(row[name]) / 1e9:.1f}" for name in columns]
+        lines.append([f"{row['pair']}, {row['devices']}", mesh, *gigabytes])
+    return markdown_table(["", "mesh", *columns.values()], lines)
+
+
+TABLES = {"memory_plan": table}
 
 
 def main():

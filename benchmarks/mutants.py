@@ -8,6 +8,7 @@ import functools
 import pathlib
 
 from benchmarks import rows
+from benchmarks.markdown import markdown_table
 
 PATH = rows.RESULTS.absolute() / "mutation_testing.csv"
 PACKAGE = pathlib.Path(__file__).parents[1] / "keras_laid"
@@ -41,6 +42,44 @@ def reason(mutant):
     """Why nothing notices it, if someone has said so."""
     return REASONS.get((mutant[0]["module"], mutant[0]["after"]))
 
+
+def mutation_testing():
+    """How many of each sample's mutants the tests notice."""
+    lines = []
+    samples = {(row["package"], row["seed"]) for row, *_ in read()}
+    for package, seed in sorted(samples):
+        found = read(package=package, seed=seed)
+        killed = sum(map(is_killed, found))
+        of = found[-1][0]["mutants"]
+        lines.append(
+            [
+                f"`{package}`",
+                seed,
+                f"{int(of):,}",
+                len(found),
+                killed,
+                f"{killed / len(found):.0%}",
+            ]
+        )
+    header = ["", "seed", "mutants", "tried", "killed", "share"]
+    return markdown_table(header, lines)
+
+
+def mutation_survivors():
+    """The mutants that no test notices, and why."""
+    lines = [
+        f"- `{row['module']}`: `{row['before']}` becomes `{row['after']}`: "
+        f"{reason([row, *others])}."
+        for row, *others in read()
+        if not is_killed([row, *others])
+    ]
+    return "\n".join(sorted(lines))
+
+
+TABLES = {
+    "mutation_testing": mutation_testing,
+    "mutation_survivors": mutation_survivors,
+}
 
 # Why nothing notices those that survive, by module and the line they make.
 REASONS = {

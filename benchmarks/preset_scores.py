@@ -6,17 +6,30 @@ Appends rows to `benchmarks/results/preset_scores.csv`; presets that have a row
 already are passed over. `benchmarks.report` puts the scores on their cards.
 """
 
+import functools
 import pathlib
 
 import keras_hub
 
 import keras_laid
 from benchmarks import rows
+from benchmarks.markdown import markdown_table
 from benchmarks.window_extension.tables import SIZES
 
 PATH = rows.RESULTS / "preset_scores.csv"
 QUESTIONS = 1024  # At each size.
 SEED = 1
+
+
+def table(name):
+    """Accuracy of an embedded preset by haystack size."""
+    row = rows.only("preset_scores", preset=name)
+    accuracy = [f"{float(row[f'accuracy_{size}']):.3f}" for size in SIZES]
+    return markdown_table(["images", *SIZES], [["accuracy", *accuracy]])
+
+
+PRESETS = ("digits_single_image", "digits_student", "digits_teacher")
+TABLES = {name: functools.partial(table, name) for name in PRESETS}
 
 
 def main():

@@ -14,10 +14,9 @@ from benchmarks import attention_divergence
 from benchmarks import rows
 from benchmarks.markdown import fill
 from benchmarks.markdown import marks
-from benchmarks.tables import SIZES
 from benchmarks.tables import make_tables
-from benchmarks.tables import only
 from benchmarks.window_extension import plots as study
+from benchmarks.window_extension.tables import SIZES
 
 ROOT = pathlib.Path(__file__).parents[1]
 TEXTS = (
@@ -43,7 +42,7 @@ def filled(text, tables):
 
 def draw_guide():
     """The README's picture: the guide's accuracy on its first seed."""
-    row = only("guide_runs", method="guide", seed=0)
+    row = rows.only("guide_runs", method="guide", seed=0)
     accuracy = {
         model: {size: float(row[f"{model}_{size}"]) for size in SIZES}
         for model in ("teacher", "before", "logits", "after")

@@ -12,6 +12,7 @@ import keras_hub
 
 import keras_laid
 
+BACKENDS = {"jax": "JAX", "tensorflow": "TensorFlow", "torch": "PyTorch"}
 COMMITTED = pathlib.Path(__file__).parent / "results"
 RESULTS = pathlib.Path(os.environ.get("RESULTS", COMMITTED))
 
@@ -21,6 +22,30 @@ def read_rows(path):
         return []
     with path.open() as file:
         return list(csv.DictReader(file))
+
+
+def read(name, **wanted):
+    """Rows of a benchmark whose columns have the values wanted, as text."""
+    return [
+        row
+        for row in read_rows(RESULTS / f"{name}.csv")
+        if all(row[key] == str(value) for key, value in wanted.items())
+    ]
+
+
+def only(name, **wanted):
+    """The one row there is."""
+    found = read(name, **wanted)
+    if len(found) != 1:
+        raise ValueError(
+            f"`{name}.csv` must have one row of {wanted}. "
+            f"Received: {len(found)} rows."
+        )
+    return found[0]
+
+
+def ratio(column, row, other):
+    return float(row[column]) / float(other[column])
 
 
 def append_row(path, row):

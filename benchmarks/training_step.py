@@ -32,6 +32,7 @@ import numpy as np
 import keras_laid
 from benchmarks import measuring
 from benchmarks import rows
+from benchmarks.markdown import markdown_table
 from keras_laid import distillation
 from keras_laid.ops.attention_output import IMPLEMENTATIONS
 
@@ -226,6 +227,95 @@ def measure(method, args):
         "ms": measuring.median_ms(step, args.repeats),
         "peak_mib": round(step_bytes / 2**20, 1),
     }
+
+
+def training_step():
+    """A step of ours against others'."""
+    lines = []
+    for backend in rows.BACKENDS:
+        ours, keras_distiller, sft, teacher = (
+            rows.only(
+                "training_step", backend=backend, tokens=1024, method=method
+            )
+            for method in (
+                "keras_laid",
+                "keras_distiller",
+                "sft",
+                "teacher_forward",
+            )
+        )
+        parts = float(sft["ms"]) + float(teacher["ms"])
+        cells = (
+            rows.ratio("ms", ours, keras_distiller),
+            float(ours["ms"]) / parts,
+            rows.ratio("peak_mib", ours, keras_distiller),
+        )
+        lines.append(
+            [rows.BACKENDS[backend], *(f"{cell:.2f}" for cell in cells)]
+        )
+    header = [
+        "",
+        "time, over Keras's distiller",
+        "over fine-tuning and teacher",
+        "memory, over Keras's distiller",
+    ]
+    return markdown_table(header, lines)
+
+
+def retrieval_step():
+    """What the retrieval term adds to a step, in rows of one run."""
+    lines = []
+    for backend in ("jax", "torch"):
+        term = rows.only("training_step", backend=backend, method="retrieval")
+        without = rows.only(
+            "training_step",
+            backend=backend,
+            method="without_attention",
+            commit=term["commit"],
+        )
+        cells = [
+            f"{rows.ratio(c, term, without):.3f}" for c in ("ms", "peak_mib")
+        ]
+        lines.append([rows.BACKENDS[backend], *cells])
+    header = ["", "time with the retrieval term, over without", "memory"]
+    return markdown_table(header, lines)
+
+
+def linear_memory():
+    """Time and memory of a step by its switches."""
+    labels = {
+        ("False", "False"): "as KerasHub computes it",
+        ("True", "False"): "`linear_memory`",
+        ("True", "True"): "`linear_memory`, `rematerialize`",
+    }
+    lines = []
+    for (linear, rematerialize), label in labels.items():
+        cells = [label]
+        for backend in ("jax", "torch"):
+            of_backend = {"backend": backend, "tokens": 4096}
+            row = rows.only(
+                "training_step",
+                linear_memory=linear,
+                rematerialize=rematerialize,
+                **of_backend,
+            )
+            plain = rows.only(
+                "training_step", linear_memory=False, **of_backend
+            )
+            cells += [
+                "1" if row == plain else f"{rows.ratio('ms', row, plain):.2f}",
+                f"{float(row['peak_mib']):,.0f}",
+            ]
+        lines.append(cells)
+    header = ["", "JAX: time", "memory, MiB", "PyTorch: time", "memory, MiB"]
+    return markdown_table(header, lines)
+
+
+TABLES = {
+    "training_step": training_step,
+    "retrieval_step": retrieval_step,
+    "linear_memory": linear_memory,
+}
 
 
 def main():

@@ -183,6 +183,68 @@ def make_spectra_table(by_method):
     return markdown_table(["method", "seeds", *columns.values()], lines)
 
 
+def single_image_summary():
+    """What a student of single images learns from each method."""
+    names = {
+        "untouched": "untouched",
+        "all_labels": "labels",
+        "logits": "the teacher's logits",
+        "last_layer": "logits, whole maps of the last layer",
+        "hidden_states": "logits, hidden states of every layer",
+        "wrong_heads": "logits, retrieval of heads drawn at random",
+        "blind_heads": "logits, retrieval of heads that hardly see the needle",
+        "retrieval": "LAid: logits, retrieval of the retrieval heads",
+    }
+    return methods_table("single_image", names, (1, 5, 10, 20))
+
+
+def drawn_heads():
+    """The needle attention of the teacher's heads that each run matched."""
+    attention = collections.defaultdict(list)
+    for row in rows.read("retrieval_heads"):
+        head = f"{row['layer']}.{row['head']}"
+        attention[head].append(float(row["needle"]))
+    found = []
+    for method in ("retrieval", "wrong_heads", "blind_heads"):
+        runs = rows.read(
+            "window_extension", config="single_image", method=method
+        )
+        for row in runs:
+            if row["accuracy_20"] and row["retrieval_heads"]:
+                heads = row["retrieval_heads"].split()
+                of_heads = [np.mean(attention[head]) for head in heads]
+                found.append((of_heads, sorted(heads), row))
+    lines = [
+        [
+            row["method"],
+            row["seed"],
+            ", ".join(heads),
+            f"{np.mean(of_heads):.2f}",
+            f"{max(of_heads):.2f}",
+            *(f"{float(row[f'accuracy_{size}']):.3f}" for size in (5, 10, 20)),
+        ]
+        for of_heads, heads, row in sorted(
+            found, key=lambda each: -max(each[0])
+        )
+    ]
+    header = ["method", "seed", "layer.head", "mean", "largest", 5, 10, 20]
+    return markdown_table(header, lines)
+
+
+def methods_table(config, names, sizes):
+    """Accuracy at some sizes and the window, of methods that have rows."""
+    of_config = read_runs()[config]
+    lines = []
+    for name, label in names.items():
+        if name not in of_config:
+            continue
+        runs = of_config[name]
+        cells = [cell([run[size] for run in runs.values()]) for size in sizes]
+        window = ratio_of_windows(runs, of_config[UNTOUCHED])
+        lines.append([label, len(runs), *cells, window])
+    return markdown_table(["method", "seeds", *sizes, "window"], lines)
+
+
 def make_tables():
     """Every table of the study that has rows, by the name of its marks."""
     tables = {}
@@ -196,4 +258,6 @@ def make_tables():
             tables[f"{name}_steps"] = make_steps_table(settings)
     for name, by_method in read_spectra().items():
         tables[f"{name}_spectra"] = make_spectra_table(by_method)
+    tables["single_image_summary"] = single_image_summary()
+    tables["drawn_heads"] = drawn_heads()
     return tables

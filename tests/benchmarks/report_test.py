@@ -11,9 +11,9 @@ from benchmarks.markdown import marks
 from benchmarks.report import ROOT
 from benchmarks.report import TEXTS
 from benchmarks.report import filled
+from benchmarks.rows import only
+from benchmarks.rows import read
 from benchmarks.tables import make_tables
-from benchmarks.tables import only
-from benchmarks.tables import read
 from benchmarks.window_extension import tables as study
 
 NUMBER = re.compile(r"\d+\.\d+")
