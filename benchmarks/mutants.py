@@ -27,10 +27,30 @@ def read(**wanted):
     return list(found.values())
 
 
+# Where the code of modules has gone since they were tried.
+MOVED = {
+    "ops/attention_divergence/tiles": ["ops/fused_attention/tiles"],
+    "ops/attention_divergence/triton": [
+        "ops/attention_divergence/triton",
+        "ops/attention_divergence/triton_kernels",
+        "ops/fused_attention/triton",
+    ],
+    "ops/attention_divergence/pallas": [
+        "ops/attention_divergence/pallas",
+        "ops/fused_attention/pallas",
+    ],
+    "ops/fused": ["ops/fused_attention/availability"],
+}
+
+
 @functools.cache
 def lines_of(module):
-    text = (PACKAGE / f"{module}.py").read_text()
-    return {line.strip() for line in text.splitlines()}
+    """What stands in a module, or in those that its code has moved to."""
+    return {
+        line.strip()
+        for name in MOVED.get(module, [module])
+        for line in (PACKAGE / f"{name}.py").read_text().splitlines()
+    }
 
 
 def is_killed(mutant):

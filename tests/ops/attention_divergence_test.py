@@ -18,7 +18,7 @@ from keras_laid.ops import AttentionMask
 from keras_laid.ops import Distance
 from keras_laid.ops import attention_divergence
 from keras_laid.ops import row_blocks
-from keras_laid.ops.attention_divergence import tiles
+from keras_laid.ops.fused_attention import tiles
 from tests.ops import kernels
 from tests.ops.kernels import BACKEND
 from tests.ops.kernels import FUSED
@@ -332,15 +332,15 @@ def test_tiles_of_any_form_are_the_oracles(
 def test_each_tile_of_rows_has_a_program(monkeypatch):
     # In the interpreter a wrong one may pass: it counts those below 0 from the
     # end, and a GPU does not.
-    from keras_laid.ops.attention_divergence import pallas
+    from keras_laid.ops.fused_attention import pallas
 
     grid = 3, 2, 5  # Tiles, examples, heads.
     form = SimpleNamespace(tiles=tiles.Tiles(16, 32, 4, 1))
     monkeypatch.setattr(pallas.pl, "num_programs", grid.__getitem__)
     for program in np.ndindex(grid):
         monkeypatch.setattr(pallas.pl, "program_id", program.__getitem__)
-        tile = 2 - program[0]
-        assert pallas.own_rows(form) == (tile, 16 * tile, program[2])
+        row = 16 * (2 - program[0])
+        assert pallas.own_rows(form) == (program[2], row, 0)
 
 
 @needs_jax
@@ -349,7 +349,7 @@ def test_a_tile_that_pallas_keeps_takes_a_stages_place(
     monkeypatch, stages, left
 ):
     # GPUs' compilers refuse 0, and the interpreter does not look.
-    from keras_laid.ops.attention_divergence import pallas
+    from keras_laid.ops.fused_attention import pallas
 
     kept = tiles.Tiles(32, 16, 4, stages, in_registers=True)
     monkeypatch.setattr(tiles, "choose_tiles", lambda *_: kept)
@@ -360,7 +360,7 @@ def test_a_tile_that_pallas_keeps_takes_a_stages_place(
 
 @needs_triton
 def test_lifting_slopes_rounds_nothing():
-    from keras_laid.ops.attention_divergence import triton
+    from keras_laid.ops.fused_attention import triton
 
     assert math.log2(triton.LIFT.value).is_integer()
 

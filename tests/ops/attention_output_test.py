@@ -12,7 +12,7 @@ from keras_laid.ops import AttentionMask
 from keras_laid.ops import attention_output
 from keras_laid.ops import row_blocks
 from keras_laid.ops.attention import log_attention
-from keras_laid.ops.attention_divergence import tiles
+from keras_laid.ops.fused_attention import tiles
 from tests.ops import kernels
 from tests.ops.kernels import FUSED
 from tests.ops.kernels import IMPLEMENTATION

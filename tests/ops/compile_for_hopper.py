@@ -21,9 +21,9 @@ from triton.runtime import driver
 from keras_laid.ops import Attention
 from keras_laid.ops import AttentionMask
 from keras_laid.ops import Distance
-from keras_laid.ops.attention_divergence import triton as kernels
 from keras_laid.ops.attention_divergence.triton import attention_divergence
 from keras_laid.ops.attention_output.triton import attention_output
+from keras_laid.ops.fused_attention import triton as kernels
 
 BIN = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
 LENGTHS = 2**14, 2**14 - 1  # By the second, addresses are not aligned.
@@ -64,23 +64,40 @@ def compile_only(kernel, form, grid, *arguments):
         "kernel": f"{kernel.fn.__module__}.{kernel.fn.__name__}",
         **form[0]._asdict(),
         "shared_bytes": compiled.metadata.shared,
-        "spilled_bytes": spilled_bytes(compiled.asm["ptx"]),
+        **assembled(compiled.asm["ptx"]),
     }
     sys.stdout.write(json.dumps(takes) + "\n")
 
 
-def spilled_bytes(ptx):
-    """What of a thread's numbers finds no register, as the assembler says."""
+def assembled(ptx):
+    """What the assembler makes of a kernel.
+
+    A thread's registers, the bytes of what finds none, and instructions.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        path = pathlib.Path(folder) / "kernel.ptx"
+        path, cubin = (
+            pathlib.Path(folder) / f"kernel.{n}" for n in ("ptx", "o")
+        )
         path.write_text(ptx)
-        done = subprocess.run(
-            [BIN / "ptxas", "-v", "-arch=sm_90a", path, "-o", "/dev/null"],
+        said = subprocess.run(
+            [BIN / "ptxas", "-v", "-arch=sm_90a", path, "-o", cubin],
             capture_output=True,
             text=True,
             check=True,
-        )
-    return int(re.search(r"(\d+) bytes spill stores", done.stderr)[1])
+        ).stderr
+        listing = subprocess.run(
+            [BIN / "cuobjdump", "-sass", cubin],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    return {
+        "registers": int(re.search(r"Used (\d+) registers", said)[1]),
+        "spilled_bytes": int(re.search(r"(\d+) bytes spill stores", said)[1]),
+        "instructions": len(
+            re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", listing, re.M)
+        ),
+    }
 
 
 def main():

@@ -1,7 +1,7 @@
 import pytest
 
 from keras_laid.ops import row_blocks
-from keras_laid.ops.attention_divergence import tiles
+from keras_laid.ops.fused_attention import tiles
 from tests.ops.kernels import BACKEND
 from tests.support import has_gpu
 
@@ -19,7 +19,7 @@ def small_tiles():
             ),
         )
         if BACKEND == "jax" and not has_gpu():
-            from keras_laid.ops.attention_divergence import pallas
+            from keras_laid.ops.fused_attention import pallas
 
             patch.setattr(pallas, "INTERPRET", True)
         yield

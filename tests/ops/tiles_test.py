@@ -10,14 +10,14 @@ from keras import ops
 
 from keras_laid.ops import AttentionMask
 from keras_laid.ops import Distance
-from keras_laid.ops.attention_divergence.tiles import CHOICES
-from keras_laid.ops.attention_divergence.tiles import SMALL
-from keras_laid.ops.attention_divergence.tiles import Places
-from keras_laid.ops.attention_divergence.tiles import Tiles
-from keras_laid.ops.attention_divergence.tiles import choose_tiles
-from keras_laid.ops.attention_divergence.tiles import key_bounds
-from keras_laid.ops.attention_divergence.tiles import row_bounds
-from keras_laid.ops.fused import WIDEST
+from keras_laid.ops.fused_attention.availability import WIDEST
+from keras_laid.ops.fused_attention.tiles import CHOICES
+from keras_laid.ops.fused_attention.tiles import SMALL
+from keras_laid.ops.fused_attention.tiles import Places
+from keras_laid.ops.fused_attention.tiles import Tiles
+from keras_laid.ops.fused_attention.tiles import choose_tiles
+from keras_laid.ops.fused_attention.tiles import key_bounds
+from keras_laid.ops.fused_attention.tiles import row_bounds
 from tests.ops.kernels import H100
 from tests.support import to_numpy
 

@@ -4,9 +4,11 @@ import torch
 import triton
 import triton.language as tl
 
-from keras_laid.ops.attention_divergence import triton as kernels
-from keras_laid.ops.attention_divergence.triton import tiles_of_keys
-from keras_laid.ops.attention_divergence.triton import tiles_of_rows
+from keras_laid.ops.attention_divergence.triton_kernels import Form
+from keras_laid.ops.fused_attention import triton as kernels
+from keras_laid.ops.fused_attention.triton import Tile
+from keras_laid.ops.fused_attention.triton import tiles_of_keys
+from keras_laid.ops.fused_attention.triton import tiles_of_rows
 
 
 @triton.jit
@@ -18,20 +20,17 @@ def store_bounds(bounds, visited):
 
 @triton.jit
 def bounds_of_rows(bounds, places, rows, form: tl.constexpr):
-    rows = kernels.filled(rows)
     row = tl.program_id(0) * form.tiles.rows
-    visited = tiles_of_keys(places, tl.program_id(1), row, rows, form)
-    store_bounds(bounds, visited)
+    tile = Tile(tl.program_id(1), 0, row, kernels.filled(rows), 0, 0)
+    store_bounds(bounds, tiles_of_keys(places, tile, form))
 
 
 @triton.jit
 def bounds_of_keys(bounds, places, first_rows, rows, keys, form: tl.constexpr):
-    tile, batch = tl.program_id(0), tl.program_id(1)
+    key = tl.program_id(0) * form.tiles.keys
     rows, keys = kernels.filled(rows), kernels.filled(keys)
-    store_bounds(
-        bounds,
-        tiles_of_rows(places, first_rows, batch, tile, rows, keys, form),
-    )
+    tile = Tile(tl.program_id(1), 0, 0, rows, key, keys)
+    store_bounds(bounds, tiles_of_rows(places, first_rows, tile, form))
 
 
 def find_bounds(mask, distance, tiles, batch):
@@ -41,7 +40,7 @@ def find_bounds(mask, distance, tiles, batch):
         positions.shape[1]
         for positions in (distance.row_positions, distance.key_positions)
     )
-    form = kernels.Form(None, None, mask.window, 1.0, tiles, False)
+    form = Form(None, None, mask.window, 1.0, tiles, False)
     of_rows, of_keys = (
         places.kinds.new_empty(
             (batch, triton.cdiv(length, size), 4), dtype=torch.int32

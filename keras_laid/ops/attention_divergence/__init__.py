@@ -6,7 +6,6 @@ from typing import Literal
 from keras import ops
 
 from keras_laid.arguments import check_shape
-from keras_laid.ops import fused
 from keras_laid.ops.attention import Attention
 from keras_laid.ops.attention import AttentionMask
 from keras_laid.ops.attention import Distance
@@ -18,6 +17,7 @@ from keras_laid.ops.attention_divergence import chunked
 from keras_laid.ops.attention_divergence import definition
 from keras_laid.ops.dispatch import Implementation
 from keras_laid.ops.dispatch import select
+from keras_laid.ops.fused_attention import availability
 from keras_laid.typing import Tensor
 
 
@@ -29,7 +29,7 @@ def inputs(
 
 # In order of preference.
 IMPLEMENTATIONS = (
-    *fused.implementations("attention_divergence", inputs),
+    *availability.implementations("attention_divergence", inputs),
     Implementation("chunked", chunked.attention_divergence),
     Implementation("definition", definition.attention_divergence),
 )

@@ -3,7 +3,6 @@
 from typing import Literal
 
 from keras_laid.arguments import check_shape
-from keras_laid.ops import fused
 from keras_laid.ops.attention import Attention
 from keras_laid.ops.attention import AttentionMask
 from keras_laid.ops.attention import check_attention
@@ -12,6 +11,7 @@ from keras_laid.ops.attention_output import chunked
 from keras_laid.ops.attention_output import definition
 from keras_laid.ops.dispatch import Implementation
 from keras_laid.ops.dispatch import select
+from keras_laid.ops.fused_attention import availability
 from keras_laid.typing import Tensor
 
 Name = Literal["chunked", "definition", "pallas", "triton"]
@@ -28,7 +28,7 @@ def inputs(
 IMPLEMENTATIONS = (
     Implementation("chunked", chunked.attention_output),
     Implementation("definition", definition.attention_output),
-    *fused.implementations("attention_output", inputs),
+    *availability.implementations("attention_output", inputs),
 )
 
 

@@ -1,7 +1,6 @@
-"""The output in fused kernels for JAX on GPUs, the twin of triton.py.
+"""The output in fused kernels for JAX on GPUs; README.md derives it all.
 
-Maps exist only as tiles on the chip; README.md derives the gradients. Layout,
-names and tiles are those of the divergence's kernels, which see the same masks.
+What kernels share, their layout and names are in `fused_attention/pallas.py`.
 """
 
 import functools
@@ -11,10 +10,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 
-from keras_laid.ops.attention_divergence import pallas as kernels
-from keras_laid.ops.attention_divergence import tiles
+from keras_laid.ops.fused_attention import pallas as kernels
+from keras_laid.ops.fused_attention import tiles
 
 
 class Inputs(NamedTuple):
@@ -43,38 +41,32 @@ class Form(NamedTuple):
     tiles: tiles.Tiles
 
 
-def load_value(inputs, head, key, form):
-    """The values that query head `head` reads."""
-    key_head = head // (form.spec.heads // form.spec.key_heads)
-    return inputs.value[kernels.keys_from(key, form), key_head, :]
-
-
-def logits_tile(query, keys, form):
+def logits_tile(query, key, form):
     cap = form.spec.soft_cap
-    return kernels.logits_tile(query, keys, form.scale, cap, form)
+    return kernels.logits_tile(query, key, form.scale, cap, form)
 
 
 def forward_kernel(inputs, bounds, outputs, *, form):
     """Outputs and normalizers, from running maxima and sums."""
-    tile, row, head = kernels.own_rows(form)
-    rows = kernels.rows_from(row, form)
-    query = kernels.load_query(inputs, head, row, form)
+    own = kernels.own_rows(form)
+    rows = kernels.rows_of(own, form)
+    query = kernels.load_of_rows(inputs.query, own, form)
 
-    def step(key, check, state):
+    def step(state, tile, check):
         highest, total, output = state
-        keys = kernels.load_key(inputs, head, key, form.spec, form)
-        s, unit = logits_tile(query, keys, form)
+        key = kernels.load_of_keys(inputs.key, tile, form.spec, form)
+        s, unit = logits_tile(query, key, form)
         if check:
-            allowed = kernels.allowed_tile(inputs.places, row, key, form)
+            allowed = kernels.allowed_tile(inputs.places, tile, form)
             s = jnp.where(allowed, s, -jnp.inf)
         higher = jnp.maximum(highest, jnp.max(s, axis=1) * unit)
         terms = kernels.exp2(s * unit - higher[:, None])
         keep = kernels.exp2(highest - higher)[:, None]
-        values = load_value(inputs, head, key, form)
+        value = kernels.load_of_keys(inputs.value, tile, form.spec, form)
         return (
             higher,
             total * keep + kernels.part_sums(terms),
-            output * keep + kernels.dot(terms.astype(values.dtype), values),
+            output * keep + kernels.dot(terms.astype(value.dtype), value),
         )
 
     size = form.tiles.rows
@@ -84,90 +76,94 @@ def forward_kernel(inputs, bounds, outputs, *, form):
         jnp.zeros((size, inputs.value.shape[-1]), jnp.float32),
     )
     highest, total, output = kernels.for_each_keys(
-        bounds, tile, step, state, form
+        bounds, own, step, state, form
     )
     total = jnp.sum(total, axis=1)
     # Rows without keys: the output is 0, and any normalizer will do.
     total = jnp.where(total > 0.0, total, 1.0)
-    outputs["output"][rows, head, :] = output / total[:, None]
-    outputs["normalizer"][head, rows] = highest + kernels.log2(total)
+    outputs["output"][rows, own.head, :] = output / total[:, None]
+    outputs["normalizer"][own.head, rows] = highest + kernels.log2(total)
 
 
-def slope_tile(
-    inputs, slopes, query, keys, values, head, row, key, check, form
-):
-    """The map, the slope in `scale * query @ key`, and that at the output."""
-    rows = kernels.rows_from(row, form)
-    upstream = slopes.upstream[rows, head, :]
-    normalizer = kernels.of_rows(slopes.normalizer[head, rows], form)
-    mean = kernels.of_rows(slopes.mean[head, rows], form)
+def slope_tile(inputs, slopes, own, tile, check, form):
+    """The map, the slope in `scale * query @ key`, and that at the output.
+
+    `own` are queries, keys and values of the tile.
+    """
+    query, key, value = own
+    rows = kernels.rows_of(tile, form)
+    upstream = slopes.upstream[rows, tile.head, :]
+    normalizer = kernels.of_rows(slopes.normalizer[tile.head, rows], form)
+    mean = kernels.of_rows(slopes.mean[tile.head, rows], form)
     allowed = None
     if check:
-        allowed = kernels.allowed_tile(inputs.places, row, key, form)
-    s, unit = logits_tile(query, keys, form)
+        allowed = kernels.allowed_tile(inputs.places, tile, form)
+    s, unit = logits_tile(query, key, form)
     p = kernels.exp2(s * unit - normalizer)
     p = kernels.where_allowed(allowed, p, 0.0)
     if form.tiles.by_key:
-        of_p = kernels.dot(values, upstream.T)
+        p_slope = kernels.dot(value, upstream.T)
     else:
-        of_p = kernels.dot(upstream, values.T)
-    slope = p * (of_p - mean)
+        p_slope = kernels.dot(upstream, value.T)
+    slope = p * (p_slope - mean)
     if form.spec.soft_cap is not None:
         slope *= 1.0 - s * s
     return p, slope, upstream
 
 
 def query_gradient_kernel(inputs, bounds, slopes, gradient, *, form):
-    tile, row, head = kernels.own_rows(form)
-    query = kernels.load_query(inputs, head, row, form)
+    own = kernels.own_rows(form)
+    query = kernels.load_of_rows(inputs.query, own, form)
 
-    def step(key, check, of_query):
-        keys = kernels.load_key(inputs, head, key, form.spec, form)
-        values = load_value(inputs, head, key, form)
+    def step(query_gradient, tile, check):
+        key = kernels.load_of_keys(inputs.key, tile, form.spec, form)
+        value = kernels.load_of_keys(inputs.value, tile, form.spec, form)
         _, slope, _ = slope_tile(
-            inputs, slopes, query, keys, values, head, row, key, check, form
+            inputs, slopes, (query, key, value), tile, check, form
         )
-        return kernels.dot_in_two(slope, keys, of_query)
+        return kernels.dot_in_two(slope, key, query_gradient)
 
-    of_query = jnp.zeros(query.shape, jnp.float32)
-    of_query = kernels.for_each_keys(bounds, tile, step, of_query, form)
-    of_query *= form.scale / kernels.lift_of(query.dtype)
-    rows = kernels.rows_from(row, form)
-    gradient[rows, head, :] = of_query.astype(gradient.dtype)
+    query_gradient = jnp.zeros(query.shape, jnp.float32)
+    query_gradient = kernels.for_each_keys(
+        bounds, own, step, query_gradient, form
+    )
+    query_gradient *= form.scale / kernels.lift_of(query.dtype)
+    rows = kernels.rows_of(own, form)
+    gradient[rows, own.head, :] = query_gradient.astype(gradient.dtype)
 
 
 def key_gradient_kernel(inputs, bounds, slopes, gradients, *, form):
     """Gradients of keys and values."""
-    tile, key_head = pl.program_id(0), pl.program_id(2)
+    own = kernels.own_keys(form)
     group = form.spec.heads // form.spec.key_heads
-    key = tile * form.tiles.keys
-    own = kernels.keys_from(key, form)
-    keys, values = inputs.key[own, key_head, :], inputs.value[own, key_head, :]
+    where = kernels.keys_of(own, form), own.head, slice(None)
+    key, value = inputs.key[where], inputs.value[where]
 
     def of_head(member, state):
-        head = key_head * group + member
+        of_query = own._replace(head=own.head * group + member)
 
-        def step(row, check, state):
-            of_key, of_value = state
-            query = kernels.load_query(inputs, head, row, form)
+        def step(state, tile, check):
+            key_gradient, value_gradient = state
+            query = kernels.load_of_rows(inputs.query, tile, form)
             p, slope, upstream = slope_tile(
-                inputs, slopes, query, keys, values, head, row, key, check, form
+                inputs, slopes, (query, key, value), tile, check, form
             )
             if not form.tiles.by_key:
                 p, slope = p.T, slope.T
             return (
-                kernels.dot_in_two(slope, query, of_key),
-                of_value + kernels.dot(p.astype(upstream.dtype), upstream),
+                kernels.dot_in_two(slope, query, key_gradient),
+                value_gradient
+                + kernels.dot(p.astype(upstream.dtype), upstream),
             )
 
-        return kernels.for_each_rows(bounds, tile, step, state, form)
+        return kernels.for_each_rows(bounds, of_query, step, state, form)
 
-    state = tuple(jnp.zeros(x.shape, jnp.float32) for x in (keys, values))
-    of_key, of_value = lax.fori_loop(0, group, of_head, state)
-    of_key *= form.scale / kernels.lift_of(keys.dtype)
-    for name, array in (("key", of_key), ("value", of_value)):
+    state = tuple(jnp.zeros(x.shape, jnp.float32) for x in (key, value))
+    key_gradient, value_gradient = lax.fori_loop(0, group, of_head, state)
+    key_gradient *= form.scale / kernels.lift_of(key.dtype)
+    for name, array in (("key", key_gradient), ("value", value_gradient)):
         gradient = gradients[name]
-        gradient[own, key_head, :] = array.astype(gradient.dtype)
+        gradient[where] = array.astype(gradient.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -206,7 +202,7 @@ def backward(forms, residuals, upstream):
     upstream = upstream.astype(inputs.value.dtype)
     slopes = Slopes(outputs["normalizer"], mean, upstream)
     arguments = (inputs, (slopes,))
-    of_query = kernels.launch(
+    query_gradient = kernels.launch(
         query_gradient_kernel,
         forms.query,
         bounds.query,
@@ -214,7 +210,7 @@ def backward(forms, residuals, upstream):
         *arguments,
         jax.typeof(inputs.query),
     )
-    of_keys = kernels.launch(
+    key_gradients = kernels.launch(
         key_gradient_kernel,
         forms.key,
         bounds.key,
@@ -222,7 +218,11 @@ def backward(forms, residuals, upstream):
         *arguments,
         {name: jax.typeof(getattr(inputs, name)) for name in ("key", "value")},
     )
-    return (of_query, of_keys["key"], of_keys["value"]), None
+    return (
+        query_gradient,
+        key_gradients["key"],
+        key_gradients["value"],
+    ), None
 
 
 output.defvjp(forward, backward)

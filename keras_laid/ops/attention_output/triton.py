@@ -1,9 +1,9 @@
-"""The output in fused kernels for torch on CUDA.
+"""The output in fused kernels for torch on CUDA; README.md derives it all.
 
-Maps exist only as tiles on the chip; README.md derives the gradients. Layout,
-names and tiles are those of the divergence's kernels, which see the same masks.
+What kernels share, their layout and names are in `fused_attention/triton.py`.
 """
 
+from typing import Any
 from typing import NamedTuple
 
 import torch
@@ -11,8 +11,36 @@ import triton
 import triton.language as tl
 
 from keras_laid.ops.attention import Distance
-from keras_laid.ops.attention_divergence import tiles
-from keras_laid.ops.attention_divergence import triton as kernels
+from keras_laid.ops.fused_attention import tiles
+from keras_laid.ops.fused_attention import triton as kernels
+
+
+class Inputs(NamedTuple):
+    """What all programs of a kernel read."""
+
+    side: kernels.Side
+    value: Any
+    places: kernels.Places
+    # For gradients: of each row `upstream @ output`, (batch, heads, rows), and
+    # the gradient at the output.
+    mean: Any
+    upstream: Any
+
+
+class Own(NamedTuple):
+    """What a program keeps: the tiles of its rows, or of its keys."""
+
+    query_or_key: Any
+    upstream_or_value: Any
+
+
+class Visited(NamedTuple):
+    """Rows and keys of one tile."""
+
+    query: Any
+    key: Any
+    value: Any
+    upstream: Any
 
 
 class Form(NamedTuple):
@@ -26,47 +54,26 @@ class Form(NamedTuple):
 
 
 @triton.jit
-def load_value(value, batch, head, key, spec: tl.constexpr):
-    """The values that query head `head` reads."""
-    key_head = head // (spec.heads // spec.key_heads)
-    return kernels.load_tile(value, batch, key_head, key)
-
-
-@triton.jit
 def forward_step(
-    state,
-    side,
-    value,
-    places,
-    query,
-    batch,
-    head,
-    row,
-    rows,
-    key,
-    keys,
-    form: tl.constexpr,
-    CHECK: tl.constexpr,
+    state, inputs, query, tile, form: tl.constexpr, CHECK: tl.constexpr
 ):
     """Running maxima, sums and outputs, after another tile of keys."""
     highest, total, output = state
     spec: tl.constexpr = form.spec
-    key_values = kernels.load_key(side, batch, head, key, spec)
+    key = kernels.load_of_keys(inputs.side.key, tile, spec)
     s, unit = kernels.logits_tile(
-        query, key_values, side.scale, spec.soft_cap, form
+        query, key, inputs.side.scale, spec.soft_cap, form
     )
     if CHECK:
-        allowed = kernels.allowed_tile(
-            places, batch, row, rows, key, keys, form
-        )
+        allowed = kernels.allowed_tile(inputs.places, tile, form)
         s = tl.where(allowed, s, -float("inf"))
     higher = tl.maximum(highest, tl.max(s, 1) * unit)
     terms = tl.exp2(s * unit - higher[:, None])
     keep = tl.exp2(highest - higher)[:, None]
-    values = load_value(value, batch, head, key, spec)
+    value = kernels.load_of_keys(inputs.value, tile, spec)
     output = tl.dot(
-        terms.to(values.dtype),
-        values,
+        terms.to(value.dtype),
+        value,
         output * keep,
         input_precision=kernels.FLOAT32,
     )
@@ -89,101 +96,53 @@ def forward_kernel(
     """Outputs and normalizers."""
     spec: tl.constexpr = form.spec
     ROWS: tl.constexpr = form.tiles.rows
-    KEYS: tl.constexpr = form.tiles.keys
     side = kernels.Side(query, key, normalizer, scale)
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    batch = tl.program_id(1) // spec.heads
-    head = tl.program_id(1) % spec.heads
-    row = tile * ROWS
-    query_values = kernels.load_own(
-        query, batch, head, row, rows, ROWS, spec.heads, spec.width, form
-    )
-    rows, keys = kernels.filled(rows), kernels.filled(keys)
+    inputs = Inputs(side, value, places, None, None)
+    tile = kernels.own_rows(rows, keys, spec.heads, form)
+    own = kernels.load_own_rows(query, tile, rows, spec.heads, spec.width, form)
     width: tl.constexpr = kernels.tile_width(form.value_width)
     state = (
         tl.full([ROWS], kernels.LEAST, tl.float32),
         tl.zeros([ROWS, 8], tl.float32),
         tl.zeros([ROWS, width], tl.float32),
     )
-    visited = kernels.tiles_of_keys(places, batch, row, rows, form)
-    for part in tl.static_range(3):
-        if part != 0 or form.window is not None:
-            for other in range(visited[part], visited[part + 1]):
-                state = forward_step(
-                    state,
-                    side,
-                    value,
-                    places,
-                    query_values,
-                    batch,
-                    head,
-                    row,
-                    rows,
-                    other * KEYS,
-                    keys,
-                    form,
-                    part != 1,
-                )
-    highest, total, of_row = state
+    highest, total, of_row = kernels.for_each_keys(
+        forward_step, state, inputs, own, tile, form
+    )
     total = tl.sum(total, 1)
     # Rows without keys: the output is 0, and any normalizer will do.
     total = tl.where(total > 0.0, total, 1.0)
-    heads: tl.constexpr = spec.heads
     kernels.store_rows(
-        normalizer,
-        highest + tl.log2(total),
-        batch,
-        head,
-        row,
-        rows,
-        heads,
-        form,
+        normalizer, highest + tl.log2(total), tile, spec.heads, form
     )
-    kernels.store_tile(output, of_row / total[:, None], batch, head, row)
+    of_row /= total[:, None]
+    kernels.store_tile(output, of_row, tile.batch, tile.head, tile.row)
 
 
 @triton.jit
-def slope_tile(
-    side,
-    places,
-    mean,
-    query,
-    key_values,
-    values,
-    upstream,
-    batch,
-    head,
-    row,
-    rows,
-    key,
-    keys,
-    form: tl.constexpr,
-    CHECK: tl.constexpr,
-):
-    """The map, and the slope in `scale * query @ key`."""
+def slope_tile(inputs, here, tile, form: tl.constexpr, CHECK: tl.constexpr):
+    """The map, and the slope in `scale * query @ key`, of a `Visited` tile."""
     heads: tl.constexpr = form.spec.heads
     cap: tl.constexpr = form.spec.soft_cap
-    s, unit = kernels.logits_tile(query, key_values, side.scale, cap, form)
+    s, unit = kernels.logits_tile(
+        here.query, here.key, inputs.side.scale, cap, form
+    )
     normalizer = kernels.load_rows(
-        side.normalizer, batch, head, row, rows, heads, form, CHECK
+        inputs.side.normalizer, tile, heads, form, CHECK
     )
     p = tl.exp2(s * unit - kernels.of_rows(normalizer, form))
     if CHECK:
-        allowed = kernels.allowed_tile(
-            places, batch, row, rows, key, keys, form
-        )
+        allowed = kernels.allowed_tile(inputs.places, tile, form)
         p = tl.where(allowed, p, 0.0)
     if form.tiles.by_key:
         of_p = tl.dot(
-            values, tl.trans(upstream), input_precision=kernels.FLOAT32
+            here.value, tl.trans(here.upstream), input_precision=kernels.FLOAT32
         )
     else:
         of_p = tl.dot(
-            upstream, tl.trans(values), input_precision=kernels.FLOAT32
+            here.upstream, tl.trans(here.value), input_precision=kernels.FLOAT32
         )
-    of_mean = kernels.load_rows(
-        mean, batch, head, row, rows, heads, form, CHECK
-    )
+    of_mean = kernels.load_rows(inputs.mean, tile, heads, form, CHECK)
     slope = p * (of_p - kernels.of_rows(of_mean, form))
     if cap is not None:
         slope *= 1.0 - s * s
@@ -192,43 +151,16 @@ def slope_tile(
 
 @triton.jit
 def query_step(
-    of_query,
-    side,
-    value,
-    places,
-    mean,
-    query,
-    upstream,
-    batch,
-    head,
-    row,
-    rows,
-    key,
-    keys,
-    form: tl.constexpr,
-    CHECK: tl.constexpr,
+    gradient, inputs, own, tile, form: tl.constexpr, CHECK: tl.constexpr
 ):
     """Gradient of queries, after another tile of keys."""
     spec: tl.constexpr = form.spec
-    key_values = kernels.load_key(side, batch, head, key, spec)
-    _, slope = slope_tile(
-        side,
-        places,
-        mean,
-        query,
-        key_values,
-        load_value(value, batch, head, key, spec),
-        upstream,
-        batch,
-        head,
-        row,
-        rows,
-        key,
-        keys,
-        form,
-        CHECK,
-    )
-    return kernels.dot_in_two(slope, key_values, of_query)
+    query, upstream = own.query_or_key, own.upstream_or_value
+    key = kernels.load_of_keys(inputs.side.key, tile, spec)
+    value = kernels.load_of_keys(inputs.value, tile, spec)
+    here = Visited(query, key, value, upstream)
+    _, slope = slope_tile(inputs, here, tile, form, CHECK)
+    return kernels.dot_in_two(slope, key, gradient)
 
 
 @triton.jit
@@ -247,99 +179,41 @@ def query_gradient_kernel(
     form: tl.constexpr,
 ):
     spec: tl.constexpr = form.spec
-    ROWS: tl.constexpr = form.tiles.rows
-    KEYS: tl.constexpr = form.tiles.keys
     side = kernels.Side(query, key, normalizer, scale)
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    batch = tl.program_id(1) // spec.heads
-    head = tl.program_id(1) % spec.heads
-    row = tile * ROWS
-    query_values = kernels.load_own(
-        query, batch, head, row, rows, ROWS, spec.heads, spec.width, form
+    inputs = Inputs(side, value, places, mean, upstream)
+    tile = kernels.own_rows(rows, keys, spec.heads, form)
+    own = Own(
+        kernels.load_own_rows(query, tile, rows, spec.heads, spec.width, form),
+        kernels.load_own_rows(
+            upstream, tile, rows, spec.heads, form.value_width, form
+        ),
     )
-    upstream_values = kernels.load_own(
-        upstream,
-        batch,
-        head,
-        row,
-        rows,
-        ROWS,
-        spec.heads,
-        form.value_width,
-        form,
+    query_sum = tl.zeros(own.query_or_key.shape, tl.float32)
+    query_sum = kernels.for_each_keys(
+        query_step, query_sum, inputs, own, tile, form
     )
-    rows, keys = kernels.filled(rows), kernels.filled(keys)
-    of_query = tl.zeros(query_values.shape, tl.float32)
-    visited = kernels.tiles_of_keys(places, batch, row, rows, form)
-    for part in tl.static_range(3):
-        if part != 0 or form.window is not None:
-            for other in range(visited[part], visited[part + 1]):
-                of_query = query_step(
-                    of_query,
-                    side,
-                    value,
-                    places,
-                    mean,
-                    query_values,
-                    upstream_values,
-                    batch,
-                    head,
-                    row,
-                    rows,
-                    other * KEYS,
-                    keys,
-                    form,
-                    part != 1,
-                )
-    of_query *= scale / kernels.lift(query_values.dtype)
-    kernels.store_tile(gradient, of_query, batch, head, row)
+    query_sum *= scale / kernels.lift(own.query_or_key.dtype)
+    kernels.store_tile(gradient, query_sum, tile.batch, tile.head, tile.row)
 
 
 @triton.jit
-def key_step(
-    state,
-    side,
-    places,
-    mean,
-    upstream,
-    key_values,
-    values,
-    batch,
-    head,
-    row,
-    rows,
-    key,
-    keys,
-    form: tl.constexpr,
-    CHECK: tl.constexpr,
-):
+def key_step(state, inputs, own, tile, form: tl.constexpr, CHECK: tl.constexpr):
     """Gradients of keys and values, after another tile of rows."""
-    of_key, of_value = state
-    query = kernels.load_query(side, batch, head, row)
-    of_row = kernels.load_tile(upstream, batch, head, row)
-    p, slope = slope_tile(
-        side,
-        places,
-        mean,
-        query,
-        key_values,
-        values,
-        of_row,
-        batch,
-        head,
-        row,
-        rows,
-        key,
-        keys,
-        form,
-        CHECK,
-    )
+    key_sum, value_sum = state
+    key, value = own.query_or_key, own.upstream_or_value
+    query = kernels.load_of_rows(inputs.side.query, tile)
+    upstream = kernels.load_of_rows(inputs.upstream, tile)
+    here = Visited(query, key, value, upstream)
+    p, slope = slope_tile(inputs, here, tile, form, CHECK)
     if not form.tiles.by_key:
         p, slope = tl.trans(p), tl.trans(slope)
-    of_value = tl.dot(
-        p.to(of_row.dtype), of_row, of_value, input_precision=kernels.FLOAT32
+    value_sum = tl.dot(
+        p.to(upstream.dtype),
+        upstream,
+        value_sum,
+        input_precision=kernels.FLOAT32,
     )
-    return kernels.dot_in_two(slope, query, of_key), of_value
+    return kernels.dot_in_two(slope, query, key_sum), value_sum
 
 
 @triton.jit
@@ -361,61 +235,39 @@ def key_gradient_kernel(
 ):
     """Gradients of keys and values."""
     spec: tl.constexpr = form.spec
-    ROWS: tl.constexpr = form.tiles.rows
-    KEYS: tl.constexpr = form.tiles.keys
     key_heads: tl.constexpr = spec.key_heads
-    side = kernels.Side(query, key, normalizer, scale)
-    tile = tl.program_id(0)
-    batch = tl.program_id(1) // key_heads
-    key_head = tl.program_id(1) % key_heads
     group: tl.constexpr = spec.heads // key_heads
-    start = tile * KEYS
-    key_values = kernels.load_own(
-        key, batch, key_head, start, keys, KEYS, key_heads, spec.width, form
-    )
-    values = kernels.load_own(
-        value,
-        batch,
-        key_head,
-        start,
-        keys,
-        KEYS,
-        key_heads,
-        form.value_width,
-        form,
+    side = kernels.Side(query, key, normalizer, scale)
+    inputs = Inputs(side, value, places, mean, upstream)
+    tile = kernels.own_keys(rows, keys, key_heads, form)
+    key_head = tile.head
+    own = Own(
+        kernels.load_own_keys(key, tile, keys, key_heads, spec.width, form),
+        kernels.load_own_keys(
+            value, tile, keys, key_heads, form.value_width, form
+        ),
     )
     state = (
-        tl.zeros(key_values.shape, tl.float32),
-        tl.zeros(values.shape, tl.float32),
+        tl.zeros(own.query_or_key.shape, tl.float32),
+        tl.zeros(own.upstream_or_value.shape, tl.float32),
     )
-    rows, keys = kernels.filled(rows), kernels.filled(keys)
-    visited = kernels.tiles_of_rows(
-        places, first_rows, batch, tile, rows, keys, form
-    )
+    visited = kernels.tiles_of_rows(places, first_rows, tile, form)
     for head in range(key_head * group, key_head * group + group):
-        for part in tl.static_range(3):
-            for other in range(visited[part], visited[part + 1]):
-                state = key_step(
-                    state,
-                    side,
-                    places,
-                    mean,
-                    upstream,
-                    key_values,
-                    values,
-                    batch,
-                    head,
-                    other * ROWS,
-                    rows,
-                    start,
-                    keys,
-                    form,
-                    part != 1,
-                )
-    of_key, of_value = state
-    of_key *= scale / kernels.lift(key_values.dtype)
-    kernels.store_tile(gradient, of_key, batch, key_head, start)
-    kernels.store_tile(value_gradient, of_value, batch, key_head, start)
+        state = kernels.for_each_rows(
+            key_step,
+            state,
+            inputs,
+            own,
+            kernels.at_head(tile, head),
+            visited,
+            form,
+        )
+    key_sum, value_sum = state
+    key_sum *= scale / kernels.lift(own.query_or_key.dtype)
+    kernels.store_tile(gradient, key_sum, tile.batch, key_head, tile.key)
+    kernels.store_tile(
+        value_gradient, value_sum, tile.batch, key_head, tile.key
+    )
 
 
 class Call(NamedTuple):
@@ -460,7 +312,7 @@ class Output(torch.autograd.Function):
             forward_kernel,
             form,
             (triton.cdiv(rows, form.tiles.rows), batch * heads),
-            own_tile(query, form.tiles.rows, form),
+            kernels.own_tile(query, form.tiles.rows, form),
             kernels.descriptor(key, form.tiles.keys),
             kernels.descriptor(value, form.tiles.keys),
             normalizer,
@@ -485,45 +337,41 @@ class Output(torch.autograd.Function):
         upstream = upstream.to(value.dtype).contiguous()
         numbers = normalizer, kernels.fill(mean), call.scale, call.places
         form = call.form("query", query)
-        of_query = torch.empty_like(query)
+        query_gradient = torch.empty_like(query)
         kernels.launch(
             query_gradient_kernel,
             form,
             (triton.cdiv(rows, form.tiles.rows), batch * heads),
-            own_tile(query, form.tiles.rows, form),
+            kernels.own_tile(query, form.tiles.rows, form),
             kernels.descriptor(key, form.tiles.keys),
             kernels.descriptor(value, form.tiles.keys),
-            own_tile(upstream, form.tiles.rows, form),
+            kernels.own_tile(upstream, form.tiles.rows, form),
             *numbers,
             rows,
             keys,
-            kernels.descriptor(of_query, form.tiles.rows),
+            kernels.descriptor(query_gradient, form.tiles.rows),
         )
         form = call.form("key_value", key)
-        of_key, of_value = torch.empty_like(key), torch.empty_like(value)
+        key_gradient, value_gradient = (
+            torch.empty_like(key),
+            torch.empty_like(value),
+        )
         kernels.launch(
             key_gradient_kernel,
             form,
             (triton.cdiv(keys, form.tiles.keys), batch * key_heads),
             kernels.descriptor(query, form.tiles.rows),
-            own_tile(key, form.tiles.keys, form),
-            own_tile(value, form.tiles.keys, form),
+            kernels.own_tile(key, form.tiles.keys, form),
+            kernels.own_tile(value, form.tiles.keys, form),
             kernels.descriptor(upstream, form.tiles.rows),
             *numbers,
             kernels.first_rows(call.places, form, keys),
             rows,
             keys,
-            kernels.descriptor(of_key, form.tiles.keys),
-            kernels.descriptor(of_value, form.tiles.keys),
+            kernels.descriptor(key_gradient, form.tiles.keys),
+            kernels.descriptor(value_gradient, form.tiles.keys),
         )
-        return of_query, of_key, of_value, None
-
-
-def own_tile(tensor, size, form):
-    """How a program reads the tile that it keeps; see `load_own`."""
-    if form.tiles.in_registers:
-        return kernels.descriptor(tensor, size)
-    return tensor
+        return query_gradient, key_gradient, value_gradient, None
 
 
 def attention_output(attention, value, mask):

@@ -31,7 +31,7 @@ def implementations(
     ) -> Implementation:
         def run(*arguments: Any) -> Tensor:
             # Imported on the first call.
-            module = importlib.import_module(f"{__package__}.{op}.{name}")
+            module = importlib.import_module(f"keras_laid.ops.{op}.{name}")
             return getattr(module, op)(*arguments)
 
         return Implementation(

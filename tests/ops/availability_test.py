@@ -8,7 +8,7 @@ import pytest
 from keras import ops
 
 from keras_laid.ops import AttentionMask
-from keras_laid.ops import fused
+from keras_laid.ops.fused_attention import availability
 from tests.ops.kernels import BACKEND
 from tests.ops.kernels import KERNEL
 from tests.ops.kernels import needs_kernel
@@ -19,7 +19,7 @@ from tests.ops.kernels import needs_kernel
     [("8.6", False), ("9.0", True), ("12.0", False), ("gfx942", False)],
 )
 def test_kernels_are_refused_on_chips_without_room(capability, fits):
-    reason = fused.why_not_capability(capability)
+    reason = availability.why_not_capability(capability)
     assert (reason is None) == fits
     assert fits or capability in reason
 
@@ -48,7 +48,7 @@ def why_not(monkeypatch):
             ]
             monkeypatch.setattr(jax, "default_backend", lambda: device)
             monkeypatch.setattr(jax, "devices", lambda: devices)
-            refuse = fused.why_not_pallas
+            refuse = availability.why_not_pallas
         else:
             import torch
 
@@ -57,7 +57,7 @@ def why_not(monkeypatch):
                 "get_device_capability",
                 lambda _: tuple(map(int, capability.split("."))),
             )
-            refuse = fused.why_not_triton
+            refuse = availability.why_not_triton
         return refuse([tensor], mask)
 
     return ask
@@ -94,12 +94,14 @@ def test_triton_is_refused_where_it_is_not_installed(why_not, monkeypatch):
 
 def test_kernels_refuse_blocks():
     mask = AttentionMask.from_lengths(5, [5])
-    assert fused.why_not_mask(mask) is None
+    assert availability.why_not_mask(mask) is None
     mask = mask._replace(block=ops.zeros((1, 5), "int32"))
-    assert "blocks" in fused.why_not_mask(mask)
+    assert "blocks" in availability.why_not_mask(mask)
 
 
 def test_kernels_refuse_dtypes_that_they_do_not_take():
     tensors = [ops.zeros((1, 1, 1, 4), each) for each in ("float16", "float32")]
-    assert "some are float32" in fused.why_not_tensors(tensors, ("float16",))
-    assert fused.why_not_tensors(tensors, ("float16", "float32")) is None
+    assert "some are float32" in availability.why_not_tensors(
+        tensors, ("float16",)
+    )
+    assert availability.why_not_tensors(tensors, ("float16", "float32")) is None

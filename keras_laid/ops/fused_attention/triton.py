@@ -1,0 +1,599 @@
+"""What fused kernels for torch on CUDA share: tiles, and what visits them.
+
+Maps exist only as tiles on the chip. Queries and keys are laid out (batch,
+length, heads, width) and read through descriptors, which give 0 outside.
+Logarithms are of base 2, whose power the chip computes. Numbers of rows and
+keys are stored for multiples of 16, so that addresses are aligned at any
+length: what fills up is a row like the last, whose gradient is 0, or a key that
+is padding.
+"""
+
+from typing import Any
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+# The least that a running maximum is; and what counts as probability 0 in
+# `p * log(p)`, as in definition.py.
+LEAST = tl.constexpr(-1e30)
+TINY = tl.constexpr(1e-30)
+LOG2_E = tl.constexpr(1.4426950408889634)
+# How tensor cores multiply float32 to nearly its precision.
+FLOAT32 = tl.constexpr("tf32x3")
+# Slopes are made so many times larger for float16: those of long rows would be
+# too small for it.
+LIFT = tl.constexpr(1024.0)
+FILLED = tl.constexpr(16)  # What stored lengths are a multiple of.
+BYTES = 16  # Descriptors want rows that are multiples of so many.
+
+
+class Side(NamedTuple):
+    """One model's attention, in a kernel."""
+
+    query: Any
+    key: Any
+    normalizer: Any  # Log-sum-exp of each row: (batch, heads, rows).
+    scale: Any
+
+
+class Places(NamedTuple):
+    """Which keys a row attends, and how much their distance weighs."""
+
+    kinds: Any  # (batch, keys): 0 for padding, 1 bidirectional, 2 causal.
+    row_index: Any  # (rows,)
+    # Weights are `1 + |row_share - key_share| ** exponent`.
+    row_share: Any  # (batch, rows)
+    key_share: Any  # (batch, keys)
+    # Of an example's keys the first that is padding, the first that is causal,
+    # the one after the last bidirectional, the one after the last causal.
+    limits: Any  # (batch, 4)
+
+
+class Tile(NamedTuple):
+    """A tile of the map of one head of one example."""
+
+    batch: Any
+    head: Any
+    row: Any  # Where its rows start.
+    rows: Any  # How many rows are stored in all.
+    key: Any  # Where its keys start.
+    keys: Any  # How many keys are stored in all.
+
+
+@triton.constexpr_function
+def tile_width(width):
+    """Tensor cores multiply matrices that are at least 16 wide."""
+    return max(triton.next_power_of_2(width), 16)
+
+
+@triton.jit
+def filled(length):
+    """The length that is stored; its compiler knows what divides it."""
+    return tl.cdiv(length, FILLED) * FILLED
+
+
+@triton.jit
+def places_kernel(
+    bidirectional,
+    causal,
+    row_positions,
+    key_positions,
+    mask_stride,
+    row_stride,
+    key_stride,
+    strength,
+    places,
+    rows,
+    keys,
+    exponent: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """What the other kernels know of places, for one example."""
+    batch = tl.program_id(0)
+    first_padding = tl.full([SIZE], 0, tl.int32) + keys
+    first_causal = first_padding
+    after_bidirectional = tl.zeros([SIZE], tl.int32)
+    after_causal = tl.zeros([SIZE], tl.int32)
+    lowest = tl.full([SIZE], float("inf"), tl.float32)
+    highest = -lowest
+    for start in range(0, keys, SIZE):
+        index = start + tl.arange(0, SIZE)
+        inside = index < keys
+        where = batch * mask_stride + index
+        for_all = tl.load(bidirectional + where, mask=inside, other=0) != 0
+        for_later = tl.load(causal + where, mask=inside, other=0) != 0
+        kind = tl.where(for_all, 1, tl.where(for_later, 2, 0))
+        where = places.kinds + batch * filled(keys) + index
+        tl.store(where, kind, mask=index < filled(keys))
+        after = index + 1
+        padding = tl.where((kind == 0) & inside, index, keys)
+        first_padding = tl.minimum(first_padding, padding)
+        later = tl.where(kind == 2, index, keys)
+        first_causal = tl.minimum(first_causal, later)
+        last = tl.where(kind == 1, after, 0)
+        after_bidirectional = tl.maximum(after_bidirectional, last)
+        last = tl.where(kind == 2, after, 0)
+        after_causal = tl.maximum(after_causal, last)
+        where = key_positions + batch * key_stride + index
+        position = tl.load(where, mask=inside, other=0).to(tl.float32)
+        lowest = tl.minimum(lowest, tl.where(inside, position, lowest))
+        highest = tl.maximum(highest, tl.where(inside, position, highest))
+    for start in range(0, rows, SIZE):
+        index = start + tl.arange(0, SIZE)
+        inside = index < rows
+        where = row_positions + batch * row_stride + index
+        position = tl.load(where, mask=inside, other=0).to(tl.float32)
+        lowest = tl.minimum(lowest, tl.where(inside, position, lowest))
+        highest = tl.maximum(highest, tl.where(inside, position, highest))
+    limits = places.limits + 4 * batch
+    tl.store(limits, tl.min(first_padding, 0))
+    tl.store(limits + 1, tl.min(first_causal, 0))
+    tl.store(limits + 2, tl.max(after_bidirectional, 0))
+    tl.store(limits + 3, tl.max(after_causal, 0))
+    unit = tl.load(strength).to(tl.float32)
+    if exponent != 1.0:
+        power = tl.exp2(tl.log2(tl.maximum(unit, TINY)) / exponent)
+        unit = tl.where(unit > 0.0, power, 0.0)
+    unit /= tl.maximum(tl.max(highest, 0) - tl.min(lowest, 0), 1.0)
+    for start in range(0, keys, SIZE):
+        index = start + tl.arange(0, SIZE)
+        where = key_positions + batch * key_stride + index
+        share = tl.load(where, mask=index < keys, other=0).to(tl.float32) * unit
+        where = places.key_share + batch * filled(keys) + index
+        tl.store(where, share, mask=index < filled(keys))
+    for start in range(0, rows, SIZE):
+        index = start + tl.arange(0, SIZE)
+        where = row_positions + batch * row_stride + index
+        share = tl.load(where, mask=index < rows, other=0).to(tl.float32) * unit
+        where = places.row_share + batch * filled(rows) + index
+        tl.store(where, share, mask=index < filled(rows))
+
+
+@triton.jit
+def in_tiles(start, full_start, full_end, end, SIZE: tl.constexpr):
+    """Tiles that hold some of a range, and those between that are full."""
+    start = tl.maximum(start, 0) // SIZE
+    end = tl.maximum(tl.cdiv(end, SIZE), start)
+    full_start = tl.cdiv(tl.maximum(full_start, 0), SIZE)
+    full_start = tl.minimum(tl.maximum(full_start, start), end)
+    full_end = tl.minimum(tl.maximum(full_end // SIZE, full_start), end)
+    return start, full_start, full_end, end
+
+
+@triton.jit
+def tiles_of_keys(places, tile, form: tl.constexpr):
+    """The tiles of keys that a tile of rows visits, in three ranges.
+
+    In the second, every row attends every key; in the others some do.
+    """
+    lowest = tl.load(places.row_index + tile.row).to(tl.int32)
+    last = tl.minimum(tile.row + form.tiles.rows, tile.rows) - 1
+    highest = tl.load(places.row_index + last).to(tl.int32)
+    limits = places.limits + 4 * tile.batch
+    first_padding, first_causal = tl.load(limits), tl.load(limits + 1)
+    after_bidirectional, after_causal = tl.load(limits + 2), tl.load(limits + 3)
+    end = tl.minimum(after_causal, highest + 1)
+    end = tl.maximum(after_bidirectional, end)
+    full_end = tl.maximum(first_causal, lowest + 1)
+    full_end = tl.minimum(first_padding, full_end)
+    start, full_start = tl.program_id(0) * 0, tl.program_id(0) * 0
+    if form.window is not None:
+        start = lowest - form.window + 1
+        full_start = highest - form.window + 1
+        full_end = tl.minimum(full_end, lowest + form.window)
+        end = tl.minimum(end, highest + form.window)
+    return in_tiles(start, full_start, full_end, end, form.tiles.keys)
+
+
+@triton.jit
+def tiles_of_rows(places, first_rows, tile, form: tl.constexpr):
+    """The tiles of rows that visit a program's tile of keys, likewise.
+
+    `first_rows` has, for the start of each tile and of one more, the first row
+    that stands there or later; with a window also the first for places
+    `window - 1` before and `window` after.
+    """
+    number = tl.program_id(0)
+    key = tile.key + tl.arange(0, form.tiles.keys)
+    kinds = places.kinds + tile.batch * tile.keys
+    kind = tl.load(kinds + key, mask=key < tile.keys, other=0).to(tl.int32)
+    least, most = tl.min(kind, 0), tl.max(kind, 0)
+    for_all_rows = tl.max((kind == 1).to(tl.int32), 0) > 0
+    first, next_first = (
+        tl.load(first_rows + number),
+        tl.load(first_rows + number + 1),
+    )
+    start = tl.where(for_all_rows, 0, first)
+    full_start = tl.where(most == 1, 0, next_first)
+    # Keys that are padding, or beyond the last, are attended by none.
+    full_start = tl.where(least == 0, tile.rows, full_start)
+    end, full_end = tl.where(most == 0, 0, tile.rows), tile.rows
+    if form.window is not None:
+        before = first_rows + tl.num_programs(0) + 1 + number
+        after = before + tl.num_programs(0) + 1
+        start = tl.maximum(start, tl.load(before))
+        full_start = tl.maximum(full_start, tl.load(before + 1))
+        full_end = tl.load(after)
+        end = tl.minimum(end, tl.load(after + 1))
+    return in_tiles(start, full_start, full_end, end, form.tiles.rows)
+
+
+@triton.jit
+def own_rows(rows, keys, heads: tl.constexpr, form: tl.constexpr):
+    """The tile of a program that keeps rows, before it visits any keys."""
+    number = tl.num_programs(0) - 1 - tl.program_id(0)  # The longest go first.
+    return Tile(
+        tl.program_id(1) // heads,
+        tl.program_id(1) % heads,
+        number * form.tiles.rows,
+        filled(rows),
+        number * 0,
+        filled(keys),
+    )
+
+
+@triton.jit
+def own_keys(rows, keys, key_heads: tl.constexpr, form: tl.constexpr):
+    """The tile of a program that keeps keys; its head is that of the keys."""
+    number = tl.program_id(0)
+    return Tile(
+        tl.program_id(1) // key_heads,
+        tl.program_id(1) % key_heads,
+        number * 0,
+        filled(rows),
+        number * form.tiles.keys,
+        filled(keys),
+    )
+
+
+@triton.jit
+def at_head(tile, head):
+    return Tile(tile.batch, head, tile.row, tile.rows, tile.key, tile.keys)
+
+
+@triton.jit
+def for_each_keys(
+    step: tl.constexpr, state, inputs, own, tile, form: tl.constexpr
+):
+    """`state` after `step` of each tile of keys that some rows attend.
+
+    `step(state, inputs, own, tile, form, CHECK)` checks which rows attend which
+    keys, unless all do.
+    """
+    visited = tiles_of_keys(inputs.places, tile, form)
+    for part in tl.static_range(3):
+        if part != 0 or form.window is not None:
+            for number in range(visited[part], visited[part + 1]):
+                visiting = Tile(
+                    tile.batch,
+                    tile.head,
+                    tile.row,
+                    tile.rows,
+                    number * form.tiles.keys,
+                    tile.keys,
+                )
+                state = step(state, inputs, own, visiting, form, part != 1)
+    return state
+
+
+@triton.jit
+def for_each_rows(
+    step: tl.constexpr, state, inputs, own, tile, visited, form: tl.constexpr
+):
+    """The same of each tile of rows, which `tiles_of_rows` gives."""
+    for part in tl.static_range(3):
+        for number in range(visited[part], visited[part + 1]):
+            visiting = Tile(
+                tile.batch,
+                tile.head,
+                number * form.tiles.rows,
+                tile.rows,
+                tile.key,
+                tile.keys,
+            )
+            state = step(state, inputs, own, visiting, form, part != 1)
+    return state
+
+
+@triton.jit
+def load_tile(tensor, batch, head, start):
+    """A tile of one head's matrix, one of many: by its descriptor."""
+    tile = tensor.load([batch, start, head, 0])
+    return tile.reshape(tensor.block_shape[1], tensor.block_shape[3])
+
+
+@triton.jit
+def load_own(
+    tensor,
+    batch,
+    head,
+    start,
+    length,
+    SIZE: tl.constexpr,
+    heads: tl.constexpr,
+    width: tl.constexpr,
+    form: tl.constexpr,
+):
+    """The tile that a program keeps.
+
+    Triton keeps it in registers if it was read by a descriptor, in the memory
+    that threads share if it was read by pointers.
+    """
+    if form.tiles.in_registers:
+        return load_tile(tensor, batch, head, start)
+    else:
+        index = start + tl.arange(0, SIZE)
+        column = tl.arange(0, tile_width(width))
+        row = (batch.to(tl.int64) * length + index) * heads + head
+        return tl.load(
+            tensor + row[:, None] * width + column[None],
+            mask=(index < length)[:, None] & (column < width)[None],
+            other=0.0,
+        )
+
+
+@triton.jit
+def load_own_rows(
+    tensor,
+    tile,
+    rows,
+    heads: tl.constexpr,
+    width: tl.constexpr,
+    form: tl.constexpr,
+):
+    """A program's tile of `tensor`, which has `rows` rows."""
+    ROWS: tl.constexpr = form.tiles.rows
+    return load_own(
+        tensor, tile.batch, tile.head, tile.row, rows, ROWS, heads, width, form
+    )
+
+
+@triton.jit
+def load_own_keys(
+    tensor,
+    tile,
+    keys,
+    heads: tl.constexpr,
+    width: tl.constexpr,
+    form: tl.constexpr,
+):
+    """A program's tile of `tensor`, which has `keys` rows."""
+    KEYS: tl.constexpr = form.tiles.keys
+    return load_own(
+        tensor, tile.batch, tile.head, tile.key, keys, KEYS, heads, width, form
+    )
+
+
+@triton.jit
+def store_tile(tensor, tile, batch, head, start):
+    tile = tile.to(tensor.dtype).reshape(tensor.block_shape)
+    tensor.store([batch, start, head, 0], tile)
+
+
+@triton.jit
+def load_of_rows(tensor, tile):
+    """Queries, or what has their shape."""
+    return load_tile(tensor, tile.batch, tile.head, tile.row)
+
+
+@triton.jit
+def load_of_keys(tensor, tile, spec: tl.constexpr):
+    """The keys, or values, that the tile's query head reads."""
+    key_head = tile.head // (spec.heads // spec.key_heads)
+    return load_tile(tensor, tile.batch, key_head, tile.key)
+
+
+@triton.jit
+def where_rows(tensor, tile, heads: tl.constexpr, form: tl.constexpr):
+    """Where a (batch, heads, rows) has a tile's rows, and which it has."""
+    index = tl.arange(0, form.tiles.rows)
+    head = tile.batch.to(tl.int64) * heads + tile.head
+    first = tensor + (head * tile.rows + tile.row)
+    return first + index, tile.row + index < tile.rows
+
+
+@triton.jit
+def load_rows(
+    tensor,
+    tile,
+    heads: tl.constexpr,
+    form: tl.constexpr,
+    CHECK: tl.constexpr,
+):
+    """A number for each of a tile's rows."""
+    where, inside = where_rows(tensor, tile, heads, form)
+    # A program's own tile of rows may be the last; those it visits are checked.
+    if CHECK or not form.over_rows:
+        return tl.load(where, mask=inside, other=0.0)
+    else:
+        return tl.load(where)
+
+
+@triton.jit
+def store_rows(tensor, values, tile, heads: tl.constexpr, form: tl.constexpr):
+    where, inside = where_rows(tensor, tile, heads, form)
+    tl.store(where, values, mask=inside)
+
+
+@triton.jit
+def of_rows(values, form: tl.constexpr):
+    """Numbers of rows, as a tile has them."""
+    return values[None] if form.tiles.by_key else values[:, None]
+
+
+@triton.jit
+def of_keys(values, form: tl.constexpr):
+    return values[:, None] if form.tiles.by_key else values[None]
+
+
+@triton.jit
+def logits_tile(query, keys, scale, cap: tl.constexpr, form: tl.constexpr):
+    """Logits over a number, and that number: their product has base 2."""
+    if form.tiles.by_key:
+        logits = tl.dot(keys, tl.trans(query), input_precision=FLOAT32)
+    else:
+        logits = tl.dot(query, tl.trans(keys), input_precision=FLOAT32)
+    if cap is not None:
+        # tanh(scale * logits / cap)
+        logits = 2.0 * tl.sigmoid(logits * (2.0 * scale / cap)) - 1.0
+        scale = tl.full([], cap, tl.float32)
+    return logits, scale * LOG2_E
+
+
+@triton.jit
+def lift(dtype: tl.constexpr):
+    if dtype == tl.float16:
+        return LIFT
+    else:
+        return 1.0
+
+
+@triton.jit
+def dot_in_two(a, b, total):
+    """`total + lift * a @ b` for float32 `a`, in two parts of `b`'s dtype.
+
+    In one part, sums that cancel would lose more than the definition's.
+    """
+    if b.dtype == tl.float32:
+        return tl.dot(a, b, total, input_precision=FLOAT32)
+    else:
+        if b.dtype == tl.float16:
+            a *= LIFT
+        # The first bits, cut and not rounded: converting back costs more.
+        bits = a.to(tl.uint32, bitcast=True) & 0xFFFF0000
+        high = bits.to(tl.float32, bitcast=True)
+        total = tl.dot(high.to(b.dtype), b, total)
+        return tl.dot((a - high).to(b.dtype), b, total)
+
+
+@triton.jit
+def allowed_tile(places, tile, form: tl.constexpr):
+    """Which of a tile's rows attend which of its keys."""
+    row = tile.row + tl.arange(0, form.tiles.rows)
+    key = tile.key + tl.arange(0, form.tiles.keys)
+    kinds = places.kinds + tile.batch * tile.keys
+    kind = tl.load(kinds + key, mask=key < tile.keys, other=0)
+    index = tl.load(places.row_index + row, mask=row < tile.rows, other=-1)
+    kind = of_keys(kind, form)
+    ahead = of_rows(index, form) - of_keys(key, form)
+    allowed = (kind == 1) | ((kind == 2) & (ahead >= 0))
+    if form.window is not None:
+        allowed = allowed & (tl.abs(ahead) < form.window)
+    return allowed
+
+
+@triton.jit
+def part_sums(values):
+    """Sums over a tile's keys, in 8 parts a row: each thread sums its own."""
+    ROWS: tl.constexpr = values.shape[0]
+    KEYS: tl.constexpr = values.shape[1]
+    return tl.sum(values.reshape(ROWS, KEYS // 8, 8), 1)
+
+
+def first_rows(places, form, keys):
+    """The rows that `tiles_of_rows` wants."""
+    index, size = places.row_index, form.tiles.keys
+    edges = torch.arange(
+        0, keys + size, size, dtype=index.dtype, device=index.device
+    )
+    if form.window is not None:
+        edges = torch.stack(
+            [edges, edges - form.window + 1, edges + form.window]
+        )
+    return torch.searchsorted(index, edges, out_int32=True)
+
+
+def of_each_row(query):
+    batch, rows, heads, _ = query.shape
+    return query.new_empty(
+        (batch, heads, rows + missing(rows)), dtype=torch.float32
+    )
+
+
+def missing(length):
+    """What a length lacks to be filled."""
+    return -length % FILLED.value
+
+
+def fill(numbers):
+    """Numbers of each row, and 0 for those that fill up."""
+    extra = missing(numbers.shape[-1])
+    if extra:
+        numbers = torch.nn.functional.pad(numbers, (0, extra))
+    return numbers.contiguous()
+
+
+def own_tile(tensor, size, form):
+    """How a program reads the tile that it keeps; see `load_own`."""
+    if form.tiles.in_registers:
+        return descriptor(tensor, size)
+    return tensor
+
+
+def descriptor(tensor, size):
+    """How kernels read or write tiles of `size` rows of one head."""
+    width = tile_width(tensor.shape[-1])
+    return TensorDescriptor.from_tensor(tensor, [1, size, 1, width])
+
+
+def launch(kernel, form, grid, *arguments):
+    kernel[grid](
+        *arguments,
+        form=form,
+        num_warps=form.tiles.warps,
+        num_stages=form.tiles.stages,
+    )
+
+
+def find_places(mask, distance, batch):
+    """The same for every head: one kernel instead of many small operations."""
+    rows = distance.row_positions.shape[1]
+    keys = distance.key_positions.shape[1]
+    device = distance.key_positions.device
+    strength = distance.strength
+    if not isinstance(strength, torch.Tensor):
+        strength = torch.full((), strength, device=device)
+
+    def empty(length, dtype):
+        return torch.empty((batch, length), dtype=dtype, device=device)
+
+    index = mask.row_index
+    if missing(rows):
+        index = torch.cat([index, index[-1:].expand(missing(rows))])
+    filled_keys = keys + missing(keys)
+    places = Places(
+        empty(filled_keys, torch.int8),
+        index.contiguous(),
+        empty(len(index), torch.float32),
+        empty(filled_keys, torch.float32),
+        empty(4, torch.int32),
+    )
+    masks = torch.broadcast_tensors(mask.bidirectional, mask.causal)
+    tensors = [
+        tensor.contiguous()
+        for tensor in (*masks, distance.row_positions, distance.key_positions)
+    ]
+    # Examples may share what has a batch of 1.
+    strides = [0 if len(each) == 1 else each.stride(0) for each in tensors[1:]]
+    places_kernel[(batch,)](
+        *tensors,
+        *strides,
+        strength,
+        places,
+        rows,
+        keys,
+        exponent=float(distance.exponent),
+        SIZE=1024,
+    )
+    return places
+
+
+def readable(tensor):
+    """The tensor with rows as descriptors want them."""
+    extra = -tensor.shape[-1] % (BYTES // tensor.element_size())
+    if extra:
+        tensor = torch.nn.functional.pad(tensor, (0, extra))
+    return tensor.contiguous()
