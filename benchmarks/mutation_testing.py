@@ -102,6 +102,10 @@ OF_OPS = [
     "tests/numerics_test.py",
 ]
 TESTS = {
+    "ops/fused_attention/triton": [TILES, *VALUES, DIVERGENCE, COMPILED],
+    "ops/fused_attention/pallas": [*VALUES, DIVERGENCE],
+    "ops/fused_attention/tiles": [TILES, DIVERGENCE],
+    "ops/fused_attention": [DIVERGENCE, OUTPUT],
     "ops/attention_divergence/triton": [
         TILES,
         *VALUES,
@@ -109,7 +113,6 @@ TESTS = {
         COMPILED,
     ],
     "ops/attention_divergence/pallas": [*VALUES, DIVERGENCE],
-    "ops/attention_divergence/tiles": [TILES, DIVERGENCE],
     "ops/attention_divergence": [DIVERGENCE, *OF_OPS],
     "ops/attention_output/triton": [OUTPUT, COMPILED],
     "ops/attention_output": [OUTPUT, *OF_OPS],
@@ -118,7 +121,6 @@ TESTS = {
         "tests/ops/retrieval_divergence_test.py",
         *OF_OPS,
     ],
-    "ops/fused": [DIVERGENCE, OUTPUT],
     "ops/attention": [OUTPUT, DIVERGENCE, *OF_OPS],
     "ops/row_blocks": ["tests/ops/row_blocks_test.py", OUTPUT, DIVERGENCE],
     "ops/logits_divergence": [LOGITS, *OF_OPS],
