@@ -20,6 +20,8 @@ from keras_laid.backbones.decoder import global_layers
 from keras_laid.backbones.families import FAMILIES
 from keras_laid.backbones.families import attention_layers
 from keras_laid.backbones.families import layers_with_maps
+from keras_laid.backbones.gain_folding import check_foldable
+from keras_laid.backbones.gain_folding import scale_weights
 from keras_laid.layers.gain_modulated_rotary_embedding import (
     GainModulatedRotaryEmbedding,
 )
@@ -149,12 +151,12 @@ def fold_gain_modulation(model: keras.Model) -> None:
     layers = [layers_with_maps(backbone)[index] for index in gained]
     for layer, gain in zip(layers, gained.values(), strict=True):
         for part in _modulated_parts(layer, gain):
-            _check_foldable(layer, part, gain)
+            check_foldable(layer, part, gain)
     for layer, gain in zip(layers, gained.values(), strict=True):
         feature_gains = _feature_gains(layer, gain)
         _take_out(layer, gain)
         for part in _modulated_parts(layer, gain):
-            _scale(layer, part, feature_gains)
+            scale_weights(layer, part, feature_gains)
     object.__setattr__(backbone, "__class__", type(backbone).plain_class)
     vars(model).pop("save_to_preset", None)
     _forget_variables(model)
@@ -401,62 +403,6 @@ def _modulated_parts(
     if gain.applied_to == "queries":
         return [layer.query_layer]
     return [layer.query_layer, layer.key_layer]
-
-
-def _check_foldable(
-    layer: AttentionLayer,
-    part: keras.layers.Layer,
-    gain: GainModulatedRotaryEmbedding,
-) -> None:
-    where = f"the {part.name} layer of decoder layer {layer.index}"
-    if layer.norm_offset is not None:
-        if gain.num_heads is not None:
-            raise ValueError(
-                "Gains of each head cannot be multiplied into the scale of a "
-                "norm, which the heads share. "
-                f"Received: {where}, with num_heads={gain.num_heads}. "
-                "Attach gains with `per_head=False`, or keep them and save "
-                'with `model.save("model.keras")`.'
-            )
-        return
-    if part.quantization_mode is not None:
-        raise ValueError(
-            "Kernels must not be quantized to have gains multiplied in. "
-            f"Received: {where}, with "
-            f"quantization_mode={part.quantization_mode!r}. "
-            "Fold before `quantize`, or keep the gains and save with "
-            '`model.save("model.keras")`.'
-        )
-    if part.lora_enabled and gain.num_heads is not None:
-        raise ValueError(
-            "Gains of each head cannot be multiplied into LoRA's factors, "
-            "which are shared by the heads. "
-            f"Received: {where}, with lora_rank={part.lora_rank}. "
-            'Save with `model.save("model.keras")`, which merges LoRA into the '
-            "kernels, then load and fold the loaded model."
-        )
-
-
-def _scale(
-    layer: AttentionLayer, part: keras.layers.Layer, feature_gains: Tensor
-) -> None:
-    """Multiplies the weights of a norm or a projection, in float32."""
-    if layer.norm_offset is not None:
-        scale = ops.cast(part.scale, "float32") + layer.norm_offset
-        part.scale.assign(scale * feature_gains - layer.norm_offset)
-        return
-    scale = feature_gains  # (features,) or (heads, features)
-    inputs, output = part.equation.split("->")
-    kernel_axes = inputs.split(",")[1]
-    if kernel_axes[0] == output[-2]:  # The kernel's heads come first.
-        scale = ops.expand_dims(scale, axis=-2)
-    kernel = part._kernel  # `part.kernel` is a sum where LoRA is enabled.
-    kernel.assign(ops.cast(kernel, "float32") * scale)
-    if part.bias is not None:
-        part.bias.assign(ops.cast(part.bias, "float32") * feature_gains)
-    if part.lora_enabled:
-        # (rank, features)
-        part.lora_kernel_b.assign(part.lora_kernel_b * feature_gains)
 
 
 def _forget_variables(model: keras.Model) -> None:
