@@ -2,8 +2,8 @@
 
     python -m benchmarks.memory_plan
 
-Prints the plans and writes `benchmarks/results/memory_plan.csv` anew. No weight
-is allocated.
+Prints the plans and writes a new `benchmarks/results/memory_plan.csv`. No
+weight is allocated.
 """
 
 import functools

@@ -55,7 +55,7 @@ def on_files(files, config):
             continue
         seen.add(path)
         if not (ROOT / path).is_file():
-            raise PluginError(f"A page links to {path}, which is no file.")
+            raise PluginError(f"A page links to {path}, which is not a file.")
         if path.endswith(".png"):
             source = str(ROOT / path)
             files.append(File.generated(config, path, abs_src_path=source))

@@ -17,7 +17,7 @@ by a trainable gain: a few numbers a layer, which say what distances a model
 looks at.
 
 This guide drops the layer into a small Keras model, then attaches gains to a
-causal language model of KerasHub, trains them alone, and folds them into its
+causal language model of KerasHub, trains only them, and folds them into its
 weights: what is saved is a plain KerasHub preset.
 
 Without arguments it runs in two minutes on two CPU cores. The same file takes a
@@ -233,7 +233,7 @@ long_test = repeated_passages(
 accuracy_before = accuracy(causal_lm)
 causal_lm.backbone.trainable = False
 keras_laid.attach_gain_modulation(causal_lm)
-print("Its gains, trained alone in a longer window:", flush=True)
+print("Only its gains trained, in a longer window:", flush=True)
 fit(causal_lm, learning_rate=0.03, seed=args.seed + 4, before=2 * passage)
 accuracy_after = accuracy(causal_lm)
 spectral.plot_gains(

@@ -29,7 +29,7 @@ def check_kind(
     words: str,
     advice: str = "",
 ) -> None:
-    """Refuses what is no instance of `kind`, which `words` name."""
+    """Refuses what is not an instance of `kind`, which `words` name."""
     if not isinstance(value, kind):
         raise TypeError(
             f"`{name}` must be {words}. Received: {name} of type "
@@ -50,7 +50,7 @@ def check_integer(name: str, value: Any, at_least: float = 1) -> None:
 
 
 def check_number(name: str, value: Any, bounds: str) -> None:
-    """Refuses what is no number in `bounds`, such as `"(0, inf)"`."""
+    """Refuses what is not a number in `bounds`, such as `"(0, inf)"`."""
     if not is_number(value):
         raise TypeError(
             f"`{name}` must be a number. Received: {name}={value!r:.80} of "
@@ -189,7 +189,7 @@ def check_tokens(
     weights: Tensor | None = None,
     least: int | None = None,
 ) -> None:
-    """Refuses tokens outside a vocabulary, where their values are at hand.
+    """Refuses tokens outside a vocabulary, where their values can be read.
 
     Args:
         name: String.

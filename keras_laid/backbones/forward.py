@@ -66,7 +66,7 @@ def forward(
             `"positions"`, which replace those of every rotary embedding.
         layers: Sequence of integers, whose attention is wanted.
         training: Boolean.
-        rematerialize: Boolean, whether its blocks run once more in the backward
+        rematerialize: Boolean, whether its blocks run again in the backward
             pass and keep less for it.
         linear_memory: Boolean, whether attention is computed as in
             `keras_laid.linear_memory_attention`, or by which implementation.
@@ -76,7 +76,8 @@ def forward(
         A `Run`.
 
     Raises:
-        TypeError: If `inputs` is no dictionary, or token ids are no integers.
+        TypeError: If `inputs` is not a dictionary, or token ids are not
+            integers.
         ValueError: If an input is missing or of another shape.
     """
     decoder.check_inputs(model, inputs)

@@ -138,7 +138,7 @@ def segments_of_batch(
     key_length: int,
     num_segments: int | None,
 ) -> Segments | None:
-    """Segments of the keys that are no padding; `None` if there is none."""
+    """Segments of the keys that are not padding; `None` if there is none."""
     numbers = segment_numbers(model, x, key_length)
     if numbers is None:
         return None

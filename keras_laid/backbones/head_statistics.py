@@ -87,7 +87,7 @@ class Examples(NamedTuple):
         exists: Boolean array of shape `(examples, segments)`: which segments an
             example has.
         needle: Integer array of shape `(examples,)`, from 0; other numbers than
-            those of segments are no needle.
+            those of segments are not the needle.
         rows: Dictionary from the index of a layer to `SharpestRows`.
     """
 

@@ -24,7 +24,7 @@ LENGTH_STEP = 16  # Sequences are padded to multiples, to compile few shapes.
 
 
 class PaliGemmaPrompts:
-    """All images stand before the text; their tokens are no part of it."""
+    """All images stand before the text; their tokens are not part of it."""
 
     causal_lm_class = PaliGemmaCausalLM
     placeholder = ""

@@ -32,7 +32,7 @@ def rematerialized(
     """Scope in which each block keeps what it is given, and no more.
 
     Blocks of the decoder and of the vision encoder; in the backward pass they
-    run once more. Unlike `keras.RematScope`, which acts where layers are made,
+    run again. Unlike `keras.RematScope`, which acts where layers are made,
     this takes any model, and on every backend.
 
     Args:

@@ -73,7 +73,7 @@ class RetrievalHeads:
             A string, with a line for each head.
 
         Raises:
-            TypeError: If `count` is no integer.
+            TypeError: If `count` is not an integer.
             ValueError: If `count` is less than 1, or there are no statistics of
                 such rows.
         """

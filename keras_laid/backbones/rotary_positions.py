@@ -38,7 +38,7 @@ def rotary_positions(
     which compile once. The model is left as it was, also when its call raises.
 
     Raises:
-        TypeError: If positions are no integers.
+        TypeError: If positions are not integers.
         ValueError: If the model's rotary embeddings cannot take positions of
             this shape, or already have others; in a call, if there is not one
             for each token.

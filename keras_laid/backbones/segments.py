@@ -20,7 +20,7 @@ class Segments(NamedTuple):
 
     Attributes:
         numbers: Integer tensor of shape `(batch, keys)`: the number of each
-            key's segment, from 1; 0 is no segment.
+            key's segment, from 1; 0 means none.
         num_segments: Integer, or a scalar tensor where it is known only later:
             the largest number.
     """
@@ -54,7 +54,7 @@ def segments_of(
         `"segments"`.
 
     Raises:
-        TypeError: If `"segments"` is no integer tensor.
+        TypeError: If `"segments"` is not an integer tensor.
         ValueError: If `count` is needed and not given, or `"segments"` has
             another shape.
     """

@@ -55,7 +55,7 @@ def self_extend(
             prompt of the model's training.
 
     Raises:
-        TypeError: On entry, if a number is no integer.
+        TypeError: On entry, if a number is not an integer.
         ValueError: On entry, if the model is of another kind, has no layer
             without a sliding window, or has its attention replaced by another
             scope already, or if an argument is out of its range. The model is

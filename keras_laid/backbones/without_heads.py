@@ -38,7 +38,7 @@ def without_heads(
             a sliding window may be among them.
 
     Raises:
-        TypeError: If `heads` are no pairs of integers.
+        TypeError: If `heads` are not pairs of integers.
         ValueError: If a layer or a head does not exist, or a layer has no
             attention maps.
     """

@@ -129,7 +129,7 @@ def write_states(folder: pathlib.Path, states: list[dict[str, Any]]) -> None:
 
 
 def read_states(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """What `write_states` wrote; none, where there is no file."""
+    """What `write_states` wrote; empty if there is no file."""
     path = folder / "callbacks.json"
     if not path.exists():
         return []

@@ -104,7 +104,7 @@ class CheckedEntries:
         return batch
 
     def check_tokens(self, x: Any, y: Any, sample_weight: Any) -> None:
-        """Refuses ids and labels of no token, where values are at hand."""
+        """Refuses ids and labels that are not tokens, if values can be read."""
         student, teacher = [each.vocabulary_size for each in self.descriptions]
         is_stored = isinstance(self.teacher, StoredTeacher)
         if isinstance(x, dict) and "token_ids" in x:

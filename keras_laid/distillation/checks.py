@@ -30,7 +30,7 @@ def check_no_weights(weights: Mapping[str, object]) -> None:
 
 
 def check_terms(terms: object) -> None:
-    """Refuses what are no terms, or terms of another distiller."""
+    """Refuses what are not terms, or terms of another distiller."""
     if not isinstance(terms, (list, tuple)) or not all(
         isinstance(term, Term) for term in terms
     ):
@@ -160,7 +160,7 @@ def check_features(
 
 
 def check_dropout(student: keras.Model) -> None:
-    """Refuses blocks that would not do the same when they run once more."""
+    """Refuses blocks that would not do the same when they run again."""
     dropout = getattr(decoder.backbone_of(student), "dropout", 0.0)
     if dropout:
         raise ValueError(
@@ -182,7 +182,7 @@ def check_no_class_weight(class_weight: object) -> None:
 def check_labels(
     vocabulary: int, loss: keras.losses.Loss | None, y: Any, sample_weight: Any
 ) -> None:
-    """Refuses labels that are no tokens, unless the loss ignores them.
+    """Refuses labels that are not tokens, unless the loss ignores them.
 
     Args:
         vocabulary: Integer, the student's.

@@ -291,7 +291,7 @@ class DistanceWeightedAttentionDistillation(
                 The optimizer is wrapped in a
                 `keras.optimizers.LossScaleOptimizer`, unless it is one or has
                 a `loss_scale_factor`. Defaults to `True`.
-            rematerialize: Boolean, whether the student's blocks run once more
+            rematerialize: Boolean, whether the student's blocks run again
                 in the backward pass: about a third more work, for activations
                 of one block in place of all. Defaults to `False`.
             linear_memory: Boolean, whether both models' attention is computed
@@ -366,8 +366,8 @@ class DistanceWeightedAttentionDistillation(
 
     def get_config(self) -> dict[str, Any]:
         raise NotImplementedError(
-            "The distiller cannot be saved whole, since the teacher is no part "
-            "of it. Save the result with `distiller.student.save_to_preset()`, "
+            "The whole distiller cannot be saved, since the teacher is not "
+            "part of it. Save the result with `distiller.student.save_to_preset()`, "
             "or the state of training with `distiller.save_weights()`."
         )
 

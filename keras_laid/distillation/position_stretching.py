@@ -27,7 +27,7 @@ class PositionStretching:
             images stand among text).
 
     Raises:
-        TypeError: If a number is no integer.
+        TypeError: If a number is not an integer.
         ValueError: If `max_images` or `image_length` is less than 1, or a
             prompt has more than `max_images` images.
     """

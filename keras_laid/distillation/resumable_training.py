@@ -71,7 +71,7 @@ class ResumableTraining(keras.callbacks.Callback):
             before the run was killed included.
 
     Raises:
-        TypeError: If `folder` is no path, or the state of a callback is of
+        TypeError: If `folder` is not a path, or the state of a callback is of
             another kind.
         ValueError: If `data` have no attribute `epoch`; before the first step,
             if a folder `epoch_<number>` holds something else, or states of

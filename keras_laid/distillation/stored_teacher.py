@@ -40,7 +40,7 @@ class StoredTeacher:
             text.
 
     Raises:
-        TypeError: If `folder` is no path.
+        TypeError: If `folder` is not a path.
         ValueError: If there is no store in the folder, or it is not complete.
 
     Example:
@@ -382,7 +382,7 @@ def read_json(path: pathlib.Path, names: Collection[str]) -> dict[str, Any]:
     if not isinstance(values, dict) or not set(names) <= set(values):
         raise ValueError(
             "A store's files must be as `keras_laid.store_teacher` wrote them. "
-            f"Received: {str(path)!r}, which is no JSON with {list(names)}. "
+            f"Received: {str(path)!r}, which is not JSON with {list(names)}. "
             "Delete it and call `keras_laid.store_teacher` again."
         )
     return values

@@ -165,7 +165,7 @@ class VisualHaystacks(tfds.core.GeneratorBasedBuilder):
             ),
             "question": tfds.features.Text(),
             "answer": tfds.features.Text(doc="yes or no"),
-            "anchor": tfds.features.Text(doc="What the needles alone show."),
+            "anchor": tfds.features.Text(doc="What only the needles show."),
             "target": tfds.features.Text(doc="What is asked for."),
             "needles": tfds.features.Sequence(
                 np.int64, doc="Positions of the needles among the images."
@@ -265,7 +265,7 @@ def _published(folder: pathlib.Path) -> dict[str, tuple[Question, ...]]:
         if split in questions or split in (*SPLITS, tfds.Split.ALL):
             raise ValueError(
                 "Question files are splits, and need names of their own. "
-                f"Received: {path}, which would be split {split!r} once more. "
+                f"Received: {path}, which would be split {split!r} again. "
                 "Rename it."
             )
         questions[split] = read_questions(path)

@@ -160,7 +160,7 @@ def read_image(root: PathLike, name: str, image_size: int) -> np.ndarray:
         A `uint8` array of shape `(image_size, image_size, 3)`.
 
     Raises:
-        ValueError: If the path leaves the root, or if the file is no image.
+        ValueError: If the path leaves the root, or if the file is not an image.
         FileNotFoundError: If there is no such file.
     """
     from PIL import Image

@@ -43,8 +43,8 @@ class Haystacks(keras.utils.PyDataset):
 
     Args:
         source: Where images come from, such as `keras_laid.haystacks.Digits`:
-            has `names` and `render(pairs, rng)`, which must depend on its
-            arguments alone.
+            has `names` and `render(pairs, rng)`, which must depend only on
+            its arguments.
         preprocessor: A `keras_hub.models.PaliGemmaCausalLMPreprocessor`. It
             tokenizes questions and answers; `scale` and `offset` of its image
             converter are applied to the images.

@@ -48,8 +48,9 @@ class Digits(PairSource):
         names: Tuple of the ten words a question uses, `names[d]` for digit `d`.
 
     Raises:
-        TypeError: If `image_size` is no integer or `augment` no boolean.
-        ValueError: If `split` is unknown or `image_size` is no positive
+        TypeError: If `image_size` is not an integer, or `augment` is not a
+            boolean.
+        ValueError: If `split` is unknown or `image_size` is not a positive
             multiple of 16.
     """
 

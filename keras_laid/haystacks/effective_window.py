@@ -95,7 +95,8 @@ def effective_window(
         ValueError: If `accuracy` is empty, or a size, an accuracy or an
             argument is out of its range; if the rule does not take an argument,
             or lacks one; or if the base is not above chance.
-        TypeError: If `accuracy` is no dictionary, or an argument no number.
+        TypeError: If `accuracy` is not a dictionary, or an argument is not a
+            number.
 
     Reference:
      - `"nolima"`: [Modarressi et al., 2025](https://arxiv.org/abs/2502.05167).

@@ -18,7 +18,7 @@ def read_json(
     """Reads a JSON file whose outermost value is a `list` or a `dict`."""
     if not path.is_file():  # A pipe would be waited for.
         raise FileNotFoundError(
-            f"A JSON file must be there. Received: {path}, which is no file"
+            f"A JSON file must be there. Received: {path}, which is not a file"
         )
     if path.stat().st_size > LARGEST:
         raise ValueError(
@@ -48,7 +48,7 @@ def _dict_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name}, which is no number of JSON")
+    raise ValueError(f"{name}, which is not a number of JSON")
 
 
 def checked(value: object, kind: type[Kind], name: str, where: object) -> Kind:

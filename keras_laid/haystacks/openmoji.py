@@ -47,7 +47,7 @@ class OpenMoji(PairSource):
         names: Tuple of the names that a question of this split uses.
 
     Raises:
-        TypeError: If `image_size` is no integer.
+        TypeError: If `image_size` is not an integer.
         ValueError: If `split` is unknown or `image_size` is odd or too small.
         ImportError: If the packages with and for the icons are missing.
     """

@@ -69,7 +69,7 @@ def score(
 
     Raises:
         ValueError: If `expected` or `rule` is none of those.
-        TypeError: If `answer` is no string.
+        TypeError: If `answer` is not a string.
 
     Reference:
      - The benchmark's `utils.py`, which splits words with NLTK; here they are

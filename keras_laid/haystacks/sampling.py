@@ -45,10 +45,10 @@ class Haystack:
             strings, paths below a root.
 
     Raises:
-        TypeError: If the question is no string, the images are no sequence, or
-            a path is no string.
+        TypeError: If the question is not a string, the images are not a
+            sequence, or a path is not a string.
         ValueError: If the question is empty, if the answer is another word, if
-            there are no images, or if a needle is none of their positions.
+            there are no images, or if a needle is not one of their positions.
     """
 
     question: str
@@ -307,7 +307,7 @@ def draw_haystacks(
         ValueError: If a number is not positive, if no number of needles is
             small enough for one of the sizes, or if the source has fewer than
             three names or two that are the same.
-        TypeError: If a number is no integer, or if `source` cannot be drawn
+        TypeError: If a number is not an integer, or if `source` cannot be drawn
             from.
     """
     check_integer("num_questions", num_questions)

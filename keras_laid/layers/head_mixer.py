@@ -42,7 +42,8 @@ class HeadMixer(keras.layers.Layer):
         layer's compute dtype.
 
     Raises:
-        TypeError: If a number of heads is no integer, or `sharpness` no number.
+        TypeError: If a number of heads is not an integer, or `sharpness` is not
+            a number.
         ValueError: If a number of heads is not positive, or `sharpness` is not
             finite.
 

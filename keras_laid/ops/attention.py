@@ -73,7 +73,7 @@ class AttentionMask(NamedTuple):
             places away, on either side.
         block: Integer tensor of shape `(batch, keys)`, or `None`. Rows attend
             keys of their own block, the tokens of an image, also later ones; 0
-            is no block.
+            means no block.
     """
 
     bidirectional: Tensor
@@ -96,7 +96,7 @@ class AttentionMask(NamedTuple):
         Args:
             key_length: Integer, keys with padding.
             lengths: Integer tensor of shape `(batch,)`: the first so many keys
-                of an example are no padding.
+                of an example are not padding.
             prefix_lengths: Integer, or integer tensor of shape `(batch,)`: of
                 these, the first so many are attended by every row. Defaults
                 to `0`, a causal mask.
@@ -108,7 +108,7 @@ class AttentionMask(NamedTuple):
             An `AttentionMask`.
 
         Raises:
-            TypeError: If a length is no integer.
+            TypeError: If a length is not an integer.
             ValueError: If a length is out of range, or `lengths` has another
                 shape.
         """

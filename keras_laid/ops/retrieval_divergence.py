@@ -57,7 +57,7 @@ def retrieval(
         A `keras_laid.ops.Retrieval`.
 
     Raises:
-        TypeError: If an argument is no tensor.
+        TypeError: If an argument is not a tensor.
         ValueError: If shapes do not fit.
     """
     check_shape(
@@ -127,7 +127,7 @@ def retrieval_divergence(
             must look where the teacher does, and divergences are averaged over
             heads. `"heads"`: the mean of the heads' shares must, row by row.
             `"rows"`: the mean over heads and rows must; rows are weighed by
-            `g_i` on both sides, and their distance likewise. Defaults to
+            `g_i` on both sides, and so is their distance. Defaults to
             `"none"`.
 
     Returns:

@@ -77,7 +77,7 @@ def attention_by_distance(
 
     The mean over the text tokens of the prompt. Distance is counted back from
     the first token of text, so that every row sees every distance; counted from
-    each row, the ends would be seen by some rows alone, and their taper would
+    each row, the ends would be seen only by some rows, and their taper would
     show in the spectrum. Memory is linear in the length.
 
     Example:

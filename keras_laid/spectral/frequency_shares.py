@@ -21,12 +21,13 @@ def frequency_shares(
     the key's rotated pair. Over the image tokens, the variance of a row's
     logits is the sum of the covariances of each frequency's part with the whole
     logit; a frequency's share is its covariance, summed over the rows of the
-    prompt, divided by the variance, summed likewise. Covariances add up to the
-    whole, which variances and absolute values of the parts do not; and they
-    ignore what is the same for all keys, as softmax does. Sums come before the
-    ratio, so that rows whose logits hardly vary do not count as much as others.
+    prompt, divided by the variance, summed in the same way. Covariances add up
+    to the whole, which variances and absolute values of the parts do not; and
+    they ignore what is the same for all keys, as softmax does. Sums come before
+    the ratio, so that rows whose logits hardly vary do not count as much as
+    others.
 
-    Logits are taken before a soft cap, after which they are no sum. Keys of
+    Logits are taken before a soft cap, after which they are not a sum. Keys of
     text are left out: they differ from images in all frequencies, however long
     the haystack. The covariance of the keys is all that is kept of them: memory
     is linear in the length, and no logit is computed.

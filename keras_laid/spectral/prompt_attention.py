@@ -67,8 +67,9 @@ def prompt_attention(
     Raises:
         ValueError: If `layers` is empty, or an index is out of range or that of
             a layer with a sliding window; if an input is missing; if an
-            example has no prompt; or if the model is no PaliGemma.
-        TypeError: If `layers` holds no integers, or `inputs` is no dictionary.
+            example has no prompt; or if the model is not a PaliGemma.
+        TypeError: If `layers` does not hold integers, or `inputs` is not a
+            dictionary.
     """
     decoder.pali_gemma_backbone_of(model)
     check_is_dictionary(inputs)

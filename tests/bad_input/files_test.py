@@ -59,9 +59,13 @@ CONTENTS = [
     wrong(
         "NaN",
         WHOLE.replace('"VKJ5QTnAcX"', "NaN").encode(),
-        "NaN, which is no number of JSON",
+        "NaN, which is not a number of JSON",
     ),
-    wrong("infinity", b"[-Infinity]", "-Infinity, which is no number of JSON"),
+    wrong(
+        "infinity",
+        b"[-Infinity]",
+        "-Infinity, which is not a number of JSON",
+    ),
     wrong("a number of 5,000 digits", b"[" + b"9" * 5000 + b"]", "digits"),
     wrong("two values", (WHOLE + WHOLE).encode(), f"{WHOLE_JSON}.*Extra data"),
 ]
@@ -110,7 +114,7 @@ def loop(path):
 def test_what_is_no_file_is_not_read(tmp_path, make):
     path = tmp_path / "questions.json"
     make(path)
-    with pytest.raises(FileNotFoundError, match="json, which is no file"):
+    with pytest.raises(FileNotFoundError, match="json, which is not a file"):
         read_questions(path)
 
 

@@ -215,7 +215,7 @@ ASKED = [
         TypeError,
     ),
     wrong(
-        "images of paths that are no strings",
+        "images of paths that are not strings",
         lambda: haystack(images=[pathlib.Path("1.jpg")]),
         "Paths of images must be strings. .*1.jpg.*`str",
         TypeError,

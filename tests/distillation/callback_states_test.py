@@ -177,7 +177,7 @@ def test_killed_at_a_random_epoch_it_goes_on(name, tmp_path):
     resumed, taken = train(killed, name)
     assert 0 < taken < epochs
     assert_same(resumed, whole)
-    again, taken = train(killed, name)  # The same command once more.
+    again, taken = train(killed, name)  # The same command again.
     assert taken == 0
     assert_same(again, whole)
 

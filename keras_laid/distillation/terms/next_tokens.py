@@ -127,7 +127,7 @@ class NextTokens(Term):
         return total + losses.loss, terms
 
     def supervised(self, step: Step) -> Tensor:
-        """The compiled loss; NaN where a marked label is no token."""
+        """The compiled loss; NaN where a marked label is not a token."""
         loss = self.loss(step.y, step.logits, sample_weight=step.sample_weight)
         # As in `keras_laid.ops.logits_divergence`.
         outside = ops.logical_and(

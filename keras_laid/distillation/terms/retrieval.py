@@ -277,7 +277,7 @@ class RetrievalMatching(Term):
                 segments, step.distance(rows.row_positions, rows.key_positions)
             ),
         )
-        # Examples count alike, but for those in which nothing is retrieved.
+        # All examples count the same, except those that retrieve nothing.
         retrieves = ops.cast(weight > 0, "float32")
         mean = weighted_mean(
             divergence, retrieves * ops.max(step.sample_weight, axis=1)

@@ -109,7 +109,7 @@ def map_tile(pair, normalizer, allowed, form):
 
 
 def head_tile(teacher, tile, allowed, form):
-    """The same, of a head whose queries and keys are not at hand."""
+    """The same, of a head whose queries and keys are not loaded yet."""
     pair = Pair(
         kernels.load_of_rows(teacher.query, tile, form),
         kernels.load_of_keys(teacher.key, tile, form.teacher, form),

@@ -91,7 +91,7 @@ def map_tile(
 
 @triton.jit
 def head_tile(teacher, tile, allowed, form: tl.constexpr, CHECK: tl.constexpr):
-    """The same, of a head whose queries and keys are not at hand."""
+    """The same, of a head whose queries and keys are not loaded yet."""
     spec: tl.constexpr = form.teacher
     pair = Pair(
         kernels.load_of_rows(teacher.query, tile),

@@ -190,7 +190,7 @@ def tiles_of_keys(places, tile, form: tl.constexpr):
 
 @triton.jit
 def tiles_of_rows(places, first_rows, tile, form: tl.constexpr):
-    """The tiles of rows that visit a program's tile of keys, likewise.
+    """The tiles of rows that visit a program's tile of keys, in such ranges.
 
     `first_rows` has, for the start of each tile and of one more, the first row
     that stands there or later; with a window also the first for places

@@ -50,7 +50,7 @@ def segment_attention(
         attention: `keras_laid.ops.Attention`.
         mask: `keras_laid.ops.AttentionMask`.
         segments: Integer tensor of shape `(batch, keys)`: the number of the
-            segment that each key belongs to, from 1; 0 is no segment.
+            segment that each key belongs to, from 1; 0 means none.
         num_segments: Integer, at least the largest number in `segments`; keys
             with larger numbers belong to no segment. On TensorFlow also a
             scalar tensor.
@@ -60,7 +60,7 @@ def segment_attention(
 
     Returns:
         A float32 tensor of shape `(batch, heads, rows, num_segments)`, at most
-        0 but for rounding. Where a row attends no key of a segment it is
+        0, up to rounding. Where a row attends no key of a segment it is
         -1e30, and its gradient is 0.
 
     Raises:
