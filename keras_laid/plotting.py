@@ -1,4 +1,4 @@
-"""What all pictures share. Not imported by `keras_laid`: matplotlib is slow."""
+"""Style of all pictures. Not imported by `keras_laid`: matplotlib is slow."""
 
 import itertools
 from collections.abc import Iterable

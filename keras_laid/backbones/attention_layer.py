@@ -1,4 +1,4 @@
-"""What is known of one layer of a decoder."""
+"""Records of one layer of a decoder."""
 
 import dataclasses
 from typing import Any

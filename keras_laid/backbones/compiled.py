@@ -1,4 +1,4 @@
-"""What Keras has compiled of the models that run a backbone's blocks."""
+"""Functions that Keras has compiled of models around a backbone."""
 
 import contextlib
 import functools
@@ -56,7 +56,7 @@ def compiled_apart(model: keras.Model) -> Iterator[None]:
 def compiled_functions(
     models: Iterable[keras.Model],
 ) -> list[tuple[keras.Model, str]]:
-    """Those that models have, as pairs of model and attribute."""
+    """Compiled functions of models, as pairs of model and attribute."""
     return [
         (owner, name)
         for owner in models

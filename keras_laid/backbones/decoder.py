@@ -1,4 +1,4 @@
-"""What every tool that reaches into a KerasHub decoder needs."""
+"""Helpers of all tools that reach into a KerasHub decoder."""
 
 import contextlib
 from collections.abc import Iterator
@@ -92,7 +92,7 @@ def chosen_layers(model: keras.Model, layers: Sequence[int]) -> list[int]:
 
 
 def image_layout(model: keras.Model) -> dict[str, Any]:
-    """What decides how many tokens an image becomes, and in which order."""
+    """The settings that decide how many tokens an image becomes."""
     backbone = backbone_of(model)
     parts = (backbone, getattr(backbone, "vision_encoder", None))
     return {

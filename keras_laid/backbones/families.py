@@ -1,4 +1,4 @@
-"""What is known of the decoders that KerasHub ships: a record for each family.
+"""All facts about the decoders that KerasHub ships: a record per family.
 
 A family that is not here yet takes one more. This is all of it, for a backbone
 whose blocks keep their attention as `block.attention`:
@@ -148,7 +148,7 @@ def layers_with_maps(model: keras.Model) -> dict[int, AttentionLayer]:
 
 
 def with_maps(layers: Sequence[DecoderLayer]) -> dict[int, AttentionLayer]:
-    """Those of some layers that have attention maps, by their index."""
+    """The layers with attention maps among some, by their index."""
     return {
         each.index: each for each in layers if isinstance(each, AttentionLayer)
     }
@@ -193,7 +193,7 @@ def of_gemma4(block: keras.layers.Layer) -> AttentionLayer:
 def of_any_gemma(
     attention: keras.layers.Layer, **attributes: Any
 ) -> AttentionLayer:
-    """What all Gemmas name alike."""
+    """The attributes that have the same names in all Gemmas."""
     return layer(
         attention,
         attention.rope_layer,
@@ -270,7 +270,7 @@ def of_qwen3_5(block: keras.layers.Layer) -> DecoderLayer:
 def of_grouped(
     attention: keras.layers.Layer, **attributes: Any
 ) -> AttentionLayer:
-    """What Llama, Phi-3 and Qwen name alike."""
+    """The attributes that have the same names in Llama, Phi-3 and Qwen."""
     return layer(
         attention,
         attention.rotary_embedding_layer,

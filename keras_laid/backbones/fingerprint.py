@@ -73,7 +73,7 @@ def weights_hash(model: keras.Model) -> str:
 
 
 def open_scopes(backbone: keras.Model) -> list[Any]:
-    """What stands in place of methods of a model's layers, in their order.
+    """The functions that replace methods of a model's layers, in order.
 
     Scopes put functions into the instances: see `decoder.replaced_method`.
     """

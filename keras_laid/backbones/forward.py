@@ -23,7 +23,7 @@ from keras_laid.typing import Tensor
 
 
 class Run(NamedTuple):
-    """What a forward pass of a model gives.
+    """The result of a forward pass of a model.
 
     Attributes:
         tokens: Its `keras_laid.ops.Unembedding`.

@@ -175,7 +175,7 @@ def gain_layers(model: keras.Model) -> list[GainModulatedRotaryEmbedding]:
 
 
 class GainModulation:
-    """What a KerasHub backbone with gains does besides.
+    """The additional methods of a KerasHub backbone with gains.
 
     `attach_gain_modulation` gives a plain backbone a class with this, and
     `fold_gain_modulation` takes it away; there is no need to make one by hand.

@@ -28,7 +28,7 @@ from keras_laid.typing import Tensor
 
 
 class Batch(NamedTuple):
-    """What is read of a batch.
+    """The parts of a batch that are read.
 
     Attributes:
         x: The model's inputs, and others.
@@ -69,7 +69,7 @@ def examples_of(
     kinds: Sequence[str],
     num_segments: int | None,
 ) -> dict[str, Examples]:
-    """What heads do in those examples that have rows of a kind."""
+    """Statistics of heads, in the examples that have rows of a kind."""
     x = batch.x
     check_batch(model, batch)
     with no_gradients():

@@ -129,7 +129,7 @@ def sharpest_rows(
 
 
 def sharpest_of_block(log_shares: Tensor, counts: np.ndarray) -> SharpestRows:
-    """The same of what `segment_attention` returns for some rows."""
+    """The same, of the result of `segment_attention` for some rows."""
     batch, heads, rows, segments = log_shares.shape
     # Each head by itself: [batch * heads, 1, rows, segments].
     of_heads = ops.reshape(log_shares, (batch * heads, 1, rows, segments))

@@ -207,7 +207,7 @@ class ImagePrompts:
         )
 
     def first_tokens(self, word: str) -> set[int]:
-        """What an answer can begin with.
+        """The tokens that an answer can begin with.
 
         Args:
             word: String in lower case.

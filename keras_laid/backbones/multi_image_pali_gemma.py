@@ -175,7 +175,7 @@ class MultiImagePaliGemmaCausalLM(BuiltBesideWorkers, PaliGemmaCausalLM):
         return self.backbone.token_embedding(x, reverse=True)
 
     def hidden_states(self, inputs: dict[str, Tensor]) -> Tensor:
-        """What logits are read from, of shape `(batch, length, hidden)`."""
+        """The states that logits are read from, `(batch, length, hidden)`."""
         backbone = self.backbone
         check_inputs(self, inputs)
         check_values(self)
@@ -350,7 +350,7 @@ class MultiImagePaliGemmaCausalLM(BuiltBesideWorkers, PaliGemmaCausalLM):
 
 
 def _trainer(model: MultiImagePaliGemmaCausalLM, x: Any) -> Any:
-    """Whose `fit`, `evaluate` and `predict` can read `x`."""
+    """The model whose `fit`, `evaluate` and `predict` can read `x`."""
     check_values(model)
     if isinstance(x, keras.utils.PyDataset):
         return super(PipelineModel, model)
@@ -362,7 +362,7 @@ def preprocess_whole(
     x: dict[str, Any],
     sequence_length: int | None = None,
 ) -> dict[str, Tensor]:
-    """What the class's `generate_preprocess` makes of prompts that fit."""
+    """The output of the class's `generate_preprocess` for prompts that fit."""
     length = sequence_length or preprocessor.sequence_length
     needed = generation_length(preprocessor, x)
     if needed > length:

@@ -71,7 +71,7 @@ def scopes_of_block(
     linear: Collection[int],
     implementation: Name | None,
 ) -> Iterator[dict[int, Attention]]:
-    """Those that change what a block of the decoder does."""
+    """Scopes that change what a block of the decoder does."""
     with (
         linear_blocks(model, implementation, linear),
         rotary_embeddings_at(model, positions),

@@ -34,7 +34,7 @@ UNKNOWN_NEEDLE = 0.9
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RetrievalHeads:
-    """What `keras_laid.find_retrieval_heads` found.
+    """The result of `keras_laid.find_retrieval_heads`.
 
     Attributes:
         heads: Tuple of pairs of integers `(layer, head)`, the chosen ones, best

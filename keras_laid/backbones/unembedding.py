@@ -66,7 +66,7 @@ def rounded(
     hidden: Tensor,
     dtype: str,
 ) -> Tensor:
-    """What a quantiser makes of hidden states, with their gradient.
+    """Hidden states as a quantiser rounds them, with their gradient.
 
     The gradient goes straight through, as if nothing was rounded: that of
     rounding is 0, and no layer below would learn.
@@ -82,7 +82,7 @@ def is_quantized(embedding: keras.layers.Layer) -> bool:
 
 
 def dequantized_kernel(embedding: keras.layers.Layer) -> Tensor:
-    """What the layer makes of each unit vector, which quantises exactly."""
+    """The layer's output for each unit vector, which quantises exactly."""
     units = ops.eye(embedding.output_dim, dtype=embedding.compute_dtype)
     with replaced_method(embedding, "logit_soft_cap", None):
         return embedding(units, reverse=True)

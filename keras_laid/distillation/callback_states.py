@@ -129,7 +129,7 @@ def write_states(folder: pathlib.Path, states: list[dict[str, Any]]) -> None:
 
 
 def read_states(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """What `write_states` wrote; empty if there is no file."""
+    """The states that `write_states` wrote; empty if there is no file."""
     path = folder / "callbacks.json"
     if not path.exists():
         return []

@@ -1,4 +1,4 @@
-"""What is refused before a distiller is made."""
+"""Checks of the arguments and models of a distiller."""
 
 from collections.abc import Mapping
 from collections.abc import Sequence

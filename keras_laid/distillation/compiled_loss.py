@@ -1,4 +1,4 @@
-"""What `compile` of the distiller is given: a loss, and who scales it."""
+"""The loss that `compile` of the distiller is given, and its scaling."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ from keras_laid.typing import Tensor
 
 
 def as_loss(loss: Any) -> keras.losses.Loss | None:
-    """What `compile` was given as a loss; `None` for `"auto"`."""
+    """The loss that `compile` was given; `None` for `"auto"`."""
     if isinstance(loss, str):
         if loss == "auto":
             return None

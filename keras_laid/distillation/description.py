@@ -1,4 +1,4 @@
-"""What a distiller has to know of a model before it runs it."""
+"""The description of a model that a distiller checks before it runs it."""
 
 import dataclasses
 from typing import Any

@@ -367,8 +367,9 @@ class DistanceWeightedAttentionDistillation(
     def get_config(self) -> dict[str, Any]:
         raise NotImplementedError(
             "The whole distiller cannot be saved, since the teacher is not "
-            "part of it. Save the result with `distiller.student.save_to_preset()`, "
-            "or the state of training with `distiller.save_weights()`."
+            "part of it. Save the result with "
+            "`distiller.student.save_to_preset()`, or the state of training "
+            "with `distiller.save_weights()`."
         )
 
 

@@ -25,7 +25,7 @@ class Objective:
         }
 
     def run_teacher(self, x: dict[str, Tensor]) -> list[Any] | None:
-        """What each term needs of the teacher; `None` if none does."""
+        """Each term's targets from the teacher; `None` if no term has any."""
         needs = [term.needs_teacher for term in self.terms]
         if not any(needs):
             return None

@@ -264,7 +264,7 @@ class AfterAll(keras.callbacks.Callback):
 
 
 def read_state(path: pathlib.Path) -> dict[str, Any]:
-    """What the JSON file of a state says."""
+    """The content of a state's JSON file."""
     try:
         state = json.loads((path / "training.json").read_bytes())
     except (FileNotFoundError, ValueError):
@@ -279,7 +279,7 @@ def read_state(path: pathlib.Path) -> dict[str, Any]:
 
 
 def torch_random_states() -> list[list[int]]:
-    """Those of the CPU and of each GPU; other backends have none."""
+    """The random states of the CPU and of each GPU, on PyTorch."""
     if keras.backend.backend() != "torch":
         return []
     import torch

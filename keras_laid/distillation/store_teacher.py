@@ -340,7 +340,7 @@ class Targets(keras.Model):
     def top_logits(
         self, unembedding: Unembedding, marked: Tensor
     ) -> list[Tensor]:
-        """Those of the tokens at `marked`, `ROWS` of an example at a time."""
+        """Logits of the tokens at `marked`, `ROWS` of an example at a time."""
         unembedding = unembedding.first(self.settings["vocabulary_size"])
         hidden = ops.take_along_axis(
             unembedding.hidden, marked[:, :, None], axis=1

@@ -299,7 +299,7 @@ class StoredTargets(keras.utils.PyDataset):
 
     @property
     def epoch(self) -> int:
-        """That of the data, if they change with it."""
+        """The epoch of the data, if they change with it."""
         return self.data.epoch
 
     @epoch.setter
@@ -374,7 +374,7 @@ def dense_top_logits(
 
 
 def read_json(path: pathlib.Path, names: Collection[str]) -> dict[str, Any]:
-    """What a JSON file of a store says, which must have these names."""
+    """The content of a store's JSON file, which must have these names."""
     try:
         values = json.loads(path.read_bytes())
     except ValueError:  # Cut short, or no text.

@@ -71,7 +71,7 @@ class AnswerLog:
         right: bool,
         complied: bool | None,
     ) -> dict[str, Any]:
-        """What is kept of a question and its answer, for JSON."""
+        """The record of a question and its answer, for JSON."""
         return {
             **_asked(index, haystack),
             "answer": answer,
@@ -201,7 +201,7 @@ def _is_record(value: Any) -> bool:
 
 
 def _asked(index: int, haystack: Haystack) -> dict[str, Any]:
-    """What tells a question from others, its images included."""
+    """A string that tells a question from others, its images included."""
     images = haystack.images
     if isinstance(images[0], str):
         checksum = zlib.crc32("\n".join(images).encode())

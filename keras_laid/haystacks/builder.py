@@ -48,7 +48,7 @@ def _num_questions() -> dict[str, int]:
 
 @dataclasses.dataclass
 class HaystackConfig(tfds.core.BuilderConfig):
-    """What the haystacks of a dataset are like.
+    """The form of the haystacks of a dataset.
 
     Attributes:
         name: String, also the name of a folder. Where left out, it is made

@@ -174,7 +174,7 @@ def check_iterable(haystacks: object) -> None:
 
 
 def _names_in(template: str) -> list[str] | None:
-    """What stands in braces, sorted; `None` where they do not match."""
+    """The names in braces, sorted; `None` where braces do not match."""
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError:
@@ -348,7 +348,7 @@ class Asking:
     def _judge(
         self, images: np.ndarray, texts: list[str], haystacks: list[Haystack]
     ) -> list[tuple[str, bool, bool | None]]:
-        """What a model answers, whether it is right, and whether it complies.
+        """A model's answer, whether it is right, and whether it complies.
 
         `images` and `texts` may have more rows than there are haystacks.
         """

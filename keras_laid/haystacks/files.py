@@ -40,7 +40,7 @@ def read_json(
 
 
 def _dict_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """What Python would make of an object, but with each key once."""
+    """The dictionary of a JSON object, which must have each key once."""
     value = dict(pairs)
     if len(value) < len(pairs):
         raise ValueError(f"a key twice in {[key for key, _ in pairs]!r:.80}")

@@ -17,7 +17,7 @@ CHANCE = 0.5
 
 
 class Results(Protocol):
-    """What is drawn of a `keras_laid.haystacks.HaystackResults`."""
+    """The parts of a `keras_laid.haystacks.HaystackResults` that are drawn."""
 
     def by_position(self, bins: int = ...) -> Mapping[int, Any]: ...
 

@@ -1,4 +1,4 @@
-"""What an evaluation found: accuracy by size and by position of the needle."""
+"""Results of an evaluation: accuracy by size and needle position."""
 
 import csv
 import dataclasses
@@ -36,7 +36,7 @@ class PositionRange(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class HaystackResults:
-    """What `keras_laid.evaluate_haystacks` found.
+    """The result of `keras_laid.evaluate_haystacks`.
 
     Attributes:
         records: Tuple of dictionaries, one a question: `index`, `size`,

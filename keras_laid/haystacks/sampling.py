@@ -245,7 +245,7 @@ def check_pair_source(source: Any) -> None:
 def rendered(
     source: PairSource, pairs: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """What `source.render` makes of pairs, if it is one image for each."""
+    """The images that `source.render` makes, which must be one a pair."""
     images = source.render(pairs, rng)
     shape: tuple[int, ...] = getattr(images, "shape", ())
     if (

@@ -216,7 +216,7 @@ class GainModulatedRotaryEmbedding(RotaryEmbedding):
         return ops.exp(self._bounded_log_gain())
 
     def feature_gains(self) -> Tensor:
-        """What each feature of the inputs is multiplied by.
+        """The factor of each feature of the inputs.
 
         Returns:
             A float32 tensor of shape `(features,)` or, with `num_heads`,

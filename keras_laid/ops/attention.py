@@ -1,4 +1,4 @@
-"""What describes attention to an op: queries, keys, mask, distances."""
+"""Attention as an op takes it: queries, keys, mask and distances."""
 
 from typing import NamedTuple
 from typing import Self
@@ -53,7 +53,7 @@ class Attention(NamedTuple):
         return self.of_each_head(self.key)
 
     def of_each_head(self, tensor: Tensor) -> Tensor:
-        """What each head reads of a tensor like `key`, in float32."""
+        """The part of a tensor like `key` that each head reads, in float32."""
         tensor = ops.cast(tensor, "float32")
         repeats = self.query.shape[2] // tensor.shape[2]
         return ops.repeat(tensor, repeats, axis=2)

@@ -1,4 +1,4 @@
-"""What describes next-token logits to an op, before they exist."""
+"""Next-token logits as an op takes them: hidden states and a kernel."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -52,7 +52,7 @@ class Unembedding(NamedTuple):
         return ops.log_softmax(self.logits() / temperature)
 
     def computed(self) -> "Unembedding":
-        """The same with its logits, which are computed no second time."""
+        """The same with its logits, which are not computed a second time."""
         return Unembedding(self.logits())
 
     def constant(self) -> Self:

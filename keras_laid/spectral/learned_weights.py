@@ -1,4 +1,4 @@
-"""What distillation learned besides the student: mixtures and gains."""
+"""Weights that distillation learned besides the student: mixtures, gains."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""What the student's blocks put out, as the teacher's do."""
+"""Hidden states: the student's blocks put out what the teacher's do."""
 
 from collections.abc import Mapping
 from collections.abc import Sequence

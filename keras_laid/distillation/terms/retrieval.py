@@ -45,7 +45,7 @@ from keras_laid.typing import Tensor
 
 
 class Match(NamedTuple):
-    """What one layer of the student learns from.
+    """The heads that one layer of the student learns from.
 
     Attributes:
         student_layer: Integer.

@@ -1,4 +1,4 @@
-"""What a term of the loss is, and what it reads of a step."""
+"""The base class of the loss terms, and the inputs of a step."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -23,7 +23,7 @@ Weight: TypeAlias = float | LearningRateSchedule
 
 
 class Step(NamedTuple):
-    """What the terms of one step read.
+    """The inputs of all terms in one step.
 
     Attributes:
         model: The student.
@@ -144,7 +144,7 @@ class Term:
     def targets(
         self, student: keras.Model, x: Mapping[str, Tensor], teacher: Run
     ) -> Any:
-        """What is kept of a run of the teacher for this term.
+        """The part of a run of the teacher that this term needs.
 
         Args:
             student: The student.

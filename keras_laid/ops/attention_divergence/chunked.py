@@ -31,7 +31,7 @@ class Block(NamedTuple):
     mixture: Tensor | None = None
 
     def of_rows(self, rows):
-        """The same with `rows(tensor, axis)` of what has rows."""
+        """The same with `rows(tensor, axis)` of every tensor that has rows."""
         mask, distance = self.mask, self.distance
         return self._replace(
             student=self.student._replace(query=rows(self.student.query, 1)),

@@ -25,7 +25,7 @@ class Side(NamedTuple):
 
 
 class Models(NamedTuple):
-    """What every kernel reads; in a kernel, references to one example's."""
+    """The inputs of every kernel; in a kernel, references to one example's."""
 
     student: Side
     teacher: Side
@@ -34,7 +34,7 @@ class Models(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """What a tile's rows have, one number each."""
+    """Numbers of a tile's rows, one for each row."""
 
     normalizer: Any
     teacher_normalizer: Any
@@ -51,7 +51,7 @@ class Pair(NamedTuple):
 
 
 class Form(NamedTuple):
-    """What a kernel is compiled for."""
+    """The constants that a kernel is compiled with."""
 
     student: tiles.Spec
     teacher: tiles.Spec
@@ -91,7 +91,7 @@ def load_teacher_key(models, tile, form):
 
 
 def weights_tile(row_share, key_share, form):
-    """What the distance from a row to a key weighs."""
+    """The weight of the distance from a row to a key."""
     share = jnp.abs(
         kernels.of_rows(row_share, form) - kernels.of_keys(key_share, form)
     )

@@ -14,7 +14,7 @@ from keras_laid.ops.fused_attention import triton as kernels
 
 
 class Inputs(NamedTuple):
-    """What all programs of a kernel read."""
+    """The inputs of all programs of a kernel."""
 
     student: kernels.Side
     teacher: kernels.Side
@@ -26,7 +26,7 @@ class Inputs(NamedTuple):
 
 
 class Own(NamedTuple):
-    """What a program keeps: its tile of both models, numbers of its rows."""
+    """The data that a program keeps: its tile of both models, and of rows."""
 
     student: Any
     teacher: Any  # None where heads are mixed, which are read one by one.
@@ -41,7 +41,7 @@ class Pair(NamedTuple):
 
 
 class Form(NamedTuple):
-    """What a kernel is compiled for."""
+    """The constants that a kernel is compiled with."""
 
     student: tiles.Spec
     teacher: tiles.Spec
@@ -53,7 +53,7 @@ class Form(NamedTuple):
 
 @triton.jit
 def weights_tile(places, tile, form: tl.constexpr, CHECK: tl.constexpr):
-    """What the distance from a row to a key weighs."""
+    """The weight of the distance from a row to a key."""
     row, key = tl.arange(0, form.tiles.rows), tl.arange(0, form.tiles.keys)
     of_row = places.row_share + (tile.batch * tile.rows + tile.row) + row
     of_key = places.key_share + (tile.batch * tile.keys + tile.key) + key

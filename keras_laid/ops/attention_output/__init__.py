@@ -1,4 +1,4 @@
-"""What attention puts out, under a mask described in linear memory."""
+"""The output of attention, under a mask described in linear memory."""
 
 from typing import Literal
 

@@ -25,7 +25,7 @@ class Block(NamedTuple):
     mask: AttentionMask
 
     def of_rows(self, rows):
-        """The same with `rows(tensor, axis)` of what has rows."""
+        """The same with `rows(tensor, axis)` of every tensor that has rows."""
         query = rows(self.attention.query, 1)
         row_index = rows(self.mask.row_index, 0)
         return self._replace(

@@ -16,7 +16,7 @@ from keras_laid.ops.fused_attention import tiles
 
 
 class Inputs(NamedTuple):
-    """What every kernel reads; in a kernel, references to one example's."""
+    """The inputs of every kernel; in a kernel, references to one example's."""
 
     query: Any  # (batch, rows, heads, width)
     key: Any  # (batch, keys, key heads, width)
@@ -25,7 +25,7 @@ class Inputs(NamedTuple):
 
 
 class Slopes(NamedTuple):
-    """What gradients are made of, for each row."""
+    """The inputs of gradients, for each row."""
 
     normalizer: Any  # Log-sum-exp: (batch, heads, rows).
     mean: Any  # Likewise: `upstream @ output`.
@@ -33,7 +33,7 @@ class Slopes(NamedTuple):
 
 
 class Form(NamedTuple):
-    """What a kernel is compiled for."""
+    """The constants that a kernel is compiled with."""
 
     spec: tiles.Spec
     scale: float

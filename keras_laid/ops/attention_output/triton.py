@@ -16,7 +16,7 @@ from keras_laid.ops.fused_attention import triton as kernels
 
 
 class Inputs(NamedTuple):
-    """What all programs of a kernel read."""
+    """The inputs of all programs of a kernel."""
 
     side: kernels.Side
     value: Any
@@ -28,7 +28,7 @@ class Inputs(NamedTuple):
 
 
 class Own(NamedTuple):
-    """What a program keeps: the tiles of its rows, or of its keys."""
+    """The data that a program keeps: tiles of its rows, or of its keys."""
 
     query_or_key: Any
     upstream_or_value: Any
@@ -44,7 +44,7 @@ class Visited(NamedTuple):
 
 
 class Form(NamedTuple):
-    """What a kernel is compiled for."""
+    """The constants that a kernel is compiled with."""
 
     spec: tiles.Spec
     value_width: int

@@ -1,1 +1,1 @@
-"""What the fused kernels of attention share."""
+"""Parts of all fused attention kernels."""

@@ -1,4 +1,4 @@
-"""What the fused kernels of an op can take; README.md of the op says why."""
+"""The inputs that fused kernels can take; README.md of the op says why."""
 
 import importlib
 import importlib.util

@@ -1,4 +1,4 @@
-"""What fused kernels for JAX on GPUs share, the twin of triton.py.
+"""Parts of all fused kernels for JAX on GPUs; triton.py is its twin.
 
 Maps exist only as tiles on the chip. Arrays are laid out (batch, length, heads,
 width); lengths are padded to whole tiles and widths to powers of 2. Logarithms
@@ -67,7 +67,7 @@ def dot(a, b):
 
 
 def lift_of(dtype):
-    """What slopes are multiplied by: some are too small for float16."""
+    """The factor of slopes, of which some are too small for float16."""
     return 1024.0 if dtype == jnp.float16 else 1.0
 
 
@@ -236,7 +236,7 @@ def launch(kernel, form, bounds, heads, models, arguments, outputs):
 
 
 class Padding(NamedTuple):
-    """What lengths are multiples of, to have whole tiles of every kernel's."""
+    """Lengths are padded to multiples of these, whole tiles of each kernel."""
 
     rows: int
     keys: int
@@ -281,7 +281,7 @@ def pad(array, axis, multiple, mode="constant"):
 
 
 def choose_tiles(kernel, own, width, item_size, mixed):
-    """Those of a kernel whose programs keep tiles of `own`."""
+    """The tiles of a kernel whose programs keep tiles of `own`."""
     count = own.size // own.shape[-1]
     chosen = tiles.choose_tiles(kernel, width, count, item_size, mixed)
     if chosen.in_registers:

@@ -1,4 +1,4 @@
-"""What the fused kernels share: shapes, places, and which tiles they visit."""
+"""Shapes, places and visited tiles of all fused kernels."""
 
 from typing import NamedTuple
 from typing import Self
@@ -12,7 +12,7 @@ from keras_laid.typing import Tensor
 
 
 class Spec(NamedTuple):
-    """What is known of one model's attention when kernels are compiled."""
+    """The shape of one model's attention, which kernels are compiled with."""
 
     heads: int
     key_heads: int

@@ -1,4 +1,4 @@
-"""What fused kernels for torch on CUDA share: tiles, and what visits them.
+"""Parts of all fused kernels for torch on CUDA: tiles, and loops over them.
 
 Maps exist only as tiles on the chip. Queries and keys are laid out (batch,
 length, heads, width) and read through descriptors, which give 0 outside.
@@ -91,7 +91,7 @@ def places_kernel(
     exponent: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """What the other kernels know of places, for one example."""
+    """The places of one example, which the other kernels read."""
     batch = tl.program_id(0)
     first_padding = tl.full([SIZE], 0, tl.int32) + keys
     first_causal = first_padding
@@ -514,7 +514,7 @@ def of_each_row(query):
 
 
 def missing(length):
-    """What a length lacks to be filled."""
+    """The number of tokens that a length lacks to be filled."""
     return -length % FILLED.value
 
 
@@ -549,7 +549,7 @@ def launch(kernel, form, grid, *arguments):
 
 
 def find_places(mask, distance, batch):
-    """The same for every head: one kernel instead of many small operations."""
+    """The places of all heads: one kernel instead of many small operations."""
     rows = distance.row_positions.shape[1]
     keys = distance.key_positions.shape[1]
     device = distance.key_positions.device

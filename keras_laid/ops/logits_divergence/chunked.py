@@ -163,9 +163,10 @@ def rows_of_block(batch, length, vocabulary):
 
 
 def unit_of(shares):
-    """What gradients of hidden states are held in: about the largest share.
+    """The unit that gradients of hidden states are stored in.
 
-    Float16 may not hold them by themselves. Powers of 2 round nothing.
+    It is about the largest share: float16 may not hold the gradients
+    themselves. Powers of 2 round nothing.
     """
     largest = ops.max(ops.stack(shares))
     units = ops.convert_to_tensor(UNITS)

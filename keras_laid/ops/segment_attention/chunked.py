@@ -26,7 +26,7 @@ class Block(NamedTuple):
     num_segments: int | Tensor
 
     def of_rows(self, rows):
-        """The same with `rows(tensor, axis)` of what has rows."""
+        """The same with `rows(tensor, axis)` of every tensor that has rows."""
         attention, mask = self.attention, self.mask
         return self._replace(
             attention=attention._replace(query=rows(attention.query, 1)),

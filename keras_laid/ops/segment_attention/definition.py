@@ -58,7 +58,7 @@ def maxima(
 
 
 def of_keys(of_segments: Tensor, segments: Tensor) -> Tensor:
-    """What the segment of each key has, and 0 for keys of no segment."""
+    """The value of each key's segment, and 0 for keys without a segment."""
     padded = ops.pad(of_segments, [(0, 0), (0, 0), (0, 0), (1, 0)])
     index = known(segments, ops.shape(of_segments)[-1])
     return ops.take_along_axis(padded, index[:, None, None], axis=-1)
