@@ -1,7 +1,8 @@
-"""Which modules of the package import which."""
+"""Which modules of the package import which, and how long they are."""
 
 import ast
 import graphlib
+import inspect
 import pathlib
 
 import keras_laid
@@ -68,3 +69,27 @@ def test_a_floor_imports_what_is_below():
                 assert parts[0] in allowed[rest[0]], f"{name}: {found}"
                 seen.add((rest[0], parts[0]))
     assert ("distillation", "ops") in seen
+
+
+def parameters(function):
+    named = function.args
+    return len(named.posonlyargs + named.args + named.kwonlyargs)
+
+
+def test_modules_and_signatures_stay_short():
+    seen = 0
+    for name, path in modules():
+        text = path.read_text()
+        is_kernel = path.stem.startswith(("triton", "pallas"))
+        assert text.count("\n") <= (650 if is_kernel else 450), name
+        for node in ast.walk(ast.parse(text)):
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            # What a GPU starts takes all that its programs read.
+            if ".ops." in name and not node.name.endswith("_kernel"):
+                assert parameters(node) <= 12, f"{name}: {node.name}"
+                seen += 1
+    assert seen > 100
+    distiller = keras_laid.DistanceWeightedAttentionDistillation
+    arguments = {*inspect.signature(distiller).parameters} - {"kwargs"}
+    assert len(arguments) <= 8
