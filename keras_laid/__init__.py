@@ -35,6 +35,7 @@ from keras_laid.haystacks.digits import Digits
 from keras_laid.haystacks.effective_window import effective_window
 from keras_laid.haystacks.effective_window import effective_window_interval
 from keras_laid.haystacks.evaluation import evaluate_haystacks
+from keras_laid.haystacks.long_prompts import LongPrompts
 from keras_laid.haystacks.sampling import draw_haystacks
 from keras_laid.layers.gain_modulated_rotary_embedding import (
     GainModulatedRotaryEmbedding,
@@ -51,6 +52,7 @@ __all__ = [
     "HaystackEvaluation",
     "Haystacks",
     "HeadMixer",
+    "LongPrompts",
     "ModelParallel",
     "MultiImagePaliGemmaCausalLM",
     "PositionStretching",

@@ -125,6 +125,7 @@ def test_public_names():
         "HaystackEvaluation",
         "Haystacks",
         "HeadMixer",
+        "LongPrompts",
         "ModelParallel",
         "MultiImagePaliGemmaCausalLM",
         "PositionStretching",

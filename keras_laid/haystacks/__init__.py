@@ -18,6 +18,9 @@ from keras_laid.haystacks.digits import Digits
 from keras_laid.haystacks.effective_window import effective_window
 from keras_laid.haystacks.effective_window import effective_window_interval
 from keras_laid.haystacks.evaluation import evaluate_haystacks
+from keras_laid.haystacks.examples import Example
+from keras_laid.haystacks.examples import read_examples
+from keras_laid.haystacks.long_prompts import LongPrompts
 from keras_laid.haystacks.openmoji import OpenMoji
 from keras_laid.haystacks.question_files import Question
 from keras_laid.haystacks.question_files import read_questions
@@ -29,12 +32,14 @@ from keras_laid.haystacks.sampling import draw_haystacks
 
 __all__ = [
     "Coco",
+    "Example",
     "Digits",
     "Haystack",
     "HaystackConfig",
     "HaystackEvaluation",
     "HaystackResults",
     "Haystacks",
+    "LongPrompts",
     "OpenMoji",
     "PairSource",
     "Question",
@@ -45,6 +50,7 @@ __all__ = [
     "evaluate_haystacks",
     "plot_accuracy",
     "plot_positions",
+    "read_examples",
     "read_questions",
     "score",
 ]

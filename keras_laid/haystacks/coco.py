@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from keras_laid.arguments import check_choice
+from keras_laid.haystacks.examples import open_image
 from keras_laid.haystacks.files import checked
 from keras_laid.haystacks.files import image_path
 from keras_laid.haystacks.files import read_json
@@ -163,24 +164,8 @@ def read_image(root: PathLike, name: str, image_size: int) -> np.ndarray:
         ValueError: If the path leaves the root, or if the file is not an image.
         FileNotFoundError: If there is no such file.
     """
-    from PIL import Image
-
     path = image_path(root, name)
-    try:
-        # By default Pillow also opens formats that other programs decode.
-        with Image.open(path, formats=("JPEG", "PNG")) as file:
-            image = file.convert("RGB").resize((image_size, image_size))
-            return np.asarray(image)
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,  # Of a chunk of a PNG.
-        Image.DecompressionBombError,
-    ) as error:
-        raise ValueError(
-            f"An image must be a whole JPEG or PNG file. Received: {path}, "
-            f"with this error: {error}. Download it again."
-        ) from error
+    return open_image(path, (image_size, image_size))
 
 
 def _read_instances(

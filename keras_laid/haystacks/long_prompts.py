@@ -1,0 +1,265 @@
+"""Long prompts made of a user's short examples, as batches for `fit`."""
+
+from collections.abc import Iterable
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_laid.arguments import check_integer
+from keras_laid.arguments import check_integers
+from keras_laid.backbones.prompt_forms import Batch
+from keras_laid.backbones.prompt_forms import prompt_form
+from keras_laid.haystacks.examples import as_examples
+from keras_laid.haystacks.examples import open_image
+
+if TYPE_CHECKING:
+    from keras_laid.distillation.position_stretching import PositionStretching
+
+LENGTH_STEP = 16  # Lengths are multiples, so that few shapes are compiled.
+
+
+class LongPrompts(keras.utils.PyDataset):
+    """One example's images among those of other examples, in each prompt.
+
+    The prompt and the response are those of one example, whose images stand
+    together at a random place; the others come from other examples. A teacher
+    that finds them teaches the student where to look, with or without
+    responses: where an example has none, the teacher's next token is matched.
+
+    Prompts are made by the model's own preprocessor: PaliGemma's images stand
+    before the text, those of Gemma 3 and 4 at placeholders. For a decoder of
+    text the images of examples are documents, and each is a segment.
+
+    Batch `i` depends only on `seed` and `i`, so that prompts are the same in
+    every epoch, on every backend and after a restart; positions depend on the
+    attribute `epoch` too. All prompts of a batch have one size.
+
+    Args:
+        examples: Iterable of `keras_laid.haystacks.Example`s, of tuples
+            `(image or images, prompt, response)` whose response may be left
+            out, or of dictionaries with `"images"` (or `"image"`), `"prompt"`
+            and maybe `"response"`, such as `tfds.as_numpy` gives;
+            `keras_laid.haystacks.read_examples` reads a table.
+        preprocessor: The model's preprocessor, of PaliGemma, Gemma 3, Gemma 4
+            or any decoder of text in KerasHub.
+        sizes: Sequence of integers: how many images, or documents, a prompt
+            holds. Sizes are shared out evenly over the batches.
+        num_prompts: Optional integer, how many prompts in all. Defaults to
+            `None`: one for each example.
+        batch_size: Integer, prompts a batch; the last may be shorter. Defaults
+            to `32`.
+        stretching: Optional `keras_laid.PositionStretching`. Adds
+            `"positions"` to the inputs, drawn again in each epoch. Defaults to
+            `None`.
+        max_length: Optional integer, the most tokens of text that a prompt may
+            have, with placeholders of images. Defaults to `None`, no bound.
+        seed: Integer. Defaults to `0`.
+        **kwargs: Passed to `keras.utils.PyDataset`: `workers`, etc.
+
+    Attributes:
+        batch_images: Integer array of shape `(batches,)`, images in the
+            prompts of each batch.
+        epoch: Integer, how often `on_epoch_end` was called.
+            `keras_laid.ResumableTraining` restores it.
+
+    Each batch is a tuple `(x, y, sample_weight)` as the preprocessor makes it.
+    `x` also has `"needle"`, of shape `(batch,)`: the place of the example's
+    first image, from 0, which `keras_laid.find_retrieval_heads` reads.
+
+    Raises:
+        TypeError: If an argument is of another kind.
+        ValueError: If an example is refused, whose number is named; if a size
+            is smaller than an example or larger than all examples together; if
+            a prompt is longer than `max_length`; or if documents are stretched.
+
+    Example:
+
+    ```python
+    examples = keras_laid.haystacks.read_examples("photos/questions.csv")
+    data = keras_laid.LongPrompts(
+        examples, student.preprocessor, sizes=(1, 2, 5, 10)
+    )
+    distiller.fit(data, epochs=10)
+    ```
+    """
+
+    def __init__(
+        self,
+        examples: Iterable[Any],
+        preprocessor: keras.layers.Layer,
+        sizes: Sequence[int],
+        num_prompts: int | None = None,
+        batch_size: int = 32,
+        stretching: "PositionStretching | None" = None,
+        max_length: int | None = None,
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.form = prompt_form(preprocessor)
+        self.sizes = check_integers("sizes", sizes)
+        self.examples = as_examples(examples)
+        if num_prompts is None:
+            num_prompts = len(self.examples)
+        check_integer("num_prompts", num_prompts)
+        check_integer("batch_size", batch_size)
+        if max_length is not None:
+            check_integer("max_length", max_length)
+        check_integer("seed", seed, at_least=0)
+        if stretching is not None:
+            self.check_stretching(stretching)
+        self.check_sizes()
+        self.num_prompts = num_prompts
+        self.batch_size = batch_size
+        self.stretching = stretching
+        self.max_length = max_length
+        self.seed = seed
+        self.epoch = 0
+
+        rng = np.random.default_rng(seed)
+        rounds = -(-num_prompts // len(self.examples))
+        order = [rng.permutation(len(self.examples)) for _ in range(rounds)]
+        self.order = np.concatenate(order)[:num_prompts]
+        count = len(self)
+        self.batch_images = rng.permutation(np.resize(self.sizes, count))
+        # TensorFlow takes its input shapes from the first two batches: these
+        # must differ where sizes do.
+        differ = np.nonzero(self.batch_images != self.batch_images[0])[0]
+        if len(differ):
+            one, other = 1, differ[0]
+            self.batch_images[[one, other]] = self.batch_images[[other, one]]
+        self.lengths = {size: self.length_of(size) for size in self.sizes}
+
+    def check_stretching(self, stretching: Any) -> None:
+        if not hasattr(stretching, "positions_in_text"):
+            raise TypeError(
+                "`stretching` must be a `keras_laid.PositionStretching` or "
+                f"`None`. Received: {stretching!r:.80}"
+            )
+        if not self.form.takes_images:
+            raise ValueError(
+                "Only prompts with images can be stretched. Received: "
+                "stretching for a preprocessor of text. Leave it out."
+            )
+
+    def check_sizes(self) -> None:
+        """Refuses sizes that examples cannot fill."""
+        counts = [len(example.images) for example in self.examples]
+        row = int(np.argmax(counts))
+        if min(self.sizes) < counts[row]:
+            raise ValueError(
+                "`sizes` must have room for the images of each example. "
+                f"Received: sizes={self.sizes}, and example {row} with "
+                f"{counts[row]} images"
+            )
+        if max(self.sizes) > sum(counts):
+            raise ValueError(
+                "`sizes` must be at most the images of all examples together. "
+                f"Received: sizes={self.sizes}, and {sum(counts)} images"
+            )
+
+    def length_of(self, size: int) -> int:
+        """Tokens that prompts of a size have room for, whatever is drawn."""
+        texts = [
+            example.prompt + (example.response or "")
+            for example in self.examples
+        ]
+        length = max(self.form.count_tokens(texts))
+        if self.form.takes_images:
+            length += size * self.form.image_length
+        else:
+            documents = [text for each in self.examples for text in each.images]
+            length += sum(sorted(self.form.count_tokens(documents))[-size:])
+        # Tokens may be others where texts meet, and some mark start and end.
+        return -(-(length + size + 2) // LENGTH_STEP) * LENGTH_STEP
+
+    def __len__(self) -> int:
+        return -(-self.num_prompts // self.batch_size)
+
+    def __getitem__(self, index: int) -> Batch:
+        rng = np.random.default_rng((self.seed, index))
+        start = index * self.batch_size
+        rows = self.order[start : start + self.batch_size]
+        size = int(self.batch_images[index])
+        x, y, sample_weight = self.batch_of(rows, size, rng)
+        if self.stretching is not None:
+            rng = np.random.default_rng((self.seed, index, self.epoch))
+            x["positions"] = self.positions(x, size, rng)
+        return x, y, sample_weight
+
+    def batch_of(
+        self, rows: np.ndarray, size: int, rng: np.random.Generator
+    ) -> Batch:
+        """Prompts about the examples `rows`, all of one length."""
+        drawn = [self.draw(int(row), size, rng) for row in rows]
+        examples = [self.examples[row] for row in rows]
+        images: Any = [images for images, _ in drawn]
+        if self.form.takes_images:
+            images = np.stack([list(map(self.load, each)) for each in images])
+        length = self.lengths[size]
+        while True:
+            x, y, sample_weight = self.form.encode(
+                images,
+                [example.prompt for example in examples],
+                [example.response for example in examples],
+                length,
+            )
+            if not x["padding_mask"][:, -1].any():
+                break
+            length += LENGTH_STEP  # A full row may have been cut.
+        self.check_length(x["padding_mask"], rows)
+        x["needle"] = np.array([place for _, place in drawn], "int32")
+        return x, y, sample_weight
+
+    def check_length(self, present: np.ndarray, rows: np.ndarray) -> None:
+        lengths = present.sum(axis=1)
+        if self.max_length is not None and lengths.max() > self.max_length:
+            row = int(rows[int(np.argmax(lengths))])
+            raise ValueError(
+                "A prompt must have at most `max_length` tokens. Received: "
+                f"max_length={self.max_length}, and example {row} with "
+                f"{int(lengths.max())} tokens. Take smaller `sizes`."
+            )
+
+    def draw(
+        self, row: int, size: int, rng: np.random.Generator
+    ) -> tuple[list[Any], int]:
+        """An example's images among others', and the place of the first."""
+        own = list(self.examples[row].images)
+        others: list[Any] = []
+        drawn = {row}
+        while len(others) < size - len(own):
+            number = int(rng.integers(len(self.examples)))
+            if number not in drawn:
+                drawn.add(number)
+                others += self.examples[number].images
+        others = others[: size - len(own)]
+        place = int(rng.integers(len(others) + 1))
+        return others[:place] + own + others[place:], place
+
+    def load(self, image: np.ndarray | str) -> np.ndarray:
+        """An image of the size that the model takes."""
+        height, width = self.form.image_size
+        if isinstance(image, str):
+            return open_image(image, (height, width))
+        if image.shape[:2] == (height, width):
+            return image
+        from PIL import Image
+
+        return np.asarray(Image.fromarray(image).resize((width, height)))
+
+    def positions(
+        self, x: dict[str, np.ndarray], size: int, rng: np.random.Generator
+    ) -> np.ndarray:
+        if self.form.margin is not None:
+            return self.stretching.positions_in_text(
+                x["vision_mask"], rng, self.form.margin
+            )
+        batch, text_length = x["token_ids"].shape
+        return self.stretching.positions(batch, size, text_length, rng)
+
+    def on_epoch_end(self) -> None:
+        self.epoch += 1

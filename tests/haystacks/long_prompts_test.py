@@ -1,0 +1,460 @@
+"""Long prompts made of a user's examples, for every kind of family."""
+
+import io
+import json
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+import sentencepiece
+from PIL import Image
+
+import keras_laid
+from keras_laid import LongPrompts
+from keras_laid import PositionStretching
+from keras_laid.haystacks import Example
+from keras_laid.haystacks import read_examples
+from tests.backbones import small_models
+from tests.support import FEW_STEPS
+from tests.support import make_preprocessor
+from tests.support import to_numpy
+
+GEMMA_3_TOKENS = [
+    "<start_of_image>",
+    "<end_of_image>",
+    "<img>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "\n\n",
+]
+GEMMA_4_TOKENS = ["<|image>", "<|image|>", "<image|>"]
+COLOURS = ["red", "green", "blue", "white", "black", "pink", "grey", "brown"]
+
+
+def train_tokenizer(symbols):
+    proto = io.BytesIO()
+    sentences = [f"Is there a {c} page among these? yes no" for c in COLOURS]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences * 20),
+        model_writer=proto,
+        model_type="bpe",
+        vocab_size=90,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        pad_piece="<pad>",
+        eos_piece="<eos>",
+        bos_piece="<bos>",
+        unk_piece="<unk>",
+        user_defined_symbols=symbols,
+        minloglevel=2,
+    )
+    return proto.getvalue()
+
+
+def gemma_3():
+    return keras_hub.models.Gemma3CausalLMPreprocessor(
+        tokenizer=keras_hub.models.Gemma3Tokenizer(
+            proto=train_tokenizer(GEMMA_3_TOKENS)
+        ),
+        image_converter=keras_hub.layers.Gemma3ImageConverter(
+            image_size=(16, 16), scale=1 / 127.5, offset=-1.0
+        ),
+        num_vision_tokens_per_image=4,
+    )
+
+
+def gemma_4():
+    return keras_hub.models.Gemma4CausalLMPreprocessor(
+        tokenizer=keras_hub.models.Gemma4Tokenizer(
+            proto=train_tokenizer(GEMMA_4_TOKENS), has_video_tokens=False
+        ),
+        image_converter=keras_hub.layers.Gemma4ImageConverter(
+            patch_size=4,
+            max_soft_tokens=4,
+            pooling_kernel_size=2,
+            scale=1 / 255,
+        ),
+        num_vision_tokens_per_image=4,
+        audio_input_feat_size=0,
+    )
+
+
+def llama():
+    class Tokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
+        def __init__(self, **kwargs):
+            self._add_special_token("<bos>", "start_token")
+            self._add_special_token("<eos>", "end_token")
+            self._add_special_token("<pad>", "pad_token")
+            super().__init__(**kwargs)
+
+    return keras_hub.models.CausalLMPreprocessor(
+        tokenizer=Tokenizer(proto=train_tokenizer(["\n\n"]))
+    )
+
+
+PREPROCESSORS = {
+    small_models.pali_gemma: make_preprocessor,
+    small_models.gemma_3: gemma_3,
+    small_models.gemma_4: gemma_4,
+    small_models.llama: llama,
+}
+WITH_IMAGES = [
+    small_models.pali_gemma,
+    small_models.gemma_3,
+    small_models.gemma_4,
+]
+EACH = pytest.mark.parametrize(
+    "family", PREPROCESSORS, ids=small_models.name_of
+)
+EACH_WITH_IMAGES = pytest.mark.parametrize(
+    "family", WITH_IMAGES, ids=small_models.name_of
+)
+
+
+def make_examples(family, count=8, responses=True):
+    """Each with an image, or a page, of another colour."""
+    rng = np.random.default_rng(0)
+    examples = []
+    for number in range(count):
+        colour = COLOURS[number % len(COLOURS)]
+        image = rng.integers(0, 256, (16, 16, 3)).astype("uint8")
+        if family is small_models.llama:
+            image = f"A {colour} page, the {number}th of these."
+        response = ("yes", "no")[number % 2] if responses else None
+        examples.append((image, f"Is there a {colour} page?", response))
+    return examples
+
+
+def make_prompts(family, sizes=(3,), responses=True, **kwargs):
+    kwargs = {"batch_size": 4, "seed": 3} | kwargs
+    return LongPrompts(
+        make_examples(family, responses=responses),
+        PREPROCESSORS[family](),
+        sizes,
+        **kwargs,
+    )
+
+
+def assert_same_batch(one, other):
+    for a, b in zip(
+        keras.tree.flatten(one), keras.tree.flatten(other), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+@EACH_WITH_IMAGES
+def test_prompts_are_those_that_kerashub_makes_itself(family):
+    prompts = make_prompts(family, sizes=(3,))
+    x, y, sample_weight = prompts[0]
+    preprocessor = PREPROCESSORS[family]()
+    length = x["token_ids"].shape[1]
+    for row, number in enumerate(prompts.order[:4]):
+        image, prompt, response = (
+            prompts.examples[number].images[0],
+            *(
+                prompts.examples[number].prompt,
+                prompts.examples[number].response,
+            ),
+        )
+        images = np.stack([image] * 3)
+        if family is not small_models.pali_gemma:
+            preprocessor.max_images_per_prompt = 3
+            prompt = prompts.form.placeholder * 3 + prompt
+        else:
+            images = image  # Its tokens are not among those of the text.
+        expected = preprocessor(
+            {
+                "images": images[None],
+                "prompts": [prompt],
+                "responses": [response],
+            },
+            sequence_length=length,
+        )
+        for name in ("token_ids", "padding_mask", "vision_mask"):
+            if name in x:
+                np.testing.assert_array_equal(
+                    x[name][row], to_numpy(expected[0][name])[0], name
+                )
+        np.testing.assert_array_equal(y[row], to_numpy(expected[1])[0])
+        np.testing.assert_array_equal(
+            sample_weight[row], to_numpy(expected[2])[0]
+        )
+
+
+@EACH_WITH_IMAGES
+def test_the_needle_is_the_examples_own_image(family):
+    prompts = make_prompts(family, sizes=(3, 5))
+    seen = set()
+    for batch in range(len(prompts)):
+        x, _, _ = prompts[batch]
+        size = prompts.batch_images[batch]
+        rows = prompts.order[4 * batch : 4 * batch + 4]
+        name = "images" if "images" in x else "pixel_values"
+        assert x[name].shape[:2] == (4, size)
+        for row, number in enumerate(rows):
+            alone, _, _ = prompts.form.encode(
+                np.stack([prompts.examples[number].images]),
+                ["Is there a red page?"],
+                ["yes"],
+                64,
+            )
+            needle = x["needle"][row]
+            seen.add(int(needle))
+            np.testing.assert_allclose(x[name][row, needle], alone[name][0, 0])
+            others = np.delete(x[name][row], needle, axis=0)
+            assert all((other != alone[name][0, 0]).any() for other in others)
+    assert len(seen) > 2
+
+
+def test_documents_are_segments():
+    prompts = make_prompts(small_models.llama, sizes=(3,))
+    x, y, sample_weight = prompts[0]
+    tokenizer = prompts.form.preprocessor.tokenizer
+    for row, number in enumerate(prompts.order[:4]):
+        example = prompts.examples[number]
+        segments = x["segments"][row]
+        assert sorted({*segments}) == [0, 1, 2, 3]
+        own = x["token_ids"][row][segments == x["needle"][row] + 1]
+        expected = tokenizer(example.images[0] + "\n\n")
+        np.testing.assert_array_equal(own, to_numpy(expected))
+        marked = sample_weight[row] > 0
+        response = [*to_numpy(tokenizer(example.response))]
+        assert y[row][marked].tolist() == [
+            *response,
+            tokenizer.end_token_id,
+        ]
+        assert (x["padding_mask"][row] > 0).sum() == (
+            x["token_ids"][row] != tokenizer.pad_token_id
+        ).sum()
+
+
+@EACH
+def test_without_responses_the_token_after_the_prompt_is_marked(family):
+    x, y, sample_weight = make_prompts(family, responses=False)[0]
+    with_response, _, marks = make_prompts(family)[0]
+    for row in range(4):
+        (place,) = np.flatnonzero(sample_weight[row])
+        assert y[row, place] == -1
+        # That of the first token of a response.
+        assert place == np.flatnonzero(marks[row])[0]
+        np.testing.assert_array_equal(
+            x["token_ids"][row, : place + 1],
+            with_response["token_ids"][row, : place + 1],
+        )
+
+
+@EACH
+def test_a_batch_depends_on_seed_and_number(family):
+    one, again = make_prompts(family), make_prompts(family)
+    assert_same_batch(one[1], again[1])
+    again.on_epoch_end()
+    assert_same_batch(one[1], again[1])
+    other = make_prompts(family, seed=4)[1][0]
+    assert (other["needle"] != one[1][0]["needle"]).any() or (
+        other["token_ids"] != one[1][0]["token_ids"]
+    ).any()
+
+
+@EACH_WITH_IMAGES
+def test_positions_are_stretched_anew_in_each_epoch(family):
+    length = {small_models.gemma_3: 8, small_models.gemma_4: 6}.get(family, 4)
+    prompts = make_prompts(family, stretching=PositionStretching(9, length))
+    first = prompts[0][0]["positions"]
+    np.testing.assert_array_equal(prompts[0][0]["positions"], first)
+    prompts.on_epoch_end()
+    second = prompts[0][0]["positions"]
+    assert (first != second).any()
+    assert (np.diff(first, axis=1) >= 1).all()
+    assert first.max() <= 9 * length + 40
+
+
+def test_each_example_comes_once_in_a_round():
+    prompts = make_prompts(small_models.pali_gemma, num_prompts=20)
+    assert len(prompts) == 5
+    assert sorted(prompts.order[:8]) == [*range(8)]
+    assert sorted(prompts.order[8:16]) == [*range(8)]
+
+
+def make_pair(family, preprocessor):
+    vocabulary = preprocessor.tokenizer.vocabulary_size()
+    models = [
+        small_models.make_model(family, seed, vocabulary_size=vocabulary)
+        for seed in (5, 0)
+    ]
+    if family is small_models.pali_gemma:
+        several = keras_laid.MultiImagePaliGemmaCausalLM
+        models = [several(model.backbone) for model in models]
+    return models
+
+
+@EACH
+@pytest.mark.parametrize("responses", [True, False])
+def test_a_student_learns_from_them(family, responses):
+    prompts = make_prompts(family, sizes=(3,), responses=responses)
+    teacher, student = make_pair(family, prompts.form.preprocessor)
+    distiller = keras_laid.DistanceWeightedAttentionDistillation(
+        teacher, student, supervised_weight=float(responses)
+    )
+    distiller.compile(keras.optimizers.Adam(1e-3), **FEW_STEPS)
+    history = distiller.fit(prompts, epochs=3, verbose=0).history
+    assert np.isfinite(history["loss"]).all()
+    assert history["loss"][-1] < history["loss"][0]
+    assert history["retrieval"][0] > 0
+    assert distiller.retrieval_heads
+
+
+def save_images(folder):
+    """JPEGs of several sizes, of which one lies on its side."""
+    rng = np.random.default_rng(0)
+    names = []
+    for number in range(6):
+        shape = (20 + 3 * number, 30, 3)
+        image = Image.fromarray(rng.integers(0, 256, shape).astype("uint8"))
+        exif = Image.Exif()
+        if number == 2:
+            exif[0x0112] = 6  # To be turned by 90 degrees.
+        image.save(folder / f"{number}.jpg", exif=exif)
+        names.append(f"{number}.jpg")
+    return names
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_a_folder_of_images_with_a_table(tmp_path, kind):
+    names = save_images(tmp_path)
+    table = tmp_path / f"examples.{kind}"
+    if kind == "csv":
+        lines = [f'{n},"Is it red, or not?",yes' for n in names[:-2]]
+        lines.append(f"{names[-2]}; {names[-1]},Is it blue?,")
+        table.write_text("\n".join(["images,prompt,response", *lines]))
+    else:
+        rows = [
+            {"image": n, "prompt": "Is it red, or not?", "response": "yes"}
+            for n in names[:-2]
+        ]
+        rows.append({"images": names[-2:], "prompt": "Is it blue?"})
+        table.write_text("\n\n".join(map(json.dumps, rows)))
+    examples = read_examples(table)
+    assert [len(example.images) for example in examples] == [1, 1, 1, 1, 2]
+    assert examples[0].prompt == "Is it red, or not?"
+    assert [e.response for e in examples] == ["yes"] * 4 + [None]
+    prompts = LongPrompts(examples, make_preprocessor(), (2, 6), batch_size=5)
+    x, _, _ = prompts[0]
+    assert x["images"].shape == (5, prompts.batch_images[0], 16, 16, 3)
+    # The one on its side is turned.
+    with Image.open(tmp_path / "2.jpg") as image:
+        turned = image.rotate(-90, expand=True).resize((16, 16))
+    np.testing.assert_array_equal(
+        prompts.load(examples[2].images[0]), np.asarray(turned)
+    )
+
+
+@pytest.mark.parametrize(
+    ("lines", "error", "words"),
+    [
+        (["missing.png,Is it?,yes"], FileNotFoundError, "row 2: .*missing.png"),
+        (["broken.jpg,Is it?,yes"], ValueError, "row 2: .*whole JPEG or PNG"),
+        (["0.jpg,Is it?,yes", "0.jpg, ,yes"], ValueError, "row 3: `prompt`"),
+        (["0.jpg,Is it?"], ValueError, "row 2: .*as many cells"),
+        ([",Is it?,yes"], ValueError, "row 2: .*at least one image"),
+        ([], ValueError, "without any"),
+    ],
+)
+def test_wrong_rows_are_named(tmp_path, lines, error, words):
+    save_images(tmp_path)
+    (tmp_path / "broken.jpg").write_bytes(
+        (tmp_path / "0.jpg").read_bytes()[:300]
+    )
+    table = tmp_path / "examples.csv"
+    table.write_text("\n".join(["images,prompt,response", *lines]))
+    with pytest.raises(error, match=words):
+        read_examples(table)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", "row 1: a line must be JSON"),
+        ("[1]", "row 1: a line must be a dictionary"),
+        ('{"image": "0.jpg"}', "row 1: .*without .'prompt'."),
+        ('{"image": 3, "prompt": "Is it?"}', "row 1: "),
+    ],
+)
+def test_wrong_lines_of_json_are_named(tmp_path, line, words):
+    save_images(tmp_path)
+    table = tmp_path / "examples.jsonl"
+    table.write_text(line)
+    with pytest.raises((ValueError, TypeError), match=words):
+        read_examples(table)
+
+
+IMAGE = np.zeros((16, 16, 3), "uint8")
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"examples": []}, ValueError, "There must be examples"),
+        ({"examples": [(IMAGE, "a"), (IMAGE, "")]}, ValueError, "Example 1: "),
+        ({"examples": [(IMAGE, "a", "")]}, ValueError, "Example 0: `response`"),
+        (
+            {"examples": [(IMAGE[..., 0], "a")]},
+            ValueError,
+            "Example 0: An image",
+        ),
+        ({"examples": [7]}, TypeError, "Example 0: "),
+        ({"examples": [([], "a")]}, ValueError, "at least one image"),
+        ({"sizes": (9,)}, ValueError, "at most the images of all examples"),
+        ({"sizes": ()}, ValueError, "`sizes`"),
+        (
+            {"examples": [([IMAGE, IMAGE], "a"), (IMAGE, "b")], "sizes": (1,)},
+            ValueError,
+            "example 0 with 2 images",
+        ),
+        ({"num_prompts": 0}, ValueError, "`num_prompts` must be"),
+        ({"batch_size": 0}, ValueError, "`batch_size` must be"),
+        ({"stretching": 3}, TypeError, "`stretching` must be"),
+        ({"preprocessor": None}, TypeError, "`preprocessor` must be"),
+    ],
+)
+def test_wrong_arguments_are_refused(changes, error, words):
+    arguments = dict(
+        examples=make_examples(small_models.pali_gemma),
+        preprocessor=make_preprocessor(),
+        sizes=(2,),
+    )
+    with pytest.raises(error, match=words):
+        LongPrompts(**arguments | changes)
+
+
+def test_a_prompt_that_is_too_long_is_named():
+    prompts = make_prompts(small_models.gemma_3, sizes=(3,), max_length=30)
+    with pytest.raises(ValueError, match=r"max_length=30, and example \d"):
+        prompts[0]
+
+
+def test_documents_cannot_be_stretched():
+    with pytest.raises(ValueError, match="Only prompts with images"):
+        make_prompts(small_models.llama, stretching=PositionStretching(9, 4))
+
+
+def test_examples_of_several_kinds():
+    kinds = [
+        Example([IMAGE], "Is it red?"),
+        {"image": IMAGE, "prompt": b"Is it red?", "response": b""},
+        {"images": [IMAGE, IMAGE], "prompt": "Is it red?", "response": "no"},
+        (IMAGE, "Is it red?"),
+        ([IMAGE, IMAGE], "Is it red?", "no"),
+    ]
+    prompts = LongPrompts(kinds, make_preprocessor(), (2,))
+    found = [(len(e.images), e.prompt, e.response) for e in prompts.examples]
+    assert found == [
+        (1, "Is it red?", None),
+        (1, "Is it red?", None),
+        (2, "Is it red?", "no"),
+        (1, "Is it red?", None),
+        (2, "Is it red?", "no"),
+    ]
