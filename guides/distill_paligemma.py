@@ -53,7 +53,7 @@ parser.add_argument(
 parser.add_argument("--images", type=int, default=20, help="to train on")
 parser.add_argument("--window", type=int, default=150, help="in images")
 parser.add_argument("--questions", type=int, default=4800, help="an epoch")
-parser.add_argument("--epochs", type=int, default=15)
+parser.add_argument("--epochs", type=int, default=20)
 parser.add_argument("--learning-rate", type=float, default=1.5e-3)
 parser.add_argument("--retrieval-weight", type=float, default=1.0)
 parser.add_argument("--logits-weight", type=float, default=1.0)

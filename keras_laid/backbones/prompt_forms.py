@@ -42,7 +42,14 @@ class PromptForm:
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width that images are made to have, in pixels."""
-        height, width = self.preprocessor.image_converter.image_size
+        size = self.preprocessor.image_converter.image_size
+        if size is None:
+            raise ValueError(
+                "The preprocessor must resize images, so that those of any "
+                "size fit. Received: image_converter.image_size=None. Give its "
+                "converter an `image_size`."
+            )
+        height, width = size
         return height, width
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:

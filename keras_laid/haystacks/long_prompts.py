@@ -112,6 +112,8 @@ class LongPrompts(keras.utils.PyDataset):
         if stretching is not None:
             self.check_stretching(stretching)
         self.check_sizes()
+        if self.form.takes_images:
+            self.image_size = self.form.image_size
         self.num_prompts = num_prompts
         self.batch_size = batch_size
         self.stretching = stretching
@@ -242,7 +244,7 @@ class LongPrompts(keras.utils.PyDataset):
 
     def load(self, image: np.ndarray | str) -> np.ndarray:
         """An image of the size that the model takes."""
-        height, width = self.form.image_size
+        height, width = self.image_size
         if isinstance(image, str):
             return open_image(image, (height, width))
         if image.shape[:2] == (height, width):
