@@ -11,7 +11,7 @@ import pytest
 import keras_laid
 
 # Of one backend, or of GPUs alone.
-ELSEWHERE = ("pallas", "triton", "_steps")
+ELSEWHERE = ("pallas", "triton", "triton_kernels", "_steps")
 
 
 def everything():

@@ -115,16 +115,19 @@ def sharpest_rows(
         counts: Boolean array of shape `(batch, rows)`: which of them count in
             which example, at least one in each that is used later.
     """
-    found: SharpestRows | None = None
-    for start in range(0, len(row_index), ROWS):
+
+    def of_block(start: int) -> SharpestRows:
         block = slice(start, start + ROWS)
         some = row_index[block]
         query = ops.take(attention.query, some, axis=1)
         log_shares = segment_attention(
             attention._replace(query=query), mask_of(some), *segments
         )
-        sharpest = sharpest_of_block(log_shares, counts[:, block])
-        found = found.or_sharper(sharpest) if found else sharpest
+        return sharpest_of_block(log_shares, counts[:, block])
+
+    found = of_block(0)
+    for start in range(ROWS, len(row_index), ROWS):
+        found = found.or_sharper(of_block(start))
     return found
 
 

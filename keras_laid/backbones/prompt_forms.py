@@ -28,12 +28,11 @@ class PromptForm:
         takes_images: Boolean, or else prompts hold documents of text.
         image_length: Integer, positions that an image adds to a prompt, with
             what stands around it.
-        margin: Integer, tokens on either side of an image that mark it;
-            `None` where images stand before the text.
+        margin: Integer, tokens on either side of an image that mark it.
     """
 
     takes_images = True
-    margin: int | None = None
+    margin = 0
 
     def __init__(self, preprocessor: CausalLMPreprocessor) -> None:
         self.preprocessor = preprocessor

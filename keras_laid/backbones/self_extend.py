@@ -112,7 +112,8 @@ class SelfExtendedAttention:
         self.group_size = group_size
         self.neighbor_window = neighbor_window
         self.call_rope = layer.rope_layer.call
-        self.rotated_at: tuple[int | Tensor, Tensor | None] | None = None
+        # Of the last rotation; under compilation it is valid once.
+        self.rotated_at: list[tuple[int | Tensor, Tensor | None]] = []
 
     def rotate(
         self,
@@ -123,7 +124,7 @@ class SelfExtendedAttention:
         """The rotary embedding's `call`: only it is given positions."""
         if isinstance(self.call_rope, RotatedAt):  # A scope around this one.
             positions = self.call_rope.positions
-        self.rotated_at = start_index, positions
+        self.rotated_at = [(start_index, positions)]
         return self.call_rope(
             inputs, start_index=start_index, positions=positions
         )
@@ -165,8 +166,7 @@ class SelfExtendedAttention:
 
     def positions(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Where queries and keys are, `(batch or 1, length)` each."""
-        start_index, positions = self.rotated_at
-        self.rotated_at = None  # Under compilation it is valid once.
+        start_index, positions = self.rotated_at.pop()
         if positions is None:
             query_at = ops.arange(ops.shape(query)[1], dtype="int32")
             query_at = query_at + ops.cast(start_index, "int32")

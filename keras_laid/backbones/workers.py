@@ -57,7 +57,9 @@ def batch_to_build_on(iterator: Any) -> Any:
     """
     adapter = getattr(iterator, "data_adapter", None)
     data = getattr(adapter, "py_dataset", None)
-    return data[0] if has_workers(data) else None
+    if data is None or not has_workers(data):
+        return None
+    return data[0]
 
 
 def has_workers(x: Any) -> bool:

@@ -173,8 +173,9 @@ class LongPrompts(keras.utils.PyDataset):
         if self.form.takes_images:
             length += size * self.form.image_length
         else:
-            documents = [text for each in self.examples for text in each.images]
-            length += sum(sorted(self.form.count_tokens(documents))[-size:])
+            documents = [str(d) for each in self.examples for d in each.images]
+            counts = sorted(self.form.count_tokens(documents))
+            length += sum(counts[-size:])
         # Tokens may be others where texts meet, and some mark start and end.
         return -(-(length + size + 2) // LENGTH_STEP) * LENGTH_STEP
 
@@ -189,7 +190,7 @@ class LongPrompts(keras.utils.PyDataset):
         x, y, sample_weight = self.batch_of(rows, size, rng)
         if self.stretching is not None:
             rng = np.random.default_rng((self.seed, index, self.epoch))
-            x["positions"] = self.positions(x, size, rng)
+            x["positions"] = self.positions(self.stretching, x, size, rng)
         return x, y, sample_weight
 
     def batch_of(
@@ -254,14 +255,18 @@ class LongPrompts(keras.utils.PyDataset):
         return np.asarray(Image.fromarray(image).resize((width, height)))
 
     def positions(
-        self, x: dict[str, np.ndarray], size: int, rng: np.random.Generator
+        self,
+        stretching: "PositionStretching",
+        x: dict[str, np.ndarray],
+        size: int,
+        rng: np.random.Generator,
     ) -> np.ndarray:
-        if self.form.margin is not None:
-            return self.stretching.positions_in_text(
+        if "vision_mask" in x:  # Images stand among the text.
+            return stretching.positions_in_text(
                 x["vision_mask"], rng, self.form.margin
             )
         batch, text_length = x["token_ids"].shape
-        return self.stretching.positions(batch, size, text_length, rng)
+        return stretching.positions(batch, size, text_length, rng)
 
     def on_epoch_end(self) -> None:
         self.epoch += 1

@@ -105,7 +105,7 @@ class NextTokens(Term):
         terms = {}
         labels = step.y if self.weights["supervised"] else None
         if self.loss is not None and labels is not None:
-            terms["supervised"] = self.supervised(step)
+            terms["supervised"] = supervised(self.loss, step)
             total = step.weights["supervised"] * terms["supervised"]
             labels = None
         if targets is None and labels is None:
@@ -126,11 +126,12 @@ class NextTokens(Term):
             terms["supervised"] = losses.cross_entropy
         return total + losses.loss, terms
 
-    def supervised(self, step: Step) -> Tensor:
-        """The compiled loss; NaN where a marked label is not a token."""
-        loss = self.loss(step.y, step.logits, sample_weight=step.sample_weight)
-        # As in `keras_laid.ops.logits_divergence`.
-        outside = ops.logical_and(
-            step.y >= ops.shape(step.logits)[-1], step.sample_weight > 0
-        )
-        return ops.where(ops.any(outside), float("nan"), loss)
+
+def supervised(loss: keras.losses.Loss, step: Step) -> Tensor:
+    """A compiled loss; NaN where a marked label is not a token."""
+    value = loss(step.y, step.logits, sample_weight=step.sample_weight)
+    # As in `keras_laid.ops.logits_divergence`.
+    outside = ops.logical_and(
+        step.y >= ops.shape(step.logits)[-1], step.sample_weight > 0
+    )
+    return ops.where(ops.any(outside), float("nan"), value)

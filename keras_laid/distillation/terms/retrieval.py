@@ -210,7 +210,9 @@ class RetrievalMatching(Term):
         return {match.student_layer for match in self.matches}
 
     def teacher_attention(self) -> set[int]:
-        return {*layers_of(self.heads)} if self.matches else set()
+        return {
+            layer for match in self.matches for layer, _ in match.teacher_heads
+        }
 
     def targets(
         self, student: keras.Model, x: Mapping[str, Tensor], teacher: Run
@@ -221,7 +223,7 @@ class RetrievalMatching(Term):
             for layer in self.teacher_attention()
         }
         return text_log_shares(
-            student, x, attention, self.heads, self.num_segments
+            student, x, attention, self.heads or (), self.num_segments
         )
 
     def stored_targets(
