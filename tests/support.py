@@ -78,16 +78,13 @@ def make_terms(
     return terms
 
 
-def make_preprocessor(**kwargs):
-    """A preprocessor; `kwargs` go to the trainer of its tokenizer."""
-    sentences = [question(a, b) for a in NAMES for b in NAMES] + ["yes", "no"]
+def sentence_piece(sentences, **kwargs):
+    """The bytes of a SentencePiece model; `kwargs` go to its trainer."""
     proto = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sentences),
         model_writer=proto,
-        model_type="word",
         hard_vocab_limit=False,
-        character_coverage=1.0,
         pad_id=0,
         eos_id=1,
         bos_id=2,
@@ -99,8 +96,17 @@ def make_preprocessor(**kwargs):
         minloglevel=2,
         **kwargs,
     )
+    return proto.getvalue()
+
+
+def make_preprocessor(**kwargs):
+    """A preprocessor; `kwargs` go to the trainer of its tokenizer."""
+    sentences = [question(a, b) for a in NAMES for b in NAMES] + ["yes", "no"]
+    proto = sentence_piece(
+        sentences, model_type="word", character_coverage=1.0, **kwargs
+    )
     return keras_hub.models.PaliGemmaCausalLMPreprocessor(
-        keras_hub.models.PaliGemmaTokenizer(proto=proto.getvalue()),
+        keras_hub.models.PaliGemmaTokenizer(proto=proto),
         keras_hub.layers.PaliGemmaImageConverter(scale=1 / 127.5, offset=-1.0),
         sequence_length=14,
     )

@@ -2,7 +2,6 @@ import csv
 import dataclasses
 import functools
 import inspect
-import io
 import json
 
 import keras
@@ -10,7 +9,6 @@ import keras_hub
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-import sentencepiece
 
 import keras_laid
 from keras_laid import Digits
@@ -30,6 +28,7 @@ from tests.support import make_haystacks
 from tests.support import make_multi_image
 from tests.support import make_pali_gemma
 from tests.support import make_preprocessor
+from tests.support import sentence_piece
 from tests.support import to_numpy
 
 
@@ -717,20 +716,10 @@ def make_gemma3(image_size=16):
         for a in NAMES
         for b in NAMES
     ]
-    proto = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(questions + ["yes", "no", "Yes", "No"] * 20),
-        model_writer=proto,
+    proto = sentence_piece(
+        questions + ["yes", "no", "Yes", "No"] * 20,
         model_type="bpe",
         vocab_size=150,
-        pad_id=0,
-        eos_id=1,
-        bos_id=2,
-        unk_id=3,
-        pad_piece="<pad>",
-        eos_piece="<eos>",
-        bos_piece="<bos>",
-        unk_piece="<unk>",
         user_defined_symbols=[
             "<start_of_image>",
             "<end_of_image>",
@@ -739,9 +728,8 @@ def make_gemma3(image_size=16):
             "<end_of_turn>",
             "\n\n",
         ],
-        minloglevel=2,
     )
-    tokenizer = keras_hub.models.Gemma3Tokenizer(proto=proto.getvalue())
+    tokenizer = keras_hub.models.Gemma3Tokenizer(proto=proto)
     preprocessor = keras_hub.models.Gemma3CausalLMPreprocessor(
         tokenizer=tokenizer,
         image_converter=keras_hub.layers.Gemma3ImageConverter(

@@ -1,13 +1,11 @@
 """Long prompts made of a user's examples, for every kind of family."""
 
-import io
 import json
 
 import keras
 import keras_hub
 import numpy as np
 import pytest
-import sentencepiece
 from PIL import Image
 
 import keras_laid
@@ -19,6 +17,7 @@ from tests.backbones import small_models
 from tests.support import FEW_STEPS
 from tests.support import make_preprocessor
 from tests.support import make_terms
+from tests.support import sentence_piece
 from tests.support import to_numpy
 
 GEMMA_3_TOKENS = [
@@ -34,26 +33,13 @@ COLOURS = ["red", "green", "blue", "white", "black", "pink", "grey", "brown"]
 
 
 def train_tokenizer(symbols):
-    proto = io.BytesIO()
     sentences = [f"Is there a {c} page among these? yes no" for c in COLOURS]
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences * 20),
-        model_writer=proto,
+    return sentence_piece(
+        sentences * 20,
         model_type="bpe",
         vocab_size=90,
-        hard_vocab_limit=False,
-        pad_id=0,
-        eos_id=1,
-        bos_id=2,
-        unk_id=3,
-        pad_piece="<pad>",
-        eos_piece="<eos>",
-        bos_piece="<bos>",
-        unk_piece="<unk>",
         user_defined_symbols=symbols,
-        minloglevel=2,
     )
-    return proto.getvalue()
 
 
 def gemma_3():
