@@ -2,7 +2,7 @@
 Title: Distil a long window into a small Gemma 3
 Author: The keras_laid authors
 Date created: 2026/11/23
-Last modified: 2026/11/23
+Last modified: 2026/11/29
 Description: Several images through Gemma 3's own preprocessor, from presets.
 Accelerator: None
 """
@@ -42,7 +42,6 @@ import keras_hub
 import numpy as np
 
 import keras_laid
-from keras_laid.haystacks.questions import question
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--teacher", help="a preset; default: a tiny one")
@@ -83,12 +82,12 @@ a grid, which tiny models learn in minutes; the guide on PaliGemma has real
 handwritten digits. "For the image with a red square, is there a blue square?"
 needs the image to be found all the same.
 
-Images go through Gemma 3's preprocessor, which wants a placeholder for each in
-the prompt. `PositionStretching` spreads them over the positions of a longer
-window; the tokens that mark where an image starts and ends go with it.
+`Haystacks` puts a placeholder for each image into the prompt, and calls Gemma
+3's own preprocessor. `PositionStretching` spreads the images over the positions
+of a longer window; the tokens that mark where an image starts and ends go with
+it.
 """
 
-IMAGE = "<start_of_image>"
 COLOURS = {
     "red": (220, 40, 40),
     "green": (40, 180, 60),
@@ -122,71 +121,17 @@ class Squares(keras_laid.haystacks.PairSource):
         return np.clip(images + noise, 0, 255).astype("uint8")
 
 
-def with_images(preprocessor, images):
-    """The same preprocessor for prompts of so many images."""
-    return keras_hub.models.Gemma3CausalLMPreprocessor(
-        tokenizer=preprocessor.tokenizer,
-        image_converter=preprocessor.image_converter,
-        add_start_token=preprocessor.add_start_token,
-        add_end_token=preprocessor.add_end_token,
-        max_images_per_prompt=images,
-        num_vision_tokens_per_image=preprocessor.num_vision_tokens_per_image,
+def make_questions(preprocessor, steps, sizes, stretching=None):
+    """Batches of questions for Gemma 3; each has one size."""
+    side, _ = preprocessor.image_converter.image_size
+    return keras_laid.Haystacks(
+        Squares(side),
+        preprocessor,
+        num_questions=32 * steps,
+        sizes=sizes,
+        stretching=stretching,
+        seed=args.seed,
     )
-
-
-def longest_text(preprocessor, names):
-    """Tokens of the longest question, and 4 of its start, answer and end."""
-    questions = [question(a, b) for a in names for b in names]
-    return max(map(len, preprocessor.tokenizer(questions))) + 4
-
-
-class ImageQuestions(keras.utils.PyDataset):
-    """Batches for Gemma 3, others in each epoch; each has one size."""
-
-    def __init__(self, preprocessor, steps, sizes, stretching=None):
-        super().__init__()
-        self.epoch = 0
-        side, _ = preprocessor.image_converter.image_size
-        self.source = Squares(side)
-        self.preprocessors = {
-            size: with_images(preprocessor, size) for size in sizes
-        }
-        self.text_length = longest_text(preprocessor, self.source.names)
-        self.steps = steps
-        self.sizes = sizes
-        self.stretching = stretching
-
-    def __len__(self):
-        return self.steps
-
-    def __getitem__(self, index):
-        size = self.sizes[index % len(self.sizes)]
-        haystacks = list(
-            keras_laid.draw_haystacks(
-                self.source, 32, (size,), seed=(args.seed, self.epoch, index)
-            )
-        )
-        preprocessor = self.preprocessors[size]
-        tokens_an_image = preprocessor.num_vision_tokens_per_image + 4
-        batch = preprocessor(
-            {
-                "images": np.stack([h.images for h in haystacks]),
-                "prompts": [IMAGE * size + h.question for h in haystacks],
-                "responses": [h.answer for h in haystacks],
-            },
-            sequence_length=size * tokens_an_image + self.text_length,
-        )
-        batch = keras.tree.map_structure(keras.ops.convert_to_numpy, batch)
-        if self.stretching is not None:
-            x, _, _ = batch
-            rng = np.random.default_rng((args.seed, self.epoch, index))
-            x["positions"] = self.stretching.positions_in_text(
-                x["vision_mask"], rng, margin=2
-            )
-        return batch
-
-    def on_epoch_end(self):
-        self.epoch += 1
 
 
 """
@@ -221,7 +166,7 @@ def make_tokenizer():
         bos_piece="<bos>",
         unk_piece="<unk>",
         user_defined_symbols=[
-            IMAGE,
+            "<start_of_image>",
             "<end_of_image>",
             "<img>",
             "<start_of_turn>",
@@ -231,6 +176,18 @@ def make_tokenizer():
         minloglevel=2,
     )
     return keras_hub.models.Gemma3Tokenizer(proto=proto.getvalue())
+
+
+class WithLogits(keras.Model):
+    """A backbone and its logits, which reads only the backbone's inputs."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+
+    def call(self, inputs):
+        own = {name: inputs[name] for name in self.backbone.input}
+        return self.backbone.token_embedding(self.backbone(own), reverse=True)
 
 
 def make_tiny(name, width, *stages):
@@ -269,8 +226,7 @@ def make_tiny(name, width, *stages):
         ),
     )
     # KerasHub's tasks preprocess what they are fitted on; this is done already.
-    logits = backbone.token_embedding(backbone.output, reverse=True)
-    model = keras.Model(backbone.input, logits)
+    model = WithLogits(backbone)
     for stage in stages:
         model.compile(
             optimizer=adamw(1e-3, args.tiny_steps),
@@ -279,7 +235,7 @@ def make_tiny(name, width, *stages):
             ),
         )
         print(f"A tiny {name}, on {stage} images:", flush=True)
-        model.fit(ImageQuestions(preprocessor, args.tiny_steps, stage))
+        model.fit(make_questions(preprocessor, args.tiny_steps, stage))
     keras_hub.models.Gemma3CausalLM(
         backbone=backbone, preprocessor=preprocessor
     ).save_to_preset(str(folder))
@@ -351,7 +307,7 @@ image_length = preprocessor.num_vision_tokens_per_image + 4
 stretching = keras_laid.PositionStretching(args.window, image_length)
 training_sizes = sorted({*student_sizes, args.images})
 steps_per_epoch = min(100, args.steps)
-questions = ImageQuestions(
+questions = make_questions(
     preprocessor, steps_per_epoch, training_sizes, stretching
 )
 resumable = keras_laid.ResumableTraining(output / "training", questions)

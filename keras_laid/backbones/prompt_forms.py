@@ -14,6 +14,7 @@ from keras_laid.backbones.multi_image_pali_gemma import multi_image_preprocessor
 from keras_laid.typing import Tensor
 
 Batch = tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]
+LENGTH_STEP = 16  # Lengths are multiples, so that few shapes are compiled.
 # Where a prompt without a response ends; nothing is learned from the label.
 NO_LABEL = -1
 
@@ -55,9 +56,40 @@ class PromptForm:
         """The number of tokens of each text, by itself."""
         return [len(ids) for ids in self.preprocessor.tokenizer(list(texts))]
 
+    def length(self, texts: Sequence[str], images: int, others: int = 0) -> int:
+        """Tokens that any of some texts needs, with images or other tokens.
+
+        Args:
+            texts: Sequence of strings, prompts with their responses.
+            images: Integer, images or documents in each prompt.
+            others: Integer, tokens of the documents. Defaults to `0`.
+
+        Returns:
+            Integer, a multiple of `LENGTH_STEP`.
+        """
+        length = max(self.count_tokens(texts)) + images * self.image_length
+        # Tokens may be others where texts meet, and some mark start and end.
+        length += others + images + 2
+        return -(-length // LENGTH_STEP) * LENGTH_STEP
+
+    def encode_whole(
+        self,
+        images: Any,
+        prompts: Sequence[str],
+        responses: Sequence[str | None],
+        length: int,
+    ) -> Batch:
+        """As `encode`, in more than `length` tokens where these are too few."""
+        while True:
+            batch = self.encode(images, prompts, responses, length)
+            # A full row may have been cut.
+            if not batch[0]["padding_mask"][:, -1].any():
+                return batch
+            length += LENGTH_STEP
+
     def encode(
         self,
-        images: Sequence[Any],
+        images: Any,
         prompts: Sequence[str],
         responses: Sequence[str | None],
         length: int,
@@ -88,13 +120,23 @@ class PromptForm:
 
     def call(
         self,
-        images: Sequence[Any],
+        images: Any,
         prompts: Sequence[str],
         responses: Sequence[str],
         length: int,
     ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """The same by the preprocessor, with an empty response for none."""
         raise NotImplementedError
+
+    def stretched(
+        self,
+        stretching: Any,
+        x: dict[str, np.ndarray],
+        images: int,
+        rng: np.random.Generator,
+    ) -> np.ndarray:
+        """Positions of a batch, by a `keras_laid.PositionStretching`."""
+        return stretching.positions_in_text(x["vision_mask"], rng, self.margin)
 
 
 class PaliGemmaForm(PromptForm):
@@ -103,9 +145,19 @@ class PaliGemmaForm(PromptForm):
     def __init__(self, preprocessor: PaliGemmaCausalLMPreprocessor) -> None:
         super().__init__(multi_image_preprocessor(preprocessor))
 
+    def stretched(
+        self,
+        stretching: Any,
+        x: dict[str, np.ndarray],
+        images: int,
+        rng: np.random.Generator,
+    ) -> np.ndarray:
+        batch, text_length = x["token_ids"].shape
+        return stretching.positions(batch, images, text_length, rng)
+
     def call(
         self,
-        images: Sequence[Any],
+        images: Any,
         prompts: Sequence[str],
         responses: Sequence[str],
         length: int,
@@ -143,7 +195,7 @@ class PlaceholderForm(PromptForm):
 
     def call(
         self,
-        images: Sequence[Any],
+        images: Any,
         prompts: Sequence[str],
         responses: Sequence[str],
         length: int,
@@ -192,7 +244,7 @@ class TextForm(PromptForm):
 
     def call(
         self,
-        images: Sequence[Any],
+        images: Any,
         prompts: Sequence[str],
         responses: Sequence[str],
         length: int,

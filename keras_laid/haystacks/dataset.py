@@ -10,6 +10,8 @@ from keras_hub.models import PaliGemmaCausalLMPreprocessor
 
 from keras_laid.arguments import check_integer
 from keras_laid.arguments import check_integers
+from keras_laid.backbones.prompt_forms import Batch
+from keras_laid.backbones.prompt_forms import prompt_form
 from keras_laid.backbones.text_length import training_length
 from keras_laid.haystacks.questions import question
 from keras_laid.haystacks.sampling import PairSource
@@ -45,9 +47,10 @@ class Haystacks(keras.utils.PyDataset):
         source: Where images come from, such as `keras_laid.haystacks.Digits`:
             has `names` and `render(pairs, rng)`, which must depend only on
             its arguments.
-        preprocessor: A `keras_hub.models.PaliGemmaCausalLMPreprocessor`. It
-            tokenizes questions and answers; `scale` and `offset` of its image
-            converter are applied to the images.
+        preprocessor: The model's preprocessor, with an image converter: a
+            `keras_hub.models.PaliGemmaCausalLMPreprocessor`,
+            `keras_hub.models.Gemma3CausalLMPreprocessor` or
+            `keras_hub.models.Gemma4CausalLMPreprocessor`.
         num_questions: Integer, how many questions in all.
         sizes: Sequence of integers: how many images a haystack holds. Sizes are
             shared out evenly over the batches.
@@ -64,14 +67,14 @@ class Haystacks(keras.utils.PyDataset):
             before the first epoch of a `fit`. `keras_laid.ResumableTraining`
             restores it.
 
-    Each batch is a tuple `(x, y, sample_weight)` as PaliGemma's preprocessor
-    makes it: `x` has `"images"` of shape `(batch, size, height, width, 3)`,
-    `"token_ids"`, `"padding_mask"` and `"response_mask"` of shape
-    `(batch, length)`, and `"needle"` of shape `(batch,)`, the needle's place
-    from 0, which `keras_laid.find_retrieval_heads` reads; `y` holds the next
-    tokens and `sample_weight` marks those of the answer. `length` is
-    `preprocessor.sequence_length`, or that of the longest question with its
-    answer where this is longer: no question is cut.
+    Each batch is a tuple `(x, y, sample_weight)` as the preprocessor makes it.
+    For PaliGemma, `x` has `"images"` of shape `(batch, size, height, width,
+    3)`, and `"token_ids"`, `"padding_mask"` and `"response_mask"` of shape
+    `(batch, length)`; `length` is `preprocessor.sequence_length`, or that of
+    the longest question with its answer where this is longer: no question is
+    cut. For every family it also has `"needle"` of shape `(batch,)`, the
+    needle's place from 0, which `keras_laid.find_retrieval_heads` reads. `y`
+    holds the next tokens and `sample_weight` marks those of the answer.
 
     Raises:
         ValueError: If a number or a size is not positive, if the source has
@@ -85,7 +88,7 @@ class Haystacks(keras.utils.PyDataset):
     def __init__(
         self,
         source: PairSource,
-        preprocessor: PaliGemmaCausalLMPreprocessor,
+        preprocessor: keras.layers.Layer,
         num_questions: int,
         sizes: Sequence[int],
         batch_size: int = 32,
@@ -99,11 +102,11 @@ class Haystacks(keras.utils.PyDataset):
         sizes = check_integers("sizes", sizes)
         check_integer("seed", seed, at_least=0)
         check_pair_source(source)
-        if not hasattr(preprocessor, "image_converter"):
+        if not getattr(preprocessor, "image_converter", None):
             raise TypeError(
-                "`preprocessor` must be a "
-                "`keras_hub.models.PaliGemmaCausalLMPreprocessor`. "
-                f"Received: {preprocessor!r:.80}. Pass `model.preprocessor`."
+                "`preprocessor` must be one of KerasHub with an image "
+                f"converter. Received: {preprocessor!r:.80}. Pass "
+                "`model.preprocessor`."
             )
         if stretching is not None and not hasattr(stretching, "positions"):
             raise TypeError(
@@ -118,24 +121,19 @@ class Haystacks(keras.utils.PyDataset):
         self.stretching = stretching
         self.seed = seed
         self.epoch = 0
-        converter = preprocessor.image_converter
-        self._scale = 1.0 if converter.scale is None else converter.scale
-        self._offset = 0.0 if converter.offset is None else converter.offset
-        if not (
-            np.isfinite(self._scale).all() and np.isfinite(self._offset).all()
-        ):
-            raise ValueError(
-                "`scale` and `offset` of the preprocessor's image converter "
-                f"must be finite. Received: scale={converter.scale}, "
-                f"offset={converter.offset}"
-            )
-        expected = (source.image_size, source.image_size)
-        if converter.image_size not in (None, expected):
+        # PaliGemma's text is apart from its images, and tokenized once.
+        self.form = None
+        if isinstance(preprocessor, PaliGemmaCausalLMPreprocessor):
+            size = preprocessor.image_converter.image_size
+            self._check_scale(preprocessor.image_converter)
+        else:
+            self.form = prompt_form(preprocessor)
+            size = self.form.image_size
+        if size not in (None, (source.image_size, source.image_size)):
             raise ValueError(
                 "The images must have the size that the preprocessor makes. "
-                f"Received: source.image_size={source.image_size}, "
-                f"image_converter.image_size={converter.image_size}. "
-                "Pass `image_size` to the source."
+                f"Received: source.image_size={source.image_size}, where the "
+                f"preprocessor makes {size}. Pass `image_size` to the source."
             )
 
         rng = np.random.default_rng(seed)
@@ -155,7 +153,19 @@ class Haystacks(keras.utils.PyDataset):
         if len(differ):
             one, other = 1, differ[0]
             self.batch_images[[one, other]] = self.batch_images[[other, one]]
-        self._tokenize()
+        self._write_texts()
+
+    def _check_scale(self, converter: keras.layers.Layer) -> None:
+        self._scale = 1.0 if converter.scale is None else converter.scale
+        self._offset = 0.0 if converter.offset is None else converter.offset
+        if not (
+            np.isfinite(self._scale).all() and np.isfinite(self._offset).all()
+        ):
+            raise ValueError(
+                "`scale` and `offset` of the preprocessor's image converter "
+                f"must be finite. Received: scale={converter.scale}, "
+                f"offset={converter.offset}"
+            )
 
     def text(self, anchor: str, target: str, beside: str) -> tuple[str, str]:
         """The prompt and the response for a needle that shows two things.
@@ -170,22 +180,40 @@ class Haystacks(keras.utils.PyDataset):
         """
         return question(anchor, target), "yes" if target == beside else "no"
 
-    def _tokenize(self) -> None:
-        """Tokenizes each different question once."""
+    def _write_texts(self) -> None:
+        """Writes each different question once; tokenizes it if it is apart."""
         keys = np.stack([self.anchors, self.targets, self.beside], axis=1)
         unique, self._rows = np.unique(keys, axis=0, return_inverse=True)
         names = self.source.names
-        size = self.source.image_size
-        prompts, responses = zip(
+        self._prompts, self._responses = zip(
             *(self.text(*(names[i] for i in key)) for key in unique),
             strict=True,
         )
-        needed = training_length(self.preprocessor, prompts, responses)
+        if self.form is None:
+            self._tokenize()
+            return
+        texts = [
+            prompt + response
+            for prompt, response in zip(
+                self._prompts, self._responses, strict=True
+            )
+        ]
+        self._lengths = {
+            size: self.form.length(texts, size) for size in {*self.sizes}
+        }
+
+    def _tokenize(self) -> None:
+        """Tokenizes PaliGemma's questions."""
+        count = len(self._prompts)
+        size = self.source.image_size
+        needed = training_length(
+            self.preprocessor, self._prompts, self._responses
+        )
         x, y, sample_weight = self.preprocessor(
             {
-                "images": np.zeros((len(unique), size, size, 3), "uint8"),
-                "prompts": list(prompts),
-                "responses": list(responses),
+                "images": np.zeros((count, size, size, 3), "uint8"),
+                "prompts": list(self._prompts),
+                "responses": list(self._responses),
             },
             sequence_length=max(self.preprocessor.sequence_length, needed),
         )
@@ -201,9 +229,7 @@ class Haystacks(keras.utils.PyDataset):
     def __len__(self) -> int:
         return -(-self.num_questions // self.batch_size)
 
-    def __getitem__(
-        self, index: int
-    ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    def __getitem__(self, index: int) -> Batch:
         rng = np.random.default_rng((self.seed, index))
         start = index * self.batch_size
         which = np.arange(
@@ -213,17 +239,38 @@ class Haystacks(keras.utils.PyDataset):
         needles = rng.integers(size, size=len(which))
         images = self._images(which, size, needles, rng)
         rows = self._rows[which]
-        x = {name: values[rows] for name, values in self._text.items()}
-        x["images"] = images
+        x, y, sample_weight = self._batch_of(rows, images)
         x["needle"] = needles.astype("int32")
         if self.stretching is not None:
-            x["positions"] = self.stretching.positions(
-                batch=len(which),
-                images=size,
-                text_length=x["token_ids"].shape[1],
-                rng=np.random.default_rng((self.seed, index, self.epoch)),
+            rng = np.random.default_rng((self.seed, index, self.epoch))
+            x["positions"] = self._positions(self.stretching, x, size, rng)
+        return x, y, sample_weight
+
+    def _batch_of(self, rows: np.ndarray, images: np.ndarray) -> Batch:
+        """Questions of the numbers `rows`, with their images."""
+        if self.form is not None:
+            return self.form.encode_whole(
+                images,
+                [self._prompts[row] for row in rows],
+                [self._responses[row] for row in rows],
+                self._lengths[images.shape[1]],
             )
+        x = {name: values[rows] for name, values in self._text.items()}
+        scaled = images * self._scale + self._offset
+        x["images"] = scaled.astype("float32")
         return x, self._next[rows], self._weight[rows]
+
+    def _positions(
+        self,
+        stretching: "PositionStretching",
+        x: dict[str, np.ndarray],
+        size: int,
+        rng: np.random.Generator,
+    ) -> np.ndarray:
+        if self.form is not None:
+            return self.form.stretched(stretching, x, size, rng)
+        batch, text_length = x["token_ids"].shape
+        return stretching.positions(batch, size, text_length, rng)
 
     def _images(
         self,
@@ -232,7 +279,7 @@ class Haystacks(keras.utils.PyDataset):
         needles: np.ndarray,
         rng: np.random.Generator,
     ) -> np.ndarray:
-        """Images of shape `(batch, size, height, width, 3)`, scaled."""
+        """`uint8` images of shape `(batch, size, height, width, 3)`."""
         pairs = draw_pairs(
             self._palettes[which],
             self.anchors[which],
@@ -242,8 +289,7 @@ class Haystacks(keras.utils.PyDataset):
             rng,
         )
         images = rendered(self.source, pairs.reshape(-1, 2), rng)
-        images = images.reshape(len(which), size, *images.shape[1:])
-        return (images * self._scale + self._offset).astype("float32")
+        return images.reshape(len(which), size, *images.shape[1:])
 
     def on_epoch_end(self) -> None:
         self.epoch += 1

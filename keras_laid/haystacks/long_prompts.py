@@ -18,8 +18,6 @@ from keras_laid.haystacks.examples import open_image
 if TYPE_CHECKING:
     from keras_laid.distillation.position_stretching import PositionStretching
 
-LENGTH_STEP = 16  # Lengths are multiples, so that few shapes are compiled.
-
 
 class LongPrompts(keras.utils.PyDataset):
     """One example's images among those of other examples, in each prompt.
@@ -169,15 +167,12 @@ class LongPrompts(keras.utils.PyDataset):
             example.prompt + (example.response or "")
             for example in self.examples
         ]
-        length = max(self.form.count_tokens(texts))
-        if self.form.takes_images:
-            length += size * self.form.image_length
-        else:
+        tokens_of_documents = 0
+        if not self.form.takes_images:
             documents = [str(d) for each in self.examples for d in each.images]
             counts = sorted(self.form.count_tokens(documents))
-            length += sum(counts[-size:])
-        # Tokens may be others where texts meet, and some mark start and end.
-        return -(-(length + size + 2) // LENGTH_STEP) * LENGTH_STEP
+            tokens_of_documents = sum(counts[-size:])
+        return self.form.length(texts, size, tokens_of_documents)
 
     def __len__(self) -> int:
         return -(-self.num_prompts // self.batch_size)
@@ -190,7 +185,7 @@ class LongPrompts(keras.utils.PyDataset):
         x, y, sample_weight = self.batch_of(rows, size, rng)
         if self.stretching is not None:
             rng = np.random.default_rng((self.seed, index, self.epoch))
-            x["positions"] = self.positions(self.stretching, x, size, rng)
+            x["positions"] = self.form.stretched(self.stretching, x, size, rng)
         return x, y, sample_weight
 
     def batch_of(
@@ -202,17 +197,12 @@ class LongPrompts(keras.utils.PyDataset):
         images: Any = [images for images, _ in drawn]
         if self.form.takes_images:
             images = np.stack([list(map(self.load, each)) for each in images])
-        length = self.lengths[size]
-        while True:
-            x, y, sample_weight = self.form.encode(
-                images,
-                [example.prompt for example in examples],
-                [example.response for example in examples],
-                length,
-            )
-            if not x["padding_mask"][:, -1].any():
-                break
-            length += LENGTH_STEP  # A full row may have been cut.
+        x, y, sample_weight = self.form.encode_whole(
+            images,
+            [example.prompt for example in examples],
+            [example.response for example in examples],
+            self.lengths[size],
+        )
         self.check_length(x["padding_mask"], rows)
         x["needle"] = np.array([place for _, place in drawn], "int32")
         return x, y, sample_weight
@@ -253,20 +243,6 @@ class LongPrompts(keras.utils.PyDataset):
         from PIL import Image
 
         return np.asarray(Image.fromarray(image).resize((width, height)))
-
-    def positions(
-        self,
-        stretching: "PositionStretching",
-        x: dict[str, np.ndarray],
-        size: int,
-        rng: np.random.Generator,
-    ) -> np.ndarray:
-        if "vision_mask" in x:  # Images stand among the text.
-            return stretching.positions_in_text(
-                x["vision_mask"], rng, self.form.margin
-            )
-        batch, text_length = x["token_ids"].shape
-        return stretching.positions(batch, size, text_length, rng)
 
     def on_epoch_end(self) -> None:
         self.epoch += 1

@@ -517,7 +517,7 @@ BATCHES = [
     wrong(
         "a preprocessor of words",
         dict(preprocessor="pali_gemma"),
-        "`preprocessor` must be a .*PaliGemmaCausalLMPreprocessor",
+        "`preprocessor` must be one of KerasHub with an image converter",
         TypeError,
     ),
     wrong(

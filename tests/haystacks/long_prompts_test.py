@@ -462,3 +462,57 @@ def test_examples_of_several_kinds():
         (1, "Is it red?", None),
         (2, "Is it red?", "no"),
     ]
+
+
+AMONG_TEXT = pytest.mark.parametrize(
+    "family", WITH_IMAGES[1:], ids=small_models.name_of
+)
+
+
+def make_haystacks(family, **kwargs):
+    return keras_laid.Haystacks(
+        keras_laid.Digits("train", 16),
+        PREPROCESSORS[family](),
+        num_questions=12,
+        sizes=(2, 3),
+        batch_size=4,
+        **kwargs,
+    )
+
+
+@AMONG_TEXT
+def test_haystacks_for_other_families_than_pali_gemma(family):
+    haystacks = make_haystacks(family)
+    for_pali_gemma = make_haystacks(small_models.pali_gemma)
+    seen = set()
+    for index in range(3):
+        x, y, sample_weight = haystacks[index]
+        same, _, _ = for_pali_gemma[index]
+        size = haystacks.batch_images[index]
+        seen.add(size)
+        # The same questions about the same images.
+        np.testing.assert_array_equal(x["needle"], same["needle"])
+        images = np.round((same["images"] + 1.0) * 127.5).astype("uint8")
+        prompts = [haystacks._prompts[row] for row in haystacks._rows]
+        responses = [haystacks._responses[row] for row in haystacks._rows]
+        rows = slice(4 * index, 4 * index + 4)
+        expected = haystacks.form.encode(
+            images, prompts[rows], responses[rows], y.shape[1]
+        )
+        for name, value in expected[0].items():
+            np.testing.assert_allclose(x[name], value, atol=1e-6, err_msg=name)
+        np.testing.assert_array_equal(y, expected[1])
+        np.testing.assert_array_equal(sample_weight, expected[2])
+        assert (sample_weight.sum(axis=1) >= 1).all()
+        # Nothing is cut.
+        assert not x["padding_mask"][:, -1].any()
+    assert seen == {2, 3}
+
+
+@AMONG_TEXT
+def test_their_positions_are_stretched(family):
+    length = {small_models.gemma_3: 8, small_models.gemma_4: 6}[family]
+    haystacks = make_haystacks(family, stretching=PositionStretching(9, length))
+    first = haystacks[0][0]["positions"]
+    haystacks.on_epoch_end()
+    assert (haystacks[0][0]["positions"] != first).any()
