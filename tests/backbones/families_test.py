@@ -206,8 +206,10 @@ def test_layers_are_those_the_backbone_was_made_with(make):
     backbone, layers = make()
     found = attention_layers(backbone)
     for one, other in zip(found, layers, strict=True):
-        assert one.scale == pytest.approx(other.scale)
-        assert one == dataclasses.replace(other, scale=one.scale)
+        if isinstance(one, AttentionLayer):
+            assert one.scale == pytest.approx(other.scale)
+            other = dataclasses.replace(other, scale=one.scale)
+        assert one == other
 
 
 def test_pali_gemma_and_its_task():
