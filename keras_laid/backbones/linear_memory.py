@@ -139,8 +139,8 @@ def check_linear_memory(model: keras.Model) -> None:
         hasattr(block, family.mask_method) for block in blocks
     ):
         raise ValueError(
-            "`linear_memory_attention` knows the masks of the families in "
-            "KerasHub except Gemma 4 and Qwen with a sliding window. "
+            "`linear_memory_attention` needs a family whose masks it knows: "
+            "not Gemma 4, and Qwen only without a sliding window. "
             f"Received: {name}"
         )
     if getattr(backbone, "dropout", 0.0):
