@@ -35,6 +35,10 @@ MOVED = {
         "ops/attention_divergence/triton_kernels",
         "ops/fused_attention/triton",
     ],
+    "ops/attention_output/triton": [
+        "ops/attention_output/triton",
+        "ops/fused_attention/triton",
+    ],
     "ops/attention_divergence/pallas": [
         "ops/attention_divergence/pallas",
         "ops/fused_attention/pallas",
@@ -115,10 +119,6 @@ REASONS = {
         "ops/attention_divergence/triton",
         "difference = tl.where(allowed, difference, -1.0)",
     ): "it is multiplied by an attention of 0",
-    (
-        "ops/attention_divergence/triton",
-        "teacher_head = tl.arange(0, of_mixture.shape[ -1])",
-    ): "there is one axis",
     (
         "ops/attention_divergence/pallas",
         "if form.exponent != 0.0:",
