@@ -87,7 +87,7 @@ def plot_accuracy(
     if any(accuracy):
         axes.legend(
             frameon=False,
-            loc="center left",
+            loc="best",
             title="bars: effective window" if windows else None,
             title_fontsize=9,
             alignment="left",
