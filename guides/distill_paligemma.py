@@ -75,8 +75,8 @@ args = parser.parse_args()
 sizes = (1, 2, 5, 10, 20, 50, 100, 150)
 test_questions = 256
 if args.quick:
-    args.images, args.window, args.questions, args.epochs = 4, 10, 256, 2
-    sizes, test_questions = (1, 4, 10), 64
+    args.images, args.window, args.questions, args.epochs = 2, 10, 256, 2
+    sizes, test_questions = (1, 4), 64
 
 output = pathlib.Path(args.output)
 output.mkdir(parents=True, exist_ok=True)

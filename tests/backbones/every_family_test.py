@@ -269,7 +269,10 @@ def test_one_step_reaches_every_weight(family):
 @pytest.mark.parametrize(
     "teacher, student",
     [
-        (small_models.llama, small_models.qwen_3),
+        pytest.param(
+            *(small_models.llama, small_models.qwen_3),
+            marks=pytest.mark.extra_large_but_on("tensorflow", "torch"),
+        ),
         pytest.param(
             *(small_models.qwen, small_models.phi_3),
             marks=pytest.mark.extra_large_but_on("torch"),
@@ -313,6 +316,7 @@ def test_a_teacher_of_another_family(teacher, student):
         )
 
 
+@pytest.mark.extra_large_but_on("tensorflow", "torch")
 def test_multi_dimensional_positions():
     model = make_model(small_models.qwen_3_5)
     inputs = make_inputs(model)

@@ -101,7 +101,7 @@ class RetrievalMatching(Term):
         teacher=teacher,
         student=student,
         terms=[
-            keras_laid.distillation.RetrievalMatching(teacher_heads=[(1, 2)]),
+            keras_laid.distillation.RetrievalMatching(teacher_heads=[(1, 0)]),
             keras_laid.distillation.NextTokens(),
         ],
     )
