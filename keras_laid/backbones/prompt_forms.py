@@ -56,20 +56,16 @@ class PromptForm:
         """The number of tokens of each text, by itself."""
         return [len(ids) for ids in self.preprocessor.tokenizer(list(texts))]
 
-    def length(self, texts: Sequence[str], images: int, others: int = 0) -> int:
-        """Tokens that any of some texts needs, with images or other tokens.
+    def length(self, longest: int, images: int) -> int:
+        """Tokens that a prompt has room for: a multiple of `LENGTH_STEP`.
 
         Args:
-            texts: Sequence of strings, prompts with their responses.
+            longest: Integer, the most tokens of text, with the response and, in
+                a decoder of text, the documents.
             images: Integer, images or documents in each prompt.
-            others: Integer, tokens of the documents. Defaults to `0`.
-
-        Returns:
-            Integer, a multiple of `LENGTH_STEP`.
         """
-        length = max(self.count_tokens(texts)) + images * self.image_length
         # Tokens may be others where texts meet, and some mark start and end.
-        length += others + images + 2
+        length = longest + images * (self.image_length + 1) + 2
         return -(-length // LENGTH_STEP) * LENGTH_STEP
 
     def encode_whole(
@@ -115,6 +111,12 @@ class PromptForm:
         sample_weight = as_array(sample_weight).astype("float32")
         # Without a response the end of the text is the only marked token.
         silent = [text is None for text in responses]
+        if any(silent) and not self.preprocessor.add_end_token:
+            raise ValueError(
+                "The preprocessor must add an end token for prompts without a "
+                "response, of which it marks the end. Received: "
+                "add_end_token=False. Set it, or give each example a response."
+            )
         y[silent] = np.where(sample_weight[silent] > 0, NO_LABEL, y[silent])
         return x, y, sample_weight
 

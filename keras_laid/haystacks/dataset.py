@@ -19,6 +19,7 @@ from keras_laid.haystacks.sampling import check_pair_source
 from keras_laid.haystacks.sampling import draw_pairs
 from keras_laid.haystacks.sampling import draw_questions
 from keras_laid.haystacks.sampling import rendered
+from keras_laid.haystacks.sampling import sizes_of_batches
 
 if TYPE_CHECKING:
     from keras_laid.distillation.position_stretching import PositionStretching
@@ -143,16 +144,7 @@ class Haystacks(keras.utils.PyDataset):
         )
         says_yes = rng.permutation(num_questions) % 2 == 0
         self.beside = np.where(says_yes, self.targets, others[:, 0])
-        count = len(self)
-        self.batch_images = rng.permutation(
-            np.resize(np.asarray(self.sizes), count)
-        )
-        # TensorFlow takes its input shapes from the first two batches: these
-        # must differ where sizes do.
-        differ = np.nonzero(self.batch_images != self.batch_images[0])[0]
-        if len(differ):
-            one, other = 1, differ[0]
-            self.batch_images[[one, other]] = self.batch_images[[other, one]]
+        self.batch_images = sizes_of_batches(self.sizes, len(self), rng)
         self._write_texts()
 
     def _check_scale(self, converter: keras.layers.Layer) -> None:
@@ -198,8 +190,9 @@ class Haystacks(keras.utils.PyDataset):
                 self._prompts, self._responses, strict=True
             )
         ]
+        longest = max(self.form.count_tokens(texts))
         self._lengths = {
-            size: self.form.length(texts, size) for size in {*self.sizes}
+            size: self.form.length(longest, size) for size in self.sizes
         }
 
     def _tokenize(self) -> None:

@@ -14,6 +14,7 @@ from keras_laid.backbones.prompt_forms import Batch
 from keras_laid.backbones.prompt_forms import prompt_form
 from keras_laid.haystacks.examples import as_examples
 from keras_laid.haystacks.examples import open_image
+from keras_laid.haystacks.sampling import sizes_of_batches
 
 if TYPE_CHECKING:
     from keras_laid.distillation.position_stretching import PositionStretching
@@ -123,15 +124,8 @@ class LongPrompts(keras.utils.PyDataset):
         rounds = -(-num_prompts // len(self.examples))
         order = [rng.permutation(len(self.examples)) for _ in range(rounds)]
         self.order = np.concatenate(order)[:num_prompts]
-        count = len(self)
-        self.batch_images = rng.permutation(np.resize(self.sizes, count))
-        # TensorFlow takes its input shapes from the first two batches: these
-        # must differ where sizes do.
-        differ = np.nonzero(self.batch_images != self.batch_images[0])[0]
-        if len(differ):
-            one, other = 1, differ[0]
-            self.batch_images[[one, other]] = self.batch_images[[other, one]]
-        self.lengths = {size: self.length_of(size) for size in self.sizes}
+        self.batch_images = sizes_of_batches(self.sizes, len(self), rng)
+        self.lengths = self.find_lengths()
 
     def check_stretching(self, stretching: Any) -> None:
         if not hasattr(stretching, "positions_in_text"):
@@ -161,18 +155,21 @@ class LongPrompts(keras.utils.PyDataset):
                 f"Received: sizes={self.sizes}, and {sum(counts)} images"
             )
 
-    def length_of(self, size: int) -> int:
-        """Tokens that prompts of a size have room for, whatever is drawn."""
+    def find_lengths(self) -> dict[int, int]:
+        """Tokens that prompts of each size have room for, however drawn."""
         texts = [
             example.prompt + (example.response or "")
             for example in self.examples
         ]
-        tokens_of_documents = 0
+        longest = max(self.form.count_tokens(texts))
+        counts = []
         if not self.form.takes_images:
             documents = [str(d) for each in self.examples for d in each.images]
             counts = sorted(self.form.count_tokens(documents))
-            tokens_of_documents = sum(counts[-size:])
-        return self.form.length(texts, size, tokens_of_documents)
+        return {
+            size: self.form.length(longest + sum(counts[-size:]), size)
+            for size in self.sizes
+        }
 
     def __len__(self) -> int:
         return -(-self.num_prompts // self.batch_size)

@@ -122,6 +122,22 @@ def _decoded(text: str | bytes) -> str:
     return text.decode() if isinstance(text, bytes) else str(text)
 
 
+def sizes_of_batches(
+    sizes: Sequence[int], batches: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Sizes shared out evenly over batches, in a random order.
+
+    TensorFlow takes its input shapes from the first two batches: these differ
+    where sizes do.
+    """
+    drawn = rng.permutation(np.resize(np.asarray(sizes), batches))
+    differ = np.nonzero(drawn != drawn[0])[0]
+    if len(differ):
+        one, other = 1, differ[0]
+        drawn[[one, other]] = drawn[[other, one]]
+    return drawn
+
+
 def draw_questions(
     kinds: int, count: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

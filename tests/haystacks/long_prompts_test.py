@@ -244,6 +244,14 @@ def test_without_responses_the_token_after_the_prompt_is_marked(family):
 
 
 @EACH
+def test_without_responses_prompts_need_an_end(family):
+    prompts = make_prompts(family, responses=False)
+    prompts.form.preprocessor.add_end_token = False
+    with pytest.raises(ValueError, match="must add an end token"):
+        prompts[0]
+
+
+@EACH
 def test_a_batch_depends_on_seed_and_number(family):
     one, again = make_prompts(family), make_prompts(family)
     assert_same_batch(one[1], again[1])
