@@ -13,15 +13,16 @@ BACKENDS ?= jax tensorflow torch
 ALONE ?= jax tensorflow torch jax,benchmarks jax,docs jax,guides jax,haystacks \
 	jax,offline jax,package jax,test
 QUIET := TF_CPP_MIN_LOG_LEVEL=3
-# Tests of one file share what is compiled, and stay in one process. Files with few
-# tests, which pytest-xdist would leave to the end, may take the longest.
+# Tests of one file share compiled functions, so they stay in one process. Files keep
+# their order: pytest-xdist would leave files with few tests to the end, but some of
+# these take the longest.
 PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 ARGS ?=
 
-# Where `make reproduce-all` puts its rows, apart from those committed.
+# Where `make reproduce-all` puts its rows, apart from the committed ones.
 REPRODUCED ?= runs/reproduced
 
-# What failed half-way is no target.
+# Targets whose recipe fails are deleted, so that they are made again.
 .DELETE_ON_ERROR:
 .PHONY: guide test coverage test-all test-lowest test-newest test-wheel format check \
 	docs package extras real-models reproduce reproduce-all reproduce-gpu test-gpu \
@@ -44,12 +45,12 @@ test: $(TEST_ENV)/ready
 			|| exit 1; \
 	done
 
-# Which lines the suite runs on JAX. Counting them takes a fifth longer.
+# Which lines the suite runs on JAX. With this count, it takes a fifth longer.
 coverage: $(TEST_ENV)/ready
 	$(QUIET) KERAS_BACKEND=jax $(TEST_ENV)/bin/python $(PYTEST) \
 		--cov=keras_laid --cov-report=term-missing:skip-covered --cov-fail-under=90
 
-# The suite, then what takes long and more random cases.
+# The suite, then the tests that take long, and more random cases.
 test-all: test
 	for backend in $(BACKENDS); do \
 		$(QUIET) HYPOTHESIS_PROFILE=thorough \
@@ -57,20 +58,20 @@ test-all: test
 			-m "extra_large or hypothesis" || exit 1; \
 	done
 
-# With the lowest, and the newest, versions that pyproject.toml allows.
+# The suite with the lowest, or the newest, versions that pyproject.toml allows.
 test-lowest test-newest: test-%: .venv-%/ready
 	for backend in $(BACKENDS); do \
 		$(QUIET) KERAS_BACKEND=$$backend .venv-$*/bin/python \
 			$(PYTEST) || exit 1; \
 	done
 
-# Tables and figures of all texts, from the rows there are.
+# Tables and figures of all texts, from the existing rows.
 reproduce: $(TEST_ENV)/ready
 	$(QUIET) KERAS_BACKEND=jax $(TEST_ENV)/bin/python -m benchmarks.report
 
-# The rows that a CPU can make, in days; tables are then drawn from them by
-# `RESULTS=$(REPRODUCED) python -m benchmarks.report`. Benchmarks that are done are
-# not run again; the training runs resume where they stopped.
+# All rows that a CPU can make; this takes days. To make tables from them, run
+# `RESULTS=$(REPRODUCED) python -m benchmarks.report`. Finished benchmarks are not run
+# again; training runs that already have a row are skipped.
 BENCHMARKS := memory_plan preset_scores retrieval_heads logits_divergence \
 	attention_divergence input_pipeline training_step
 BACKENDS_input_pipeline := jax tensorflow torch
@@ -146,7 +147,7 @@ package: $(PACKAGE_ENV)/ready
 	$(PACKAGE_ENV)/bin/pip install --quiet --force-reinstall --no-deps dist/*.whl
 	$(QUIET) KERAS_BACKEND=jax $(PACKAGE_ENV)/bin/python -I tests/smoke.py
 
-# The suite where only the wheel can be imported, but for tests of the texts.
+# The suite where only the wheel can be imported, except for tests of the texts.
 test-wheel: package
 	$(PYTHON) -m venv --clear $(WHEEL_ENV)
 	$(WHEEL_ENV)/bin/pip install --quiet -c constraints.txt "$$(ls dist/*.whl)[$(EXTRAS)]"
@@ -157,8 +158,8 @@ test-wheel: package
 			--ignore=tests/benchmarks || exit 1; \
 	done
 
-# Each extra alone in an environment of its own, beside a backend, without which
-# Keras cannot be imported.
+# Each extra in a separate environment, with a backend, since Keras cannot be imported
+# without one.
 extras: package
 	for extra in $(ALONE); do \
 		$(PYTHON) -m venv --clear $(EXTRA_ENV) && \

@@ -2,13 +2,15 @@
 
     KERAS_BACKEND=jax python -m benchmarks.attention_divergence
 
-Appends rows to `benchmarks/results/attention_divergence.csv`: value and
-gradients of student queries and keys, for every implementation that runs here,
-beside the platform's own attention, forward and backward, at the same shape.
-Ours, `keras_laid.ops.attention_output`, is measured likewise where it is named,
-as `attention_output/triton`. On a CPU each measurement has a process of its
-own, so that its peak memory is its own. Then draws all rows, a picture for each
-backend and device.
+Appends rows to `benchmarks/results/attention_divergence.csv`. They measure the
+value and the gradients with respect to the student's queries and keys, for
+every implementation that runs here. For comparison, the platform's own
+attention is measured at the same shape, forward and backward. An implementation
+of `keras_laid.ops.attention_output` is measured only if `--implementations`
+names it, as in `attention_output/triton`. On a CPU each measurement runs in a
+separate process, so that the peak memory of the process is that of the
+measurement. At the end all rows are drawn, in one picture for each backend and
+device.
 """
 
 import argparse
@@ -31,14 +33,14 @@ from keras_laid.ops.attention_divergence import IMPLEMENTATIONS
 
 PATH = rows.RESULTS / "attention_divergence.csv"
 BACKEND = keras.backend.backend()
-ATTENTION = "dot_product_attention"  # keras.ops': the platform's own.
-OUTPUT = "attention_output/"  # Before the name of an implementation.
+ATTENTION = "dot_product_attention"  # Of `keras.ops`: the platform's own.
+OUTPUT = "attention_output/"  # Prefix of an implementation's name.
 REPLAYED = {"triton", f"{OUTPUT}triton", ATTENTION}
 
 
 def make_loss(implementation, length):
-    """What is differentiated: a mean, so that gradients have one scale."""
-    # Whoever trains makes these once for all layers.
+    """The function to differentiate: a mean, for gradients of one scale."""
+    # Made outside of the loss: training makes these once for all layers.
     index = ops.arange(length)
     mask = AttentionMask.from_lengths(length, [length])
     distance = Distance(index[None], index[None], 4.0)
@@ -94,7 +96,7 @@ def measure(implementation, length, args):
 
 
 def measure_apart(implementation, length, args):
-    """The same in a process of its own, for the peak memory of a process."""
+    """A measurement in a new process, whose peak memory is that of this one."""
     return measuring.in_new_process(
         "benchmarks.attention_divergence",
         [
@@ -151,7 +153,7 @@ def draw():
         plt.close(figure)
 
 
-TIMES = ("ms", "device_ms")  # Called from Python, and of the GPU alone.
+TIMES = ("ms", "device_ms")  # Called from Python, and only of the GPU.
 
 
 def attention_divergence_cpu():
@@ -190,7 +192,7 @@ def attention_divergence_cpu():
 
 
 def gpu_rows(implementation, backend="torch"):
-    """Rows of a GPU, each after what a table's line starts with."""
+    """Yields the first cells of a table's line, and its row of a GPU."""
     for heads, head_dim in ((16, 128), (8, 256)):
         found = rows.read(
             "attention_divergence",
@@ -207,7 +209,7 @@ def gpu_rows(implementation, backend="torch"):
 
 
 def beside(row, implementation):
-    """Torch's row of the same shape."""
+    """The row of PyTorch for the same shape."""
     names = ("length", "heads", "head_dim", "dtype")
     return rows.only(
         "attention_divergence",
@@ -243,7 +245,7 @@ def attention_divergence_pallas():
 
 
 def attention_output_gpu():
-    """The kernels of what attention puts out, against flash attention."""
+    """The kernels of `attention_output` against flash attention."""
     pallas = {
         (row["heads"], row["length"]): milliseconds(row, "ms")
         for _, row in gpu_rows("attention_output/pallas", "jax")
@@ -259,7 +261,7 @@ def attention_output_gpu():
 
 
 def milliseconds(row, column):
-    """Three digits or more."""
+    """Formats milliseconds with three digits or more."""
     value = float(row[column])
     return f"{value:.{3 if value < 1 else 2 if value < 10 else 1}f} ms"
 
@@ -289,14 +291,14 @@ def main():
         "--definition-up-to",
         type=int,
         default=4096,
-        help="beyond, its maps do not fit",
+        help="longer maps do not fit in memory",
     )
-    parser.add_argument("--one", help="measure this one here, and print it")
+    parser.add_argument("--one", help="measure only this, print it")
     parser.add_argument(
-        "--missing", action="store_true", help="no row of this commit again"
+        "--missing", action="store_true", help="skip rows of this commit"
     )
     parser.add_argument(
-        "--draw", action="store_true", help="only draw the rows there are"
+        "--draw", action="store_true", help="only draw the existing rows"
     )
     args = parser.parse_args()
     if args.draw:

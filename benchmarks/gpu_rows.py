@@ -1,9 +1,9 @@
-"""Makes the rows that need a GPU, what matters most first.
+"""Makes the rows that need a GPU, the most important ones first.
 
     python -m benchmarks.gpu_rows
 
-Each row is a command of its own; one that fails does not keep the others from
-running, and rows that this commit has are not measured again.
+Each entry of `ROWS` is a separate command. If one fails, the others still run.
+Rows that this commit already has are not measured again.
 """
 
 import os
@@ -22,7 +22,7 @@ DEFINITION = "--implementations definition --definition-up-to 8192"
 BOTH = "--methods keras_laid without_attention --tokens 8192"
 OURS = "--methods keras_laid --tokens 32768"
 
-# Backend, benchmark with what all of its rows share, and further options.
+# Backend, benchmark with its shared options, and further options.
 ROWS = (
     (
         "torch",
@@ -97,7 +97,7 @@ ROWS = (
 
 
 def command_of(benchmark, shared, *options):
-    """A row's command, without its backend."""
+    """The command of an entry of `ROWS`, without its backend."""
     words = " ".join(["--missing", shared, *options]).split()
     return [sys.executable, "-m", f"benchmarks.{benchmark}", *words]
 

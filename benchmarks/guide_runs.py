@@ -1,12 +1,12 @@
-"""Runs the guide on several seeds, and what it is compared with.
+"""Runs the guide, and what it is compared with, on several seeds.
 
     KERAS_BACKEND=jax python -m benchmarks.guide_runs
 
 Appends one row a run to `benchmarks/results/guide_runs.csv`: arguments,
 accuracy by haystack size before and after, effective windows, commit, machine
-and versions. Runs that have a row already are passed over, so that the script
-can be stopped and started again. `compare_methods.csv` holds rows of an earlier
-guide, which matched the last layer.
+and versions. Runs that already have a row are skipped, so that the script can
+be stopped and started again. `compare_methods.csv` holds rows of an earlier
+version of the guide, which matched the last layer.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from benchmarks.window_extension.tables import SIZES
 
 PATH = rows.RESULTS / "guide_runs.csv"
 GUIDE = pathlib.Path(__file__).parent.parent / "guides" / "distill_paligemma.py"
-# `--compare` adds logits alone; labels alone have a run of their own.
+# `--compare` also trains on logits alone; labels alone are a separate run.
 METHODS = {
     "guide": ["--compare"],
     "labels": [

@@ -2,10 +2,11 @@
 
     KERAS_BACKEND=jax python -m benchmarks.input_pipeline
 
-Writes the backend's rows in `benchmarks/results/input_pipeline.csv`. The
-batches are those of the guide: 32 questions about 2, 10 or 20 images, stretched
-positions, augmented digits; the step is one of the guide's distiller. Feeders
-take turns, an epoch each, and are compared with batches made beforehand.
+Writes the backend's rows in `benchmarks/results/input_pipeline.csv`. Batches
+are like those of the guide: 32 questions about 2, 10 or 20 images, with
+stretched positions and augmented digits. A step is one of the default
+distiller. Feeders take turns, with one epoch each, and are compared with
+batches made beforehand.
 """
 
 import argparse
@@ -25,7 +26,7 @@ PATH = rows.RESULTS / "input_pipeline.csv"
 
 
 class Prepared(keras.utils.PyDataset):
-    """Batches made beforehand: what no feeder can beat."""
+    """Batches made beforehand, which no feeder can beat."""
 
     def __init__(self, haystacks):
         super().__init__()
@@ -87,8 +88,8 @@ def seconds(function):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=30, help="an epoch")
-    parser.add_argument("--epochs", type=int, default=7, help="a feeder")
+    parser.add_argument("--steps", type=int, default=30, help="in an epoch")
+    parser.add_argument("--epochs", type=int, default=7, help="of each feeder")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     keras.utils.set_random_seed(args.seed)
@@ -111,7 +112,7 @@ def main():
                     f, steps_per_epoch=args.steps, verbose=0
                 )
             )
-            if epoch:  # The first compiles.
+            if epoch:  # The first epoch includes compilation.
                 times[name].append(took)
     per_step = {n: float(np.median(t)) / args.steps for n, t in times.items()}
     found = [

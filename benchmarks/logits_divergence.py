@@ -1,11 +1,12 @@
-"""Time and peak memory of the losses of next tokens, over tokens that count.
+"""Time and peak memory of the next-token losses, by share of counted tokens.
 
     KERAS_BACKEND=jax python -m benchmarks.logits_divergence
 
-Appends rows to `benchmarks/results/logits_divergence.csv`: value and gradients
-of the student's hidden states and kernel, for each implementation, with all
-tokens counting and with one in sixteen. Each measurement has a process of its
-own, so that its peak memory is its own.
+Appends rows to `benchmarks/results/logits_divergence.csv`. Each row measures
+the value and the gradients with respect to the student's hidden states and
+kernel, for one implementation, where all tokens count or only one in sixteen.
+Each measurement runs in a separate process, so that the peak memory of the
+process is that of the measurement.
 """
 
 import argparse
@@ -107,7 +108,7 @@ def main():
     )
     parser.add_argument("--labels", type=int, default=0, choices=(0, 1))
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--one", help="measure this one here, and print it")
+    parser.add_argument("--one", help="measure only this, print it")
     args = parser.parse_args()
     if args.one:
         print(json.dumps(measure(args.one, args.counted[0], args)))

@@ -1,11 +1,12 @@
-"""Trains the embedded teacher and student from random weights.
+"""Trains the embedded teacher and students from random weights.
 
     KERAS_BACKEND=jax python -m benchmarks.make_presets
 
-Writes `keras_laid/presets/digits_teacher` and `digits_student`. Each stage
-leaves its weights under `runs/make_presets/`; started again, the script resumes
-from the last one finished, and within a stage from the last epoch. Scores are
-put on their cards by `benchmarks.preset_scores` and `benchmarks.report`.
+Writes `digits_student`, `digits_single_image` and `digits_teacher` in
+`keras_laid/presets`. Each stage saves its weights in `runs/make_presets/`. When
+the script is started again, it resumes after the last finished stage, and
+within a stage after the last epoch. `benchmarks.preset_scores` and
+`benchmarks.report` add the scores to the model cards.
 """
 
 import argparse
@@ -24,18 +25,18 @@ from keras_laid.distillation.position_stretching import PositionStretching
 from keras_laid.haystacks.dataset import Haystacks
 from keras_laid.haystacks.digits import NAMES
 from keras_laid.haystacks.digits import Digits
+from keras_laid.haystacks.drawing import draw_haystacks
 from keras_laid.haystacks.evaluation import evaluate_haystacks
 from keras_laid.haystacks.questions import article
 from keras_laid.haystacks.questions import question
-from keras_laid.haystacks.sampling import draw_haystacks
 
 CAPTION_PROMPT = "What is in the image?"
-EPOCHS = 10  # Of a stage: a stage is saved, and can be resumed, this often.
+EPOCHS = 10  # Of each stage, which can be resumed after each of them.
 
 
-# Answers say one bit about a haystack. Naming what is seen says more, and makes
-# the questions learnable at all: first what an image shows, then what the
-# needle shows besides the anchor.
+# An answer is only one bit about a haystack. Without the first two tasks, which
+# say more, the questions could not be learned: models first name what an image
+# shows, then what the needle shows besides the anchor.
 
 
 class Captions(Haystacks):
@@ -63,9 +64,9 @@ class Stage:
     steps: int
     batch_size: int
     learning_rate: float  # Falls to a tenth along a cosine.
-    window: int | None = None  # Positions are stretched over so many images.
+    window: int | None = None  # Images that positions are stretched over.
     augment: bool = True  # Whether digits are moved and dimmed.
-    average: bool = False  # Whether the weights are a moving average's.
+    average: bool = False  # Whether weights are averaged over steps.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +124,7 @@ CONSTANTS = {
 
 
 def make_preprocessor():
-    """A real sentencepiece vocabulary, trained on the questions' words."""
+    """With a real SentencePiece vocabulary, trained on the questions."""
     sentences = [question(a, b) for a in NAMES for b in NAMES if a != b]
     proto = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -240,7 +241,7 @@ def make(name, recipe, preprocessor, runs, presets, seed):
 
 
 def measure(model, split, sizes, num_questions, seed):
-    """Accuracy by size, from `num_questions` questions of each."""
+    """Accuracy by size, from `num_questions` questions at each size."""
     haystacks = draw_haystacks(
         Digits(split), num_questions * len(sizes), sizes, seed=seed
     )
@@ -277,13 +278,14 @@ random weights, seed {seed}, AdamW with cosine decay to a tenth:
 | --- | --- | --- | --- | --- | --- | --- |
 {stages}
 
-`Captions` names both digits of an image, `Retrieval` the digit beside the one
-asked for, `Haystacks` answers the question. Drawings: 80% of scikit-learn's
-digits (UCI "Optical Recognition of Handwritten Digits", E. Alpaydin and C.
-Kaynak, CC BY 4.0).
+`Captions` names both digits of an image, `Retrieval` names the digit beside the
+one in the prompt, and `Haystacks` answers the question. Drawings: 80% of
+scikit-learn's digits (UCI "Optical Recognition of Handwritten Digits",
+E. Alpaydin and C. Kaynak, CC BY 4.0).
 
 ## What it scores
-Accuracy on 1,024 questions a size, drawings never trained on, chance 0.5:
+Accuracy on 1,024 questions at each size, with drawings that were never trained
+on (chance is 0.5):
 
 <!-- {name} -->
 <!-- /{name} -->

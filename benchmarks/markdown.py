@@ -17,7 +17,7 @@ def marks(text):
 
 
 def fill(text, name, table):
-    """Replaces what stands between the marks of a table."""
+    """Replaces the text between the marks of a table."""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     before, found_begin, rest = text.partition(begin)
     _, found_end, after = rest.partition(end)

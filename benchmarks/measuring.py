@@ -16,21 +16,21 @@ import numpy as np
 from benchmarks import rows
 
 BACKEND = keras.backend.backend()
-# What a process takes of a GPU before it needs it, others cannot have.
+# GPU memory that JAX preallocates would not be available to other processes.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 def make_step(loss, trained, others):
-    """A function of nothing that computes and waits, and its memory if known.
+    """A function without arguments that computes and waits, and its memory.
 
     Args:
         loss: Function of `(*trained, *others)` that returns a scalar.
         trained: List of tensors that gradients are computed for.
-        others: List of tensors.
+        others: List of tensors, the further arguments of `loss`.
 
     Returns:
-        A tuple `(step, temporary_bytes)`; the latter is `None` where only the
-        process can tell.
+        A tuple `(step, temporary_bytes)`; the latter is `None` where memory can
+        only be measured while the step runs.
     """
     count = len(trained)
     if BACKEND == "jax":
@@ -67,9 +67,10 @@ def make_step(loss, trained, others):
 
 
 def replayed(step):
-    """Runs a step in torch once for a CUDA graph; calls then replay it.
+    """Records a step of torch as a CUDA graph; returns a function to replay it.
 
-    The time of the GPU alone: without Python, which starts each kernel.
+    A replay takes only the time of the GPU, without that of Python, which
+    otherwise starts each kernel.
     """
     import torch
 
@@ -89,7 +90,7 @@ def replayed(step):
 
 
 def wait():
-    """Until a GPU has computed what torch told it to, but for CUDA graphs."""
+    """Waits for torch on a GPU, except while a CUDA graph is recorded."""
     import torch
 
     if (
@@ -111,7 +112,7 @@ def median_ms(step, repeats):
 def measure(loss, trained, others, repeats, replay=False):
     """Median milliseconds of a step, and its peak temporary mebibytes.
 
-    The gradients themselves do not count.
+    The memory of the gradients themselves does not count.
     """
     before = held_bytes()
     step, temporary = make_step(loss, trained, others)
@@ -166,9 +167,10 @@ def peak_bytes():
 
 
 def in_new_process(module, arguments):
-    """What `python -m module` prints last, as JSON.
+    """Runs `python -m module`; returns the JSON in its last line of output.
 
-    A measurement has a process of its own, so that its peak memory is its own.
+    Each measurement runs in a separate process, so that the peak memory of the
+    process is that of the measurement.
     """
     done = subprocess.run(
         [sys.executable, "-m", module, *map(str, arguments)],
@@ -194,7 +196,7 @@ def device():
 
 
 def provenance():
-    """What a row says of the versions, the code and the machine it is from."""
+    """Columns of a row: versions, device, commit and machine."""
     return {
         "keras": keras.__version__,
         "backend_version": importlib.metadata.version(BACKEND),

@@ -1,4 +1,4 @@
-"""What distilling PaliGemma 2 takes of each device, computed from shapes.
+"""Memory of each device for distilling PaliGemma 2, computed from shapes.
 
     python -m benchmarks.memory_plan
 
@@ -65,7 +65,7 @@ IMAGES = 32  # Of 256 tokens.
 
 
 def table():
-    """What each part of a plan takes."""
+    """Gigabytes of each part of each plan."""
     columns = {
         "teacher: weights": "teacher",
         "student: weights": "student",

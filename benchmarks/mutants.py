@@ -1,7 +1,7 @@
-"""What the rows of mutation testing say of each mutant.
+"""Results of mutation testing, from its rows.
 
-A mutant counts as long as its module has the line that it changes: what was
-tried on code that is no more says nothing of the code as it is.
+A mutant counts only while its module still has the line that it changes: a try
+on code that was removed says nothing about the present code.
 """
 
 import functools
@@ -12,12 +12,12 @@ from benchmarks.markdown import markdown_table
 
 PATH = rows.RESULTS.absolute() / "mutation_testing.csv"
 PACKAGE = pathlib.Path(__file__).parents[1] / "keras_laid"
-# What tells mutants apart, as they were drawn.
+# Columns that identify a mutant.
 IDENTITY = ("seed", "module", "operator", "occurrence", "before")
 
 
 def read(**wanted):
-    """The rows of each mutant, oldest first, whose columns are as wanted."""
+    """The rows of each mutant with the wanted values, oldest first."""
     found = {}
     for row in rows.read_rows(PATH):
         as_wanted = all(row[name] == str(wanted[name]) for name in wanted)
@@ -27,7 +27,7 @@ def read(**wanted):
     return list(found.values())
 
 
-# Where the code of modules has gone since they were tried.
+# Modules whose code has moved since they were tried, and where it is now.
 MOVED = {
     "ops/attention_divergence/tiles": ["ops/fused_attention/tiles"],
     "ops/attention_divergence/triton": [
@@ -49,7 +49,7 @@ MOVED = {
 
 @functools.cache
 def lines_of(module):
-    """What stands in a module, or in those that its code has moved to."""
+    """The lines of a module, or of the modules that its code moved to."""
     return {
         line.strip()
         for name in MOVED.get(module, [module])
@@ -58,12 +58,12 @@ def lines_of(module):
 
 
 def is_killed(mutant):
-    """One row that says so, on any backend, is enough."""
+    """Whether a test failed in any try, on any backend."""
     return any(row["outcome"] == "killed" for row in mutant)
 
 
 def reason(mutant):
-    """Why nothing notices it, if someone has said so."""
+    """Why no test notices the mutant, or `None` if no reason is listed."""
     return REASONS.get((mutant[0]["module"], mutant[0]["after"]))
 
 
@@ -105,7 +105,7 @@ TABLES = {
     "mutation_survivors": mutation_survivors,
 }
 
-# Why nothing notices those that survive, by module and the line they make.
+# Why no test notices a mutant, by its module and its changed line.
 REASONS = {
     (
         "ops/attention_divergence/triton",

@@ -4,12 +4,12 @@
     export KERAS_BACKEND=torch
     python -m benchmarks.mutation_testing --package ops --count 150
 
-A seeded sample of cosmic-ray's mutants of a package is tried in a clone of the
-last commit, each against the tests of its module. Rows go to
-`benchmarks/results/mutation_testing.csv`; mutants that have one are passed
-over, and those that another backend's tests have killed. With `--again` none is
-drawn: those of the seed that survived are tried again, once a commit, but where
-`mutants.py` has a reason.
+Draws a seeded sample of cosmic-ray's mutants of a package, and tries each in a
+clone of the last commit, against the tests of its module. Appends rows to
+`benchmarks/results/mutation_testing.csv`. Mutants that already have a row on
+this backend, or that were killed on another, are skipped. With `--again` no
+sample is drawn: the mutants of the seed that survived are tried again, once for
+each commit, except for those that have a reason in `mutants.py`.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from benchmarks import rows
 PACKAGE = pathlib.Path("keras_laid")  # In the clone.
 CLONE = pathlib.Path("runs/mutation_testing").absolute()
 TIMEOUT = 900  # Seconds; a mutant that takes longer counts as killed.
-# What every test needs, imported once: each mutant is tried in a fork.
+# Modules that every test needs, imported once: each try runs in a fork.
 PRELOADED = [
     "hypothesis",
     "keras_hub",
@@ -46,8 +46,8 @@ PRELOADED = [
     "pytest",
     "sklearn",
 ]
-# One way to break each thing: the further replacements of the same operator
-# nearly always raise, and would only make the share of the killed larger.
+# One replacement for each operator: further ones nearly always raise, and would
+# only increase the share of killed mutants.
 OPERATORS = [
     "AddNot",
     "ExceptionReplacer",
@@ -83,7 +83,7 @@ OPERATORS = [
 # Tests by the start of a module's path, the first that fits.
 TILES = "tests/ops/tiles_test.py"
 DIVERGENCE = "tests/ops/attention_divergence_test.py"
-# What notices most, before all that takes minutes.
+# The tests that notice most. They run before those that take minutes.
 VALUES = [
     f"{DIVERGENCE}::test_each_tile_of_rows_has_a_program",
     f"{DIVERGENCE}::test_weak_weights_are_the_oracles",
@@ -91,7 +91,7 @@ VALUES = [
     f"{DIVERGENCE}::test_value_and_gradients_are_the_oracles",
 ]
 OUTPUT = "tests/ops/attention_output_test.py"
-# Interpreters let pass what compilers do not; last, since it takes longest.
+# A compiler refuses code that an interpreter runs. Last, since it is slowest.
 COMPILED = "tests/ops/compiled_test.py -m extra_large"
 LOGITS = "tests/ops/logits_divergence_test.py"
 SIGNATURES = "tests/signatures_test.py"
@@ -155,7 +155,7 @@ TESTS = {
 
 
 def mutants_of(path):
-    """Every mutant of a module, but of annotations, which nothing runs."""
+    """Every mutant of a module, except of annotations, which never run."""
     tree = get_ast_from_path(path)
     annotated = positions_of_annotations(path.read_text())
     for name in OPERATORS:
@@ -184,7 +184,7 @@ def positions_of_annotations(source):
 
 
 def run_tests(tests):
-    """In a process of its own, which tells by its exit what came out."""
+    """Runs tests, then ends this process with the exit code of pytest."""
     os.setsid()
     sys.path.insert(0, str(CLONE))
     sys.dont_write_bytecode = True
@@ -196,7 +196,7 @@ def run_tests(tests):
 
 
 def tests_of(module):
-    """The module's own first: they are likely to notice what is wrong."""
+    """Tests of a module, its own first: they most likely notice a mutant."""
     own = [f"tests/{module}_test.py"]
     others = next(p for start, p in TESTS.items() if module.startswith(start))
     return [*filter(os.path.exists, own), *others]
@@ -237,13 +237,13 @@ def operator_of(mutant):
 
 
 def line_of(mutant):
-    """The line that it changes, as it is."""
+    """The line that a mutant changes, before the change."""
     lines = mutant.module_path.read_text().splitlines()
     return lines[mutant.start_pos[0] - 1].strip()
 
 
 def row_of(mutant):
-    """What tells a mutant from others, and what it makes of its line."""
+    """Columns that identify a mutant, and the line that it makes."""
     changed = mutate_code(
         mutant.module_path.read_text(), operator_of(mutant), mutant.occurrence
     )
@@ -267,14 +267,14 @@ def draw(found, package, seed, count):
 
 
 def survivors(found, package, seed):
-    """Those of earlier rows, wherever they are in the code by now."""
+    """Survivors of earlier rows, each with where it is in the code now."""
     for tried in mutants.read(package=package, seed=seed):
         if not (mutants.is_killed(tried) or mutants.reason(tried)):
             yield find(found, tried[0]), tried[0]
 
 
 def find(found, row):
-    """The nearest that does the same to the same line."""
+    """The nearest mutant that makes the same change to the same line."""
     same = [
         mutant
         for mutant in found
@@ -288,7 +288,10 @@ def find(found, row):
 
 
 def is_done(row, again):
-    """Killed on any backend, or tried on this one (at this commit)."""
+    """Whether it was killed on any backend, or tried on this one.
+
+    With `again`, tries on this backend count only if they are of this commit.
+    """
     tried = (*mutants.IDENTITY, "backend", *(["commit"] if again else []))
     killed = dict(row, outcome="killed")
     return rows.is_done(mutants.PATH, row, tried) or rows.is_done(
@@ -309,7 +312,7 @@ def main():
     which.add_argument("--again", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    commit = rows.commit().removesuffix("-dirty")  # What the clone is of.
+    commit = rows.commit().removesuffix("-dirty")  # Of the clone.
     if not CLONE.exists():
         rows.git("clone", "--quiet", "--shared", ".", str(CLONE))
     os.chdir(CLONE)
@@ -317,7 +320,7 @@ def main():
     rows.git("checkout", "--quiet", "--force", commit)
     # Read when Triton is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
-    os.environ["PYTHONPATH"] = str(CLONE)  # Of what tests start, too.
+    os.environ["PYTHONPATH"] = str(CLONE)  # Processes of tests read it.
     multiprocessing.set_forkserver_preload(PRELOADED)
 
     found = [

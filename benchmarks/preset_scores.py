@@ -2,8 +2,8 @@
 
     KERAS_BACKEND=jax python -m benchmarks.preset_scores
 
-Appends rows to `benchmarks/results/preset_scores.csv`; presets that have a row
-already are passed over. `benchmarks.report` puts the scores on their cards.
+Appends rows to `benchmarks/results/preset_scores.csv`; presets that already
+have a row are skipped. `benchmarks.report` adds the scores to the model cards.
 """
 
 import functools

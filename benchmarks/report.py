@@ -3,8 +3,8 @@
     python -m benchmarks.report
 
 Fills the tables between marks such as `<!-- training_step -->`, and draws the
-figures in `benchmarks/results/`. Trains and measures nothing: the rows there
-are made by the other modules of this folder.
+figures in `benchmarks/results/`. Trains and measures nothing: the other modules
+of this folder make the rows.
 """
 
 import pathlib
@@ -34,14 +34,14 @@ TEXTS = (
 
 
 def filled(text, tables):
-    """The text with each of its tables as the rows have it."""
+    """The text, with each of its tables made from the rows."""
     for name in marks(text):
         text = fill(text, name, tables[name])
     return text
 
 
 def draw_guide():
-    """The README's picture: the guide's accuracy on its first seed."""
+    """Draws the README's picture: the guide's accuracy on its first seed."""
     row = rows.only("guide_runs", method="guide", seed=0)
     accuracy = {
         model: {size: float(row[f"{model}_{size}"]) for size in SIZES}

@@ -2,9 +2,10 @@
 
     KERAS_BACKEND=jax python -m benchmarks.retrieval_heads
 
-Appends a row for each head to `benchmarks/results/retrieval_heads.csv`, what
-`keras_laid.find_retrieval_heads` measures on questions of five images, of two
-seeds: no question is in both. Seeds that have rows already are passed over.
+Appends a row for each head to `benchmarks/results/retrieval_heads.csv`, with
+the numbers that `keras_laid.find_retrieval_heads` measures on questions about
+five images. The two seeds share no question. Seeds that already have rows are
+skipped.
 """
 
 import keras_hub

@@ -1,4 +1,4 @@
-"""Rows of results, which several processes may add to, and where they ran."""
+"""Rows of results, to which several processes may append."""
 
 import csv
 import fcntl
@@ -25,7 +25,7 @@ def read_rows(path):
 
 
 def read(name, **wanted):
-    """Rows of a benchmark whose columns have the values wanted, as text."""
+    """Rows of a benchmark whose columns equal the wanted values, as text."""
     return [
         row
         for row in read_rows(RESULTS / f"{name}.csv")
@@ -34,7 +34,7 @@ def read(name, **wanted):
 
 
 def only(name, **wanted):
-    """The one row there is."""
+    """The only row whose columns equal the wanted values."""
     found = read(name, **wanted)
     if len(found) != 1:
         raise ValueError(
@@ -49,7 +49,7 @@ def ratio(column, row, other):
 
 
 def append_row(path, row):
-    """Adds a row; processes that share the work take turns."""
+    """Appends a row, under a lock: several processes may share the work."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -60,13 +60,13 @@ def append_row(path, row):
 
 
 def is_done(path, row, names):
-    """Whether there is a row with the same values of those names."""
+    """Whether the file has a row with the same values in columns `names`."""
     key = [str(row[name]) for name in names]
     return key in [[old[name] for name in names] for old in read_rows(path)]
 
 
 def commit():
-    """The commit that runs, marked where code is changed, results apart."""
+    """The current commit, marked if files other than results are changed."""
     name = git("rev-parse", "--short=10", "HEAD")
     changed = git("status", "--porcelain", "--", ".", f":(exclude){COMMITTED}")
     return f"{name}-dirty" if changed else name
@@ -79,7 +79,7 @@ def git(*arguments):
 
 
 def versions():
-    """What ran and where, as columns of a row."""
+    """Versions, backend and machine, as columns of a row."""
     return dict(
         keras_laid=keras_laid.__version__,
         keras=keras.__version__,

@@ -1,6 +1,7 @@
 """Every table of the project's texts, by the name of its marks.
 
-Each benchmark has its own `TABLES`, functions that make them from its rows.
+Each benchmark has a dictionary `TABLES` from names of tables to the functions
+that make them from its rows.
 """
 
 from benchmarks import attention_divergence

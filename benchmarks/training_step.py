@@ -5,21 +5,23 @@
         --width 2048 --layers 18 --tokens 8192 --rematerialize \\
         --linear_memory pallas  # On a GPU.
 
-Appends rows to `benchmarks/results/training_step.csv`: the time of a step and
-what it takes of memory beyond weights and optimizer, for a student and a
-teacher of PaliGemma's shape, by default at a quarter of its width with four
-layers and its whole vocabulary. Each method has a process of its own; rounds of
-all methods alternate, and a row is the median of a method's rounds. The
-floating-point operations of a step are counted from the shapes, without what is
-computed twice; their share of what the device can do is its utilisation.
+Appends rows to `benchmarks/results/training_step.csv`: the time of a step, and
+the memory that it takes beyond weights and optimizer. Student and teacher have
+the shape of PaliGemma, by default with a quarter of its width, four layers and
+its whole vocabulary. Each method runs in a separate process; rounds of all
+methods alternate, and a row is the median of a method's rounds. The
+floating-point operations of a step are counted from the shapes, without
+recomputation; `utilisation` is their share of what the device can do.
 
-- `keras_laid`: attention, logits and supervised terms; `retrieval`: the
-  retrieval term in place of the first, three heads of the teacher and eight
-  segments of equal length; `without_attention`: logits and supervised alone, to
-  see what the others cost.
-- `keras_distiller`: logits and the features of the last layer, supervised.
-- `sft`: supervised alone, as KerasHub trains; `teacher_forward`: the teacher's
-  logits alone. Together they are the least that distillation can cost.
+- `keras_laid`: attention, logits and supervised terms.
+- `retrieval`: the retrieval term in place of the attention term, with three
+  heads of the teacher and eight segments of equal length.
+- `without_attention`: only logits and supervised terms, to see what the other
+  terms cost.
+- `keras_distiller`: logits, features of the last layer, and labels.
+- `sft`: only labels, as KerasHub trains.
+- `teacher_forward`: only the teacher's logits. The sum of `sft` and
+  `teacher_forward` is the least that distillation can cost.
 """
 
 import argparse
@@ -42,7 +44,7 @@ OURS = ("keras_laid", "retrieval", "without_attention")
 SEGMENTS = 8
 METHODS = (*OURS, "keras_distiller", "sft", "teacher_forward")
 IMAGE_TOKENS = 256
-# Of the teacher's and the student's forward and backward passes, in forwards.
+# Cost of the teacher's and the student's passes, in units of a forward pass.
 PASSES = {
     "keras_laid": 1 + 3,
     "retrieval": 1 + 3,
@@ -51,7 +53,7 @@ PASSES = {
     "sft": 3,
     "teacher_forward": 1,
 }
-# Dense bfloat16 operations per second, by the maker.
+# Dense bfloat16 operations per second, as the maker states them.
 PEAK = {"H100": 989e12, "H200": 989e12}
 
 
@@ -112,7 +114,7 @@ def cross_entropy():
 def with_logits(model):
     """A plain Keras model: KerasHub's own takes raw text."""
     backbone = model.backbone
-    # As its `CausalLM`, without the rows of images.
+    # As in KerasHub's `CausalLM`, but without the rows of images.
     logits = backbone.token_embedding(
         backbone.output[:, IMAGE_TOKENS:], reverse=True
     )
@@ -120,7 +122,7 @@ def with_logits(model):
 
 
 def make_terms(method, args):
-    """What a method adds to the terms of logits and labels."""
+    """The terms that a method adds to those of logits and labels."""
     if method == "retrieval":
         heads = [(args.layers // 2, head) for head in range(3)]
         return [
@@ -134,7 +136,7 @@ def make_terms(method, args):
 
 
 def make_step(method, args):
-    """A function of nothing that takes one step and waits."""
+    """A function without arguments that takes one step and waits."""
     batch = make_batch(args)
     optimizer = keras.optimizers.AdamW(1e-5)
     if method == "teacher_forward":
@@ -230,7 +232,7 @@ def measure(method, args):
 
 
 def training_step():
-    """A step of ours against others'."""
+    """Time and memory of our step, relative to those of others."""
     lines = []
     for backend in rows.BACKENDS:
         ours, keras_distiller, sft, teacher = (
@@ -282,7 +284,7 @@ def retrieval_step():
 
 
 def linear_memory():
-    """Time and memory of a step by its switches."""
+    """Time and memory of a step, by the arguments of `compile`."""
     labels = {
         ("False", "False"): "as KerasHub computes it",
         ("True", "False"): "`linear_memory`",
@@ -339,13 +341,13 @@ def main():
         const="True",
         default="False",
         choices=["True", "False", *(i.name for i in IMPLEMENTATIONS)],
-        help="by which implementation, if not by its own choice",
+        help="with or without the name of an implementation",
     )
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--one", help="measure this one here, and print it")
+    parser.add_argument("--one", help="measure only this, print it")
     parser.add_argument(
-        "--missing", action="store_true", help="no row of this commit again"
+        "--missing", action="store_true", help="skip rows of this commit"
     )
     args = parser.parse_args()
     if args.one:
@@ -375,7 +377,7 @@ def main():
             "backend": BACKEND,
             "method": method,
             **settings,
-            # The others have none.
+            # Other methods do not have these options.
             "rematerialize": args.rematerialize and method in OURS,
             "linear_memory": method in OURS and args.linear_memory,
         }

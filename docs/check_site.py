@@ -22,12 +22,12 @@ FLAGS = (
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
-    # No host but this one: whatever else a page asks for is an error.
+    # Only this host can be reached: requests to others are errors.
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE localhost",
 )
 WIDTHS = (1280, 390)
-# What a reader would see: pictures that are missing, and text that needs the
-# whole page to be moved sideways.
+# Finds faults that a reader would see: missing pictures, and pages that are
+# wider than the window. Also finds files that are loaded from other hosts.
 LOOK = """
 return {
   missing: [...document.images].filter(i => i.complete && !i.naturalWidth)

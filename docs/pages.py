@@ -1,7 +1,7 @@
 """Makes the site's pages from the project's files, each at its own path.
 
-Markdown is taken as it is. A guide becomes text and code in turn; any other
-file that a page links to is shown whole, or as a table. The pages of the API
+Markdown is taken as it is. A guide becomes alternating text and code. Any other
+file that a page links to is shown in full, or as a table. The pages of the API
 follow the table of parts in `keras_laid/README.md`.
 """
 
@@ -25,7 +25,7 @@ PAGES = (
     "keras_laid/**/README.md",
 )
 LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)")
-# What a run of a guide drew.
+# Where the pictures are that a run of a guide drew.
 PICTURES = {
     "guides/distill_paligemma.py": "benchmarks/results",
     "guides/gain_modulation_in_your_model.py": (
@@ -70,7 +70,7 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, **kwargs):
-    """Lets links to files lead to the pages that show them."""
+    """Makes links to files lead to the pages that show these files."""
     folder = posixpath.dirname(page.file.src_uri)
     path = page.file.src_uri.removesuffix(".md")
     path = path if (ROOT / path).is_file() else page.file.src_uri
@@ -94,7 +94,7 @@ def on_page_content(content, page, **kwargs):
         url = get_relative_url(places()[name], page.url)
         return f'<a href="{url}">{code[0]}</a>'
 
-    # A description of what has neither name nor type would start with a dash.
+    # Descriptions without a name and a type would start with a dash.
     content = re.sub(r'(<li class="doc-section-item[^>]*>)\s*–', r"\1", content)
     # Not within links, headings and blocks of code.
     return re.sub(
@@ -106,7 +106,7 @@ def on_page_content(content, page, **kwargs):
 
 
 def resolve(path, link):
-    """The path of what the file at `path` links to."""
+    """The path of the file that the file at `path` links to."""
     target = posixpath.normpath(posixpath.join(posixpath.dirname(path), link))
     return f"{target}/README.md" if (ROOT / target).is_dir() else target
 
@@ -163,8 +163,8 @@ def guide(path):
 
 
 def section(name):
-    """What mkdocstrings makes the documentation of a public name from."""
-    # Constants have no docstring.
+    """The text from which mkdocstrings documents a public name."""
+    # The constants of such a package are shown without docstrings.
     is_package = (ROOT / name.replace(".", "/") / "__init__.py").is_file()
     constants = is_package and identifier(name) == name
     return (
@@ -177,11 +177,11 @@ def section(name):
 
 @functools.cache
 def api_pages():
-    """A page for each row of the table of parts, and one for what is left.
+    """A page for each row of the table of parts, and one for all other names.
 
     Returns:
-        A dictionary of paths without suffix; each has a title, and the full
-        names of what the page documents.
+        A dictionary from the path of a page, without suffix, to a pair of its
+        title and the full names that it documents.
     """
     readme = (ROOT / "keras_laid/README.md").read_text()
     table = re.search(r"\| part \|.*?\n(?=\n|$)", readme, re.DOTALL)[0]
@@ -209,7 +209,7 @@ def api_pages():
 
 @functools.cache
 def places():
-    """Where the API has each public name, and each module by its full one."""
+    """The address in the API of each public name and each module."""
     found = {}
     for path, (title, names) in api_pages().items():
         if title.startswith("keras_laid."):
@@ -229,10 +229,11 @@ def public_names(module="keras_laid"):
 
 @functools.cache
 def identifier(name):
-    """A public name, or where it is defined if that cannot be read from it.
+    """The name by which mkdocstrings finds a public name in the source.
 
-    A function hides the module of its name when it is imported, but not for
-    those who only read; others are imported when they are asked for.
+    It differs from the public name in two cases. Where a function has the name
+    of its module, the public name would stand for the module. Names in `LATER`
+    are only imported on first use, so their module must be named.
     """
     module, _, last = name.rpartition(".")
     later = {}

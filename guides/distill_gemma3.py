@@ -11,12 +11,12 @@ Accelerator: None
 ## Introduction
 
 Gemma 3 takes several images by itself: its preprocessor puts their tokens among
-those of the text. Five of six decoder layers see a sliding window only; the
-sixth sees everything, and that is the layer whose attention a large Gemma 3 can
-teach a small one.
+those of the text. Five of six decoder layers see only a sliding window. The
+sixth sees everything: a large Gemma 3 can teach a small one the attention of
+this layer.
 
-Without arguments, this guide makes a tiny teacher and a tiny student, trains
-them first, and saves them as presets. It takes real ones too:
+Without arguments, this guide first makes and trains a tiny teacher and a tiny
+student, and saves them as presets. It also takes real presets:
 
 ```shell
 KERAS_BACKEND=jax python guides/distill_gemma3.py \\
@@ -25,7 +25,7 @@ KERAS_BACKEND=jax python guides/distill_gemma3.py \\
 
 ## Setup
 
-Making the tiny presets takes `sentencepiece`:
+Making the tiny presets needs `sentencepiece`:
 `pip install "keras-laid[jax,guides]"`.
 """
 
@@ -69,7 +69,7 @@ output = pathlib.Path(args.output)
 output.mkdir(parents=True, exist_ok=True)
 settings, arguments = output / "settings.json", json.dumps(vars(args))
 if settings.exists() and settings.read_text() != arguments:
-    # Its presets and its half-trained student are another run's.
+    # The presets and the half-trained student there are of another run.
     parser.error(f"{output} holds a run with other arguments: pass --output")
 settings.write_text(arguments)
 keras.utils.set_random_seed(args.seed)
@@ -79,8 +79,8 @@ keras.utils.set_random_seed(args.seed)
 
 An image source has `names` and `render`. This one draws two coloured squares on
 a grid, which tiny models learn in minutes; the guide on PaliGemma has real
-handwritten digits. "For the image with a red square, is there a blue square?"
-needs the image to be found all the same.
+handwritten digits. Even so, a model must find the right image to answer "For
+the image with a red square, is there a blue square?"
 
 `Haystacks` puts a placeholder for each image into the prompt, and calls Gemma
 3's own preprocessor. `PositionStretching` spreads the images over the positions
@@ -101,7 +101,7 @@ COLOURS = {
 
 
 class Squares(keras_laid.haystacks.PairSource):
-    """Two squares on a 2 x 2 grid, each of a colour."""
+    """Two squares on a 2 x 2 grid, each of one colour."""
 
     def __init__(self, image_size):
         self.image_size = image_size
@@ -225,7 +225,7 @@ def make_tiny(name, width, *stages):
             output_dim=width,
         ),
     )
-    # KerasHub's tasks preprocess what they are fitted on; this is done already.
+    # `fit` of a KerasHub task would preprocess the data, which is done already.
     model = WithLogits(backbone)
     for stage in stages:
         model.compile(
@@ -284,11 +284,11 @@ accuracy = {
 """
 ## Training
 
-Nothing here is about Gemma 3: the distiller finds the layers with full
-attention, catches their queries and keys after rotation, and describes the mask
-(causal, and whole images at once) without ever storing it. A run that is killed
-resumes from its last hundred steps when it is started again; a new one wants a
-new `--output`.
+Nothing here is specific to Gemma 3: the distiller finds the layers with full
+attention, captures their queries and keys after rotation, and describes the
+mask (causal, except within an image) without ever storing it. A killed run that
+is started again resumes after its last full epoch of a hundred steps. A new run
+needs a new `--output`.
 """
 
 keras_laid.attach_gain_modulation(student)
@@ -322,7 +322,7 @@ distiller.fit(
 ## The result
 
 Gemma 3 normalizes queries and keys before it rotates them, so the gains are
-folded into the scales of the norms. What is saved is a plain KerasHub preset.
+folded into the scales of the norms. The result is a plain KerasHub preset.
 """
 
 keras_laid.fold_gain_modulation(student)
@@ -333,7 +333,7 @@ reloaded = keras_hub.models.Gemma3CausalLM.from_preset(
 accuracy["after"] = measure("student after", reloaded)
 
 windows = {}
-if not args.quick:  # Who guesses has no window.
+if not args.quick:  # A model that guesses has no window.
     windows = {
         name: keras_laid.effective_window(by_size).window
         for name, by_size in accuracy.items()

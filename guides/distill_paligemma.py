@@ -52,7 +52,7 @@ parser.add_argument(
 )
 parser.add_argument("--images", type=int, default=20, help="to train on")
 parser.add_argument("--window", type=int, default=150, help="in images")
-parser.add_argument("--questions", type=int, default=4800, help="an epoch")
+parser.add_argument("--questions", type=int, default=4800, help="in an epoch")
 parser.add_argument("--epochs", type=int, default=20)
 parser.add_argument("--learning-rate", type=float, default=1.5e-3)
 parser.add_argument("--retrieval-weight", type=float, default=1.0)
@@ -260,9 +260,9 @@ training_seconds = time.time() - training_started
 """
 ## The result
 
-The gains are folded into the query and key kernels. What is saved is a plain
-KerasHub preset, which knows nothing of keras_laid; the numbers below are those
-of the preset, read back from disk.
+The gains are folded into the query and key kernels. The saved student is a
+plain KerasHub preset, which does not need keras_laid. The numbers below are
+measured on this preset, read back from disk.
 """
 
 if args.gains:
@@ -326,10 +326,10 @@ results = {
 """
 ## Conclusion
 
-Above, the effective window is the longest haystack at which the student keeps
-85% of what it can do with one image, chance taken off. Next: your own presets
-by `--teacher` and `--student`, your own images by a source with `names` and
-`render`, or single layers in your own model.
+Here, the effective window is the longest haystack at which the student keeps
+85% of its accuracy above chance with one image. As a next step, pass your own
+presets by `--teacher` and `--student`, write a source of your own images with
+`names` and `render`, or use single layers in your own model.
 """
 
 print(f"\nPlots, results.json and the student's preset are in {output}/\n")

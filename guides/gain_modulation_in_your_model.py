@@ -12,13 +12,13 @@ Accelerator: None
 
 The attention logit of a query and a key is a sum over the frequencies of the
 rotary embedding. High frequencies tell neighbouring positions apart, low ones
-near from far. `GainModulatedRotaryEmbedding` multiplies each frequency's part
-by a trainable gain: a few numbers a layer, which say what distances a model
-looks at.
+tell near from far. `GainModulatedRotaryEmbedding` multiplies each frequency's
+part by a trainable gain. These few numbers in each layer say at what distances
+a model looks.
 
 This guide drops the layer into a small Keras model, then attaches gains to a
-causal language model of KerasHub, trains only them, and folds them into its
-weights: what is saved is a plain KerasHub preset.
+causal language model of KerasHub, trains only the gains, and folds them into
+its weights. The result is a plain KerasHub preset.
 
 Without arguments it runs in two minutes on two CPU cores. The same file takes a
 real preset:
@@ -48,7 +48,7 @@ from keras_laid import spectral
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--preset", help="a causal language model of KerasHub")
-parser.add_argument("--steps", type=int, default=300, help="a training")
+parser.add_argument("--steps", type=int, default=300, help="in each training")
 parser.add_argument("--output", default="runs/gain_modulation_in_your_model")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument(
@@ -65,9 +65,10 @@ keras.utils.set_random_seed(args.seed)
 """
 ## The task
 
-A passage of random tokens comes twice. The second time each token can be known:
-it is the one that came `passage` tokens before. All else is chance, and is not
-counted. Other random tokens may come `before`, for a longer window.
+Each sequence has the same passage of random tokens twice. In the second copy
+each token can be predicted: it is the token `passage` positions earlier. All
+other tokens are random, and do not count. For a longer window, `before` more
+random tokens come first.
 """
 
 passage, batch_size = 16, 32
@@ -140,8 +141,8 @@ history = model.fit(
 plain_accuracy = history.history["val_accuracy"][-1]
 
 """
-The gains, over the wavelength of their frequency. High frequencies tell the
-token sought from its neighbours.
+The picture shows the gains over the wavelength of their frequency. High
+frequencies tell the sought token from its neighbours.
 """
 
 frequencies = head_dim // 2
@@ -154,11 +155,11 @@ spectral.plot_gains(output / "gains.png", wavelengths, {0: gains})
 ## In a model of KerasHub
 
 Any causal language model that reads text and whose family keras_laid knows will
-do. Without `--preset` it is a small Llama, briefly trained in place of a
-pretrained one.
+do. Without `--preset`, this guide briefly trains a small Llama in place of a
+pretrained model.
 
-What is compiled is a `keras.Model` of the same layers, which takes token ids;
-the language model itself would pass them to its tokenizer.
+The guide compiles a `keras.Model` of the same layers, which takes token ids;
+the language model itself would pass its inputs to the tokenizer.
 """
 
 
@@ -201,7 +202,7 @@ def logits_of(causal_lm):
 
 
 def difference(logits, expected):
-    """The largest, as a share of the largest logit."""
+    """The largest difference, as a share of the largest logit."""
     return float(np.abs(logits - expected).max() / np.abs(expected).max())
 
 
@@ -222,8 +223,8 @@ else:
     fit(causal_lm, learning_rate=0.01, seed=args.seed + 2)
 
 """
-The model is frozen, and then gets its gains: nothing else is trained. The
-window is twice as long as the small Llama has seen, where far tokens distract
+The model is frozen before it gets its gains, so that nothing else is trained.
+The window is twice as long as the small Llama has seen; the far tokens distract
 it.
 """
 
@@ -246,8 +247,8 @@ spectral.plot_gains(
 ## Back to a plain model
 
 Folding multiplies the gains into the weights that make queries and keys. The
-logits stay the same, up to rounding, and so do those of the preset, read back
-from disk without keras_laid.
+logits stay the same, up to rounding. So do the logits of the preset, which
+KerasHub reads back from disk as a plain model.
 """
 
 gained = logits_of(causal_lm)
@@ -274,9 +275,10 @@ results = {
 """
 ## Conclusion
 
-A rotary embedding is replaced in one line, and a model of KerasHub gets gains
-in another. They are few, and folded they cost nothing. With a teacher they are
-one part of long-window anchoring distillation: `guides/distill_paligemma.py`.
+One line replaces a rotary embedding in your model, and one line attaches gains
+to a model of KerasHub. Gains are few numbers, and cost nothing once they are
+folded. With a teacher, they are one part of long-window anchoring distillation:
+see `guides/distill_paligemma.py`.
 """
 
 print(f"\nPlots, results.json and the preset are in {output}/\n")

@@ -1,6 +1,6 @@
 """Long-window anchoring distillation of vision-language models, for Keras 3."""
 
-# `as` says to type checkers that these are names of the package.
+# `as` tells type checkers that these are names of the package.
 from keras_laid import backbones as backbones
 from keras_laid import devices as devices
 from keras_laid import distillation as distillation
@@ -32,11 +32,11 @@ from keras_laid.distillation.stored_teacher import StoredTeacher
 from keras_laid.haystacks.callback import HaystackEvaluation
 from keras_laid.haystacks.dataset import Haystacks
 from keras_laid.haystacks.digits import Digits
+from keras_laid.haystacks.drawing import draw_haystacks
 from keras_laid.haystacks.effective_window import effective_window
 from keras_laid.haystacks.effective_window import effective_window_interval
 from keras_laid.haystacks.evaluation import evaluate_haystacks
 from keras_laid.haystacks.long_prompts import LongPrompts
-from keras_laid.haystacks.sampling import draw_haystacks
 from keras_laid.layers.gain_modulated_rotary_embedding import (
     GainModulatedRotaryEmbedding,
 )

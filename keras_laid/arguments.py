@@ -1,4 +1,4 @@
-"""Refuses arguments that mean nothing, where they are handed in."""
+"""Checks of arguments, made where users pass them."""
 
 import math
 import numbers
@@ -13,12 +13,12 @@ from keras_laid.typing import Tensor
 
 
 def is_integer(value: object) -> bool:
-    """Whether it is an integer of Python or NumPy; a boolean is none."""
+    """Whether it is an integer of Python or NumPy; a boolean is not."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> bool:
-    """Whether it is a real number of Python or NumPy; a boolean is none."""
+    """Whether it is a real number of Python or NumPy; a boolean is not."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
@@ -29,7 +29,7 @@ def check_kind(
     words: str,
     advice: str = "",
 ) -> None:
-    """Refuses what is not an instance of `kind`, which `words` name."""
+    """Refuses a value not of class `kind`, which the error calls `words`."""
     if not isinstance(value, kind):
         raise TypeError(
             f"`{name}` must be {words}. Received: {name} of type "
@@ -68,7 +68,7 @@ def check_number(name: str, value: Any, bounds: str) -> None:
 def check_integers(
     name: str, values: object, at_least: int = 1
 ) -> tuple[int, ...]:
-    """Returns a sequence of one or more integers as a tuple of Python's."""
+    """Returns a sequence of one or more integers as a tuple of `int`s."""
     rule = f"`{name}` must be one or more integers of at least {at_least}"
     integers = _tuple(values)
     if integers is None or not all(map(is_integer, integers)):
@@ -110,7 +110,7 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
 
 
 def check_indices(name: str, values: object) -> list[int]:
-    """Returns a sequence of integers as a list of Python's."""
+    """Returns a sequence of integers as a list of `int`s."""
     integers = _tuple(values)
     if integers is None or not all(map(is_integer, integers)):
         raise TypeError(
@@ -142,8 +142,8 @@ def check_seed(seed: object) -> None:
     seeds = (seed,) if is_integer(seed) else _tuple(seed)
     if not seeds or not all(is_integer(s) and s >= 0 for s in seeds):
         raise ValueError(
-            "`seed` must be an integer of at least 0, or a sequence of some. "
-            f"Received: seed={seed!r:.80}"
+            "`seed` must be an integer of at least 0, or a sequence of one or "
+            f"more. Received: seed={seed!r:.80}"
         )
 
 
@@ -151,9 +151,10 @@ def check_shape(name: str, tensor: object, **axes: int | None) -> None:
     """Refuses a tensor of another shape.
 
     Args:
-        name: String.
-        tensor: Any object. Axes whose size is known only later fit all.
-        **axes: Integers, the sizes of its axes; `None` for any.
+        name: String, the name of the argument in messages.
+        tensor: Any object. An axis whose size is not known yet fits any size.
+        **axes: Integers, the size of each axis in order, by the name of the
+            axis in messages; `None` for any size.
     """
     if not hasattr(tensor, "shape"):
         raise TypeError(
@@ -189,20 +190,21 @@ def check_tokens(
     weights: Tensor | None = None,
     least: int | None = None,
 ) -> None:
-    """Refuses tokens outside a vocabulary, where their values can be read.
+    """Refuses tokens outside a vocabulary, if their values can be read.
 
     Args:
-        name: String.
+        name: String, the name of the argument in messages.
         tokens: Integer tensor of shape `(batch, length)`.
         vocabulary: Integer, the number of tokens.
-        weights: Tensor of that shape: tokens of weight 0 may be any. Defaults
-            to `None`, which checks all.
-        least: Integer, the least token, or `None` for any negative one.
+        weights: Optional tensor of shape `(batch, length)`; tokens of weight 0
+            are not checked. Defaults to `None`, which checks all.
+        least: Optional integer, the smallest token that is allowed. Defaults to
+            `None`, which allows all negative numbers.
     """
     if not (at_hand(tokens) and (weights is None or at_hand(weights))):
         return
     if weights is not None and weights.shape != tokens.shape:
-        return  # Refused for that.
+        return  # Another check refuses weights of another shape.
     values = keras.ops.convert_to_numpy(tokens)
     outside, of_least = values >= vocabulary, ""
     if least is not None:
@@ -221,12 +223,12 @@ def check_tokens(
 
 
 def at_hand(tensor: object) -> bool:
-    """Whether values can be read without a wait for a device."""
+    """Whether values can be read without waiting for a device."""
     if keras.backend.backend() == "torch":
         import torch
 
         if isinstance(tensor, torch.Tensor):
-            # What is compiled cannot depend on values.
+            # A compiled function cannot depend on values.
             return tensor.is_cpu and not torch.compiler.is_compiling()
     return isinstance(tensor, np.ndarray)
 
@@ -234,7 +236,7 @@ def at_hand(tensor: object) -> bool:
 def check_positions(
     positions: Tensor, batch: int | None, length: int | None
 ) -> None:
-    """Refuses positions that are not those of so many tokens."""
+    """Refuses positions that do not fit the batch size and length."""
     rank = len(getattr(positions, "shape", ()))
     if rank < 2:
         check_shape("positions", positions, length=length)

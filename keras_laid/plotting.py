@@ -23,7 +23,7 @@ LABELS = {
 
 
 def styles_of(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """A style for each name: its own in every picture, or the next colour."""
+    """A style for each name: its style in `STYLES`, or the next colour."""
     others = [name for name in names if name not in STYLES]
     colors = itertools.cycle(OTHER_COLORS)
     own = {
@@ -34,10 +34,10 @@ def styles_of(names: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 
 def check_some(name: str, values: object) -> None:
-    """Refuses a picture of nothing."""
+    """Refuses a picture with nothing to draw."""
     if not isinstance(values, dict) or not values:
         raise ValueError(
-            f"`{name}` must be a dictionary of one or more to draw. "
+            f"`{name}` must be a dictionary with one or more entries. "
             f"Received: {name}={values!r:.80}"
         )
 

@@ -5,7 +5,7 @@ import os
 import pathlib
 from importlib.metadata import version
 
-# What tests compute is small, and two processes share two cores: threads would
+# Tests compute little, and two processes share two cores: more threads would
 # wait for each other.
 for variable in (
     "OMP_NUM_THREADS",
@@ -17,8 +17,8 @@ for variable in (
 if not pathlib.Path("/dev/nvidia0").exists():
     # Triton reads this when it is imported, which torch may do.
     os.environ.setdefault("TRITON_INTERPRET", "1")
-    # Tests compile much and run little of it. XLA ends the process at a flag
-    # that it does not know: JAX 0.11 has no fusion emitters to turn off.
+    # Tests spend more time compiling than running. XLA ends the process at an
+    # unknown flag, and JAX 0.11 no longer has the flag of fusion emitters.
     flags = [
         "--xla_backend_optimization_level=0",
         "--xla_cpu_multi_thread_eigen=false",
@@ -41,7 +41,7 @@ if keras.backend.backend() == "jax":
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-# The same examples each time; more of them by HYPOTHESIS_PROFILE=thorough.
+# The same examples in each run; HYPOTHESIS_PROFILE=thorough tries more.
 for name, count in (("quick", 4), ("thorough", 30)):
     hypothesis.settings.register_profile(
         name,
@@ -59,7 +59,7 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    # An address differs in each process, and then workers differ in names.
+    # Addresses differ between processes, so workers would collect other names.
     if addresses := [each.nodeid for each in items if " at 0x" in each.nodeid]:
         raise pytest.UsageError(f"Names must not hold addresses: {addresses}")
     for item in items:
@@ -75,7 +75,8 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection_finish():
-    # Keras collects garbage for each layer that it quantizes: not among these.
+    # Keras collects garbage for each layer that it quantizes. Skip all objects
+    # that exist by now.
     gc.freeze()
 
 

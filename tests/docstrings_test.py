@@ -73,13 +73,13 @@ def distiller(preprocessor):
 
 
 def digits_student():
-    """One that does not guess, and so has a window."""
+    """A student that answers better than chance, and so has a window."""
     return keras_hub.models.PaliGemmaCausalLM.from_preset(
         keras_laid.presets.STUDENT
     )
 
 
-# How what an example speaks of is made.
+# Functions that make the objects which examples use by name.
 MAKERS = {
     "MyBackbone": lambda preprocessor: type("MyBackbone", (), {}),
     "data": data,
@@ -96,7 +96,7 @@ MAKERS = {
 
 
 class Names(dict):
-    """What examples speak of, made when it is asked for."""
+    """Objects that examples use by name, each made at its first use."""
 
     def __init__(self, preprocessor):
         super().__init__(
@@ -125,7 +125,7 @@ def docstring_examples():
 
 
 def run(code, names):
-    """Runs it; a shape stated in a comment must be the real one."""
+    """Runs an example; shapes stated in comments must be the real ones."""
     for long, short in SHORTER.items():
         code = code.replace(long, short)
     lines = code.splitlines()
@@ -169,8 +169,8 @@ def test_docstring(code, names):
     if "set_distribution" in code and backend != "jax":
         pytest.skip("Keras shards only on JAX")
     if ".fit(" in code and backend != "torch":
-        pytest.skip("trains where nothing is compiled; other tests elsewhere")
-    if "evaluate_haystacks" in code:  # Takes none that are tokens.
+        pytest.skip("trains only on torch, which compiles nothing")
+    if "evaluate_haystacks" in code:  # Takes no tokenized data.
         digits = keras_laid.Digits("test")
         names["haystacks"] = keras_laid.draw_haystacks(digits, 8, (1, 2))
     if "effective_window(results" in code:
@@ -181,7 +181,7 @@ def test_docstring(code, names):
 
 
 @pytest.mark.skipif(
-    keras.backend.backend() != "torch", reason="compiles nothing on torch"
+    keras.backend.backend() != "torch", reason="runs only without compiling"
 )
 @pytest.mark.parametrize(
     "name, heading",

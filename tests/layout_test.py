@@ -8,13 +8,13 @@ import pathlib
 import keras_laid
 
 PACKAGE = pathlib.Path(keras_laid.__file__).parent
-# Lowest first: each imports only itself and what is below.
+# Lowest first: each imports only itself and the packages before it.
 FLOORS = ("ops", "layers", "backbones", "distillation")
 BESIDE = (
     "devices",
     "haystacks",
     "spectral",
-)  # Import backbones and what is below.
+)  # Each imports backbones and lower packages.
 
 
 def modules():
@@ -25,7 +25,7 @@ def modules():
 
 
 def imported(path, types=True):
-    """Names that a file imports, inside of functions and for types too."""
+    """Names that a file imports, also inside of functions or for types."""
     tree = ast.parse(path.read_text())
     if not types:
         tree.body = [node for node in tree.body if not isinstance(node, ast.If)]
@@ -49,7 +49,7 @@ def test_no_circle_of_imports():
         for name, path in paths.items()
     }
     assert needs["keras_laid.haystacks.results"]
-    graphlib.TopologicalSorter(needs).prepare()  # Raises at a circle.
+    graphlib.TopologicalSorter(needs).prepare()  # Raises for a cycle.
 
 
 def test_a_floor_imports_what_is_below():
@@ -85,7 +85,7 @@ def test_modules_and_signatures_stay_short():
         for node in ast.walk(ast.parse(text)):
             if not isinstance(node, ast.FunctionDef):
                 continue
-            # What a GPU starts takes all that its programs read.
+            # A GPU kernel takes everything that its programs read as arguments.
             if ".ops." in name and not node.name.endswith("_kernel"):
                 assert parameters(node) <= 12, f"{name}: {node.name}"
                 seen += 1

@@ -1,7 +1,7 @@
 """Numbers at their limits: large logits, far positions, ends of gains.
 
-Distances are the unit roundoff of a dtype, half its `eps`, times how many
-roundings of what size there are.
+Bounds of errors are the unit roundoff of a dtype, half its `eps`, times the
+number of roundings and the size of the rounded numbers.
 """
 
 import keras
@@ -34,7 +34,7 @@ def roundoff(dtype):
 
 
 def normal(*shape, seed=0, scale=1.0, dtype="float32"):
-    """Random numbers that `dtype` has, in float64."""
+    """Random numbers that are exact in `dtype`, as float64."""
     x = scale * np.random.default_rng(seed).standard_normal(shape)
     return x.astype(ml_dtypes.finfo(dtype).dtype).astype("float64")
 
@@ -45,7 +45,7 @@ def log_softmax(x):
 
 
 def moved(log_p):
-    """How far probabilities move, at most, with logits that move by 1."""
+    """The most that probabilities change if logits change by 1."""
     p = np.exp(log_p)
     return 2 * (p * (1 - p)).max()
 
@@ -102,8 +102,8 @@ def test_attention_of_logits_up_to_ten_thousand(
     p, q = np.exp(log_p), np.exp(log_q)
     exact = (p * (log_p - log_q)).sum()
     slope = scales[0] * (q - p)
-    # Logits come in float32 whatever the dtype: `width` products and a scale,
-    # and then a difference of two, of numbers up to 1e4.
+    # Logits are computed in float32 whatever the dtype. The roundings are of
+    # `width` products, a scale, and a difference of two logits up to 1e4.
     error = 2e4 * (width + 2) * roundoff("float32")
     apart = np.abs(log_p - log_q).max()
     bound = length * error * (2 + length * moved(log_p) * apart)
@@ -152,8 +152,8 @@ def test_next_tokens_of_large_logits(dtype, temperature, size):
     is_label = np.arange(9) == labels[..., None]
     slope = temperature * (np.exp(log_q) - np.exp(log_p))
     slope = (slope + np.exp(log_one) - is_label) / 5
-    # Four roundings of logits, softened or not: of numbers up to twice the
-    # largest, and of 1 for the sums of powers.
+    # Four roundings of logits, divided by the temperature or by 1: of numbers
+    # up to twice the largest logit, and of 1 for the sums of exponentials.
     largest = max(np.abs(x).max() for x in (student, teacher))
     error, of_one = (
         4 * roundoff("float32") * (1 + 2 * largest / t)
@@ -196,8 +196,8 @@ def test_distance_of_large_queries_and_keys(dtype):
         squares = (theirs**2).sum((1, 3), keepdims=True)
         exact += ((mine - theirs) ** 2 / squares).sum()
         slope = 2 * (mine - theirs) / squares
-        # Sums of 20 squares each. Slopes are near 1e-5: float16 has steps of
-        # 6e-8 there, half of which is lost.
+        # Each sum has 20 squares. Slopes are near 1e-5, where float16 has steps
+        # of 6e-8: a rounding loses up to half a step.
         bound = 50 * roundoff("float32") + roundoff(dtype)
         bound *= np.abs(slope).max()
         if dtype == "float16":
@@ -221,9 +221,9 @@ def test_angles_of_far_positions_are_in_float32(policy, given):
     frequency = 10_000.0 ** (-2 * np.arange(features // 2) / features)
     turn = np.exp(1j * position * frequency) * (1 + 1j)
     exact = np.concatenate([turn.real, turn.imag])
-    # A power is off by what its exponent, up to log(10,000), is rounded by,
-    # and a result and a product by one more each: 12 roundings of an angle of
-    # up to 65,536, in radians, and then a few of the dtype.
+    # The exponent of a frequency, up to log(10,000) = 9.2, is rounded, and then
+    # the power itself and its product with the position. This makes up to 12
+    # roundings of an angle of up to 65,536 radians, and a few of the dtype.
     angle = 12 * position * frequency * roundoff("float32")
     bound = np.sqrt(2) * np.tile(angle, 2)
     bound = bound + 4 * np.sqrt(2) * roundoff(dtype.compute_dtype)
@@ -248,14 +248,14 @@ def test_gains_at_their_bounds_survive_folding(per_head, max_gain, dtype):
     fold_gain_modulation(model)
     gains = max_gain ** np.tile(np.sign(ends), 2)
     of_parts = (gains, 1.0) if per_head else (gains**0.5, gains**0.5)
-    # Of a gain, whose logarithm is rounded by a share of `log(max_gain)`, and
-    # of the product.
+    # The relative error of a gain, whose logarithm of up to `log(max_gain)` is
+    # rounded, and of its product with a kernel.
     error = 4 * (1 + np.log(max_gain)) * roundoff("float32") + roundoff(dtype)
     for kernels, attention in zip(before, attentions, strict=True):
         for kernel, part, of_part in zip(
             kernels, queries_and_keys(attention), of_parts, strict=True
         ):
-            # Below its normal numbers, float16 has steps of 6e-8.
+            # Float16 has steps of 6e-8 near 0; half a step may be lost.
             smallest = 2.0**-25 if dtype == "float16" else 0.0
             np.testing.assert_allclose(
                 to_numpy(part.kernel), kernel * of_part, error, smallest

@@ -98,14 +98,14 @@ def test_distilled_preset_loads_without_keras_laid(tmp_path):
 
 
 @pytest.mark.skipif(
-    keras.backend.backend() != "jax", reason="A claim about JAX."
+    keras.backend.backend() != "jax", reason="Checks imports on JAX."
 )
 def test_import_brings_no_second_framework_and_is_quick():
     modules = run_python(
         "import gc, keras_hub, sys, time\n"
-        "gc.freeze()\n"  # What KerasHub left is not ours to look through.
+        "gc.freeze()\n"  # Garbage collection skips KerasHub's objects.
         "before = set(sys.modules)\n"
-        "start = time.process_time()\n"  # Other tests run beside it.
+        "start = time.process_time()\n"  # Ignores other processes.
         "import keras_laid\n"
         "print(time.process_time() - start)\n"
         "print(*(set(sys.modules) - before))\n"
@@ -113,7 +113,7 @@ def test_import_brings_no_second_framework_and_is_quick():
     seconds, names = modules.strip().split("\n")[-2:]
     top = {name.split(".")[0] for name in names.split()}
     assert not top & {"torch", "tensorflow", "sklearn", "matplotlib"}
-    # 0.27 by itself; any package that is not ours takes as much again.
+    # The import takes 0.27 s. One more package would about double that.
     assert float(seconds) < 0.4
 
 

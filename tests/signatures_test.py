@@ -1,4 +1,4 @@
-"""What docstrings say of arguments is what signatures have."""
+"""Arguments and defaults in docstrings are those of the signatures."""
 
 import ast
 import importlib
@@ -10,12 +10,12 @@ import pytest
 
 import keras_laid
 
-# Of one backend, or of GPUs alone.
+# Modules for one backend, or only for GPUs.
 ELSEWHERE = ("pallas", "triton", "triton_kernels", "_steps")
 
 
 def everything():
-    """Functions, classes and their methods, by what they are called."""
+    """Functions, classes and their methods, by name."""
     found = {}
     for module in pkgutil.walk_packages(keras_laid.__path__, "keras_laid."):
         if module.name.endswith(ELSEWHERE):
@@ -42,7 +42,7 @@ DEFAULT = re.compile(r"Defaults to `([^`]*)`")
 
 
 def described(thing):
-    """Each argument in the docstring, with what is said of it."""
+    """A dictionary from each argument in the docstring to its description."""
     found = ARGUMENTS.search(inspect.getdoc(thing) or "")
     pairs = ARGUMENT.findall(found[1]) if found else []
     return {name.strip("*"): " ".join(text.split()) for name, text in pairs}
@@ -58,13 +58,14 @@ def test_arguments(name):
     parameters = dict(inspect.signature(thing).parameters)
     for unsaid in ("self", "cls"):
         parameters.pop(unsaid, None)
-    if "args" not in parameters:  # Of Keras's own methods.
+    if "args" not in parameters:  # Keras's own methods.
         assert list(texts) == list(parameters)
     for argument, text in texts.items():
         if argument not in parameters:
             continue
         default = parameters[argument].default
-        # `None` may stand for what depends on others, and names for objects.
+        # `None` may stand for a default that depends on other arguments, and a
+        # name for an object.
         if default is None or not isinstance(default, LITERALS):
             continue
         for said in DEFAULT.findall(text):

@@ -1,4 +1,4 @@
-"""Run with an installed keras_laid: what it needs and embeds is there."""
+"""Checks dependencies and embedded presets of an installed keras_laid."""
 
 import importlib.util
 import pathlib
@@ -12,7 +12,7 @@ place = pathlib.Path(keras_laid.__file__)
 assert "site-packages" in place.parts, place
 assert spectral.plot_spectra
 assert keras_laid.haystacks.plot_accuracy
-if importlib.util.find_spec("tensorflow_datasets"):  # Of an extra.
+if importlib.util.find_spec("tensorflow_datasets"):  # An optional extra.
     import tensorflow_datasets
 
     name = "visual_haystacks/digits"

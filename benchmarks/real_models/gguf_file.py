@@ -51,9 +51,10 @@ def unchanged(array):
 
 
 def kernels(block, denses):
-    """Tuples for `load` of dense layers whose kernel is a matrix there.
+    """Tuples for `load`, for dense layers whose kernel is a matrix in the file.
 
-    A kernel is `(in, ...)` or `(..., out)`, with heads in between.
+    In Keras, heads may have an axis: a kernel has the shape `(in, out)`,
+    `(in, heads, head_dim)` or `(heads, head_dim, out)`.
 
     Args:
         block: Integer, the index of the transformer block.

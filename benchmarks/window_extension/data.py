@@ -1,4 +1,4 @@
-"""Training questions of which few have labels."""
+"""Training questions, with labels for all, few or none of them."""
 
 import collections
 import itertools
@@ -12,14 +12,14 @@ IGNORED = -1  # The label of an unlabelled question.
 
 
 def make_data(settings, preprocessor, uses_unlabelled, stretching, seed):
-    """The training batches of one run: each kind of question, joined."""
+    """The training batches of one run, with each kind of question in each."""
     joined = settings.labelled and settings.unlabelled and uses_unlabelled
     labelled_in_batch = settings.batch_size
     if joined:
         labelled_in_batch = settings.labelled_in_batch
         if labelled_in_batch is None:
             labelled_in_batch = settings.batch_size // 2
-    kinds = []  # How many in all, and how many of a batch.
+    kinds = []  # Pairs: questions in total, and in a batch.
     if settings.labelled:
         kinds.append((settings.labelled, labelled_in_batch))
     if settings.unlabelled and (uses_unlabelled or not settings.labelled):
@@ -47,8 +47,8 @@ def make_data(settings, preprocessor, uses_unlabelled, stretching, seed):
 class Unlabelled(keras.utils.PyDataset):
     """Haystacks without their answers.
 
-    In place of the response stands the same token for every question, and only
-    its first token, which no answer precedes, is marked.
+    Every response is replaced by the same token. Only the first token of the
+    response is marked, since no part of an answer precedes it.
     """
 
     def __init__(self, haystacks):
@@ -71,7 +71,7 @@ class Unlabelled(keras.utils.PyDataset):
 
 
 class PartlyLabelled(keras.utils.PyDataset):
-    """Each unlabelled batch joined with a labelled one of its size, in turn."""
+    """Each unlabelled batch, joined with a labelled one of as many images."""
 
     def __init__(self, labelled, unlabelled):
         super().__init__()

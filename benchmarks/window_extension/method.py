@@ -1,4 +1,4 @@
-"""How a method of the study is written down."""
+"""Descriptions of the methods of the study."""
 
 import dataclasses
 
@@ -8,18 +8,19 @@ from keras_laid.distillation import NextTokens
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """One way to train a student; the whole of LAid where nothing is said.
+    """One way to train a student.
 
     Attributes:
         stretching: Boolean, whether positions are stretched.
         gains: Boolean, whether rotary frequencies have trainable gains.
-        strength: Float, of the distance weighting.
+        strength: Float, the strength of the distance weighting.
         yarn: Boolean, whether the student is trained and used with positions
-            interpolated by YaRN, by one factor for the whole window.
-        lora_rank: Integer, or `None` to train all weights. With LoRA, four
-            times the learning rate is taken: it wants a larger one.
-        terms: Dictionary from the kind of a term of the loss to its arguments;
-            each run makes its own.
+            interpolated by YaRN, with one factor for the whole window.
+        lora_rank: Integer, the rank of LoRA, or `None` to train all weights.
+            With LoRA the learning rate is multiplied by 4, since LoRA needs a
+            larger one.
+        terms: Dictionary from the class of a term of the loss to its arguments;
+            each run makes new terms.
     """
 
     stretching: bool = True
@@ -35,7 +36,7 @@ class Method:
         return any(term.is_used for term in without_labels)
 
     def make_terms(self, supervised_weight=1.0):
-        """New terms; labels come with the logits."""
+        """Makes new terms, always with one for logits and labels."""
         tokens = self.terms.get(NextTokens, {})
         tokens = tokens | {"supervised_weight": supervised_weight}
         arguments = self.terms | {NextTokens: tokens}

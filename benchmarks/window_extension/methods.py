@@ -1,4 +1,4 @@
-"""The methods compared, each as what it changes."""
+"""The methods of the study, and how a student is trained by each."""
 
 import contextlib
 import dataclasses
@@ -15,16 +15,17 @@ from benchmarks.window_extension.method import laid
 from benchmarks.window_extension.method import sft
 from benchmarks.window_extension.settings import RUNS
 
-WINDOW = 150  # Stretched positions range over so many images.
-# Tokens: what the embedded student was trained on, 5 images and the text; and
-# the neighbours that SelfExtend leaves alone, chosen on the validation split.
+WINDOW = 150  # In images: the range of stretched positions.
+# In tokens: the length that the embedded student was trained on, 5 images and
+# the text; and the window of neighbours whose positions SelfExtend leaves as
+# they are, chosen on the validation split.
 ORIGINAL_LENGTH = 36
 NEIGHBOR_WINDOW = 24
 PRIOR_SEED = 1000
 PRIOR_RATE = 7e-4
 
 
-# Untrained, and at their best: a factor and a group size for each length.
+# Without training, with the best factor or group size for each length.
 
 
 def yarn(student, length):
@@ -53,7 +54,7 @@ def untouched(student, length):
 
 
 def yarn_for_all(student, length):
-    """One factor, that of the whole window, whatever the length."""
+    """YaRN with the factor of the whole window, whatever the length."""
     image_length = student.backbone.image_sequence_length
     text_length = student.preprocessor.sequence_length
     return yarn(student, WINDOW * image_length + text_length)
@@ -80,7 +81,7 @@ METHODS = {
     "kd_yarn_stretched": kd(stretching=True, yarn=True),
     "laid_yarn": laid(stretching=False, yarn=True),
     "laid_yarn_stretched": laid(yarn=True),
-    # A tenth of the weights.
+    # With a tenth of the loss weights.
     "laid_light_stretched": laid(weight=0.03, query_key_weight=0.01),
     "laid_light_yarn": laid(
         stretching=False,
@@ -92,16 +93,16 @@ METHODS = {
     # All of the weight on the attention of the question's rows.
     "laid_heavy": laid(stretching=False, weight=1.0, query_key_weight=0.0),
     "laid_all_layers": laid(stretching=False, layer_map="uniform"),
-    # LAid with stretching, a part taken out of each.
+    # LAid with stretching, each without one part.
     "without_kl": laid(logits_weight=0.0),
     "without_query_key": laid(query_key_weight=0.0),
     "without_attention": laid(weight=0.0),
     "without_gain": laid(gains=False),
     "without_distance_weighting": laid(strength=0.0),
-    # Other layers than the last ones: all of them, and the teacher's sharpest.
+    # Other layers than the last: all layers, and the teacher's sharpest.
     "all_layers": laid(layer_map="uniform"),
     "sharpest_layer": laid(layer_map=[(2, 1)]),
-    # LAid by retrieval, without gains, and what it is compared with.
+    # LAid by retrieval, without gains, and methods to compare it with.
     **retrieval_methods.METHODS,
 }
 
@@ -131,7 +132,7 @@ def prior_student(settings):
 
 
 class AfterSteps(keras.callbacks.Callback):
-    """Calls a function of the steps done and the model, after some of them."""
+    """Calls `function(steps_done, model)` after each number of `steps`."""
 
     def __init__(self, steps, function):
         super().__init__()
@@ -142,7 +143,7 @@ class AfterSteps(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         self.done += 1
         if self.done in self.steps:
-            # Variables get the values of this step when the model is read.
+            # Reading `self.model` gives variables the values of this step.
             self.function(self.done, self.model)
 
 
@@ -187,7 +188,7 @@ def train(method, settings, seed, learning_rate, student, callbacks=()):
 
 
 def scope_of(method):
-    """The scope that a trained student is used in, a function of its length."""
+    """The scope to use a trained student in: a function of it and a length."""
     return yarn_for_all if method.yarn else untouched
 
 

@@ -34,9 +34,9 @@ def plot_low_frequency(by_method, path):
 
 
 def draw_line(axes, numbers, found, **style):
-    """Means of what was found at each number, and a band of intervals.
+    """Draws the mean of `found` at each of `numbers`, with its interval.
 
-    Two seeds have an interval that is too wide to be drawn.
+    Without three seeds or more, the interval is too wide to be drawn.
     """
     means, halves = np.transpose([interval(values) for values in found])
     (line,) = axes.plot(numbers, means, **style)
@@ -123,7 +123,7 @@ def plot_steps(of_config, settings, path):
 
 
 def draw():
-    """Every figure of the study that has several seeds of some method."""
+    """Draws the study's figures; those of accuracy need several seeds."""
     for name, of_config in read_runs().items():
         if max(map(len, of_config.values())) < 2:
             continue

@@ -21,8 +21,8 @@ OTHERS = [
     if (layer, head) not in RETRIEVING
 ]
 
-# The needle gets at most 0.11 more of their attention than other images do, and
-# 0.7 more of the attention of heads that retrieve: `retrieval_heads.csv`.
+# These heads give the needle at most 0.11 more of their attention than other
+# images; heads that retrieve give it 0.7 more (see `retrieval_heads.csv`).
 BLIND = [(layer, head) for layer in (0, 3) for head in HEADS]
 
 
@@ -56,7 +56,7 @@ def dense(**arguments):
 
 
 def hidden_states(stretching=False, **arguments):
-    """Logits, and what blocks put out through a learned projection."""
+    """Logits, and outputs of blocks through a learned projection."""
     return Method(
         stretching=stretching, gains=False, terms={HiddenStates: arguments}
     )
@@ -73,13 +73,13 @@ class WrongHeads(RetrievalMatching):
 
 
 class BlindHeads(WrongHeads):
-    """The same, of heads that hardly look at the needle."""
+    """As many heads, drawn from those that hardly look at the needle."""
 
     drawn_from = BLIND
 
 
 class AllRowsAlike(RetrievalMatching):
-    """Every counted row weighs the same, whatever the teacher does there."""
+    """Every counted row has the same weight, whatever the teacher does."""
 
     def teacher_retrieval(self, log_shares, heads, x):
         found = super().teacher_retrieval(log_shares, heads, x)
@@ -88,7 +88,7 @@ class AllRowsAlike(RetrievalMatching):
 
 
 class TrueNeedle(RetrievalMatching):
-    """Every row must look at the needle, where the teacher's rows are sure."""
+    """The needle is the target of every row; the teacher only weighs rows."""
 
     def teacher_retrieval(self, log_shares, heads, x):
         found = super().teacher_retrieval(log_shares, heads, x)

@@ -1,4 +1,4 @@
-"""What a config of the study says."""
+"""The settings in a config of the study."""
 
 import dataclasses
 import pathlib
@@ -16,30 +16,32 @@ class Settings:
         name: String, the name of the config.
         description: String, one sentence.
         methods: List of names in `methods.METHODS` and `methods.UNTRAINED`.
-        ablation: List of names in `methods.METHODS`: LAid with stretching, and
-            with a part left out or changed.
-        labelled: Integer, training questions with their answer.
-        unlabelled: Integer, further training questions without. Methods that
-            have a teacher use them too; the others cannot. Where `labelled` is
-            0, methods without a teacher are given all answers to these.
+        ablation: List of names in `methods.METHODS`: a method, and variants of
+            it with a part left out or changed.
+        labelled: Integer, training questions with their answers.
+        unlabelled: Integer, further training questions without their answers.
+            Methods with a teacher use them too; the others cannot. Where
+            `labelled` is 0, methods without a teacher train on these questions
+            with their answers.
         sizes: List of integers, images in a training haystack.
         steps: Integer, training steps of every method.
-        batch_size: Integer, questions a step, of every method.
-        labelled_in_batch: Integer, how many of them have labels where there
-            are both kinds. Defaults to half.
+        batch_size: Integer, questions in a batch, for every method.
+        labelled_in_batch: Integer, questions with labels in a batch where both
+            kinds are used. Defaults to half.
         learning_rates: List of floats, tried for every method.
-        tuned_as: String, the name of another config whose choice of learning
-            rates is taken. Defaults to `None`: each method tries them here.
-        tuned_methods: Dictionary from a method to another whose learning rate
-            it takes: a variant to what it varies.
-        prior_steps: Integer, supervised steps on `prior_sizes` images that the
-            student has behind it before any method starts. Defaults to 0: the
-            embedded student.
-        prior_sizes: List of integers.
-        measured_at: List of integers, steps of training after which students
-            are measured too. After the last step all are.
-        measured_sizes: List of integers, images in the haystacks that are
-            measured on the way. Defaults to all sizes.
+        tuned_as: String, the name of another config whose chosen learning rates
+            are used. Defaults to `None`: learning rates are tuned in this
+            config.
+        tuned_methods: Dictionary from a variant to the method whose learning
+            rate it uses.
+        prior_steps: Integer, supervised steps on haystacks of `prior_sizes`
+            images that the student is trained for before any method starts.
+            Defaults to 0: methods start from the embedded student.
+        prior_sizes: List of integers, images in a haystack of the prior steps.
+        measured_at: List of integers, numbers of steps after which students are
+            measured during training. All are measured after the last step.
+        measured_sizes: List of integers, images in the haystacks measured after
+            the steps of `measured_at`. Defaults to all sizes.
         student: String, the name in `keras_laid.presets` of the student that
             every method starts from.
     """

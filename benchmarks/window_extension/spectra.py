@@ -26,7 +26,7 @@ PATH = rows.RESULTS / "window_extension_spectra.csv"
 KEY = ("config", "method", "seed")
 IMAGES = 100
 QUESTIONS = 64
-CUTOFF = 0.05  # Cycles per image: what is slower is low.
+CUTOFF = 0.05  # Cycles per image; frequencies up to it are low.
 BANDS = (0.0, CUTOFF, 0.5)
 
 
@@ -68,7 +68,7 @@ def measure(model, teacher, seed):
 
 
 def students(settings, names, seeds):
-    """Yields method, seed and model, the teacher's and untouched included."""
+    """Yields method, seed and model, for the teacher and untouched too."""
     for seed in seeds:
         yield "teacher", seed, study.load(keras_laid.presets.TEACHER)
         yield "untouched", seed, study.prior_student(settings)

@@ -21,7 +21,7 @@ UNTOUCHED = "untouched"
 
 
 def read_runs():
-    """Accuracies of the test split: config, method, then seed."""
+    """Final accuracies of the test split, by config, method and seed."""
     runs = collections.defaultdict(lambda: collections.defaultdict(dict))
     by_steps = read_steps()
     last = {config: steps for config, _, steps in by_steps}
@@ -32,7 +32,10 @@ def read_runs():
 
 
 def read_steps():
-    """The same by config, method and steps done, the fewest first."""
+    """Accuracies of the test split by config, method and steps, then seed.
+
+    Fewer steps come first.
+    """
     found = collections.defaultdict(dict)
     for row in sorted(rows.read_rows(ROWS), key=lambda row: int(row["steps"])):
         if row["split"] == "test":
@@ -55,7 +58,7 @@ def read_spectra():
 
 
 def interval(values):
-    """Mean and half of its 95% interval, by Student's t over seeds."""
+    """Mean and half the width of its 95% interval, by Student's t."""
     values = np.asarray(values)
     if len(values) < 2:
         return values.mean(), np.nan
@@ -79,7 +82,7 @@ def geometric(values):
 
 
 def ratio_of_windows(runs, untouched):
-    """Window over the untouched student's, of the seeds that both have."""
+    """Ratio of a window to the untouched student's, over common seeds."""
     return geometric(
         [
             window(runs[seed]) / window(untouched[seed])
@@ -109,7 +112,7 @@ def make_table(of_config, methods):
 
 
 def accuracy_over_steps(settings):
-    """Methods measured on the way: steps done, then accuracies by seed."""
+    """Accuracies by method, steps and seed, of methods with all steps."""
     steps = [*settings.measured_at, settings.steps]
     by_steps = read_steps()
     keys = {
@@ -141,7 +144,7 @@ def make_steps_table(settings):
 
 
 def sizes_over_steps(settings):
-    """Those that training over steps is shown at."""
+    """The haystack sizes for which accuracy over steps is shown."""
     return settings.measured_sizes or STEPS_SIZES
 
 

@@ -1,4 +1,4 @@
-"""Catches the queries and keys a decoder computes, while it computes them."""
+"""Captures the queries and keys of a decoder's layers during a call."""
 
 import contextlib
 import functools
@@ -40,9 +40,9 @@ def captured_attention(
         heads as the model has. Under compilation it holds symbolic tensors: use
         them in the function that called the model.
 
-    Outputs of the model do not change, its fused attention stays in use, also
-    under `keras.RematScope`, and it is left as it was, also when its call
-    raises.
+    Outputs of the model do not change, and its fused attention stays in use,
+    also under `keras.RematScope`. On exit the model is as it was before, even
+    if its call raised an error.
     """
     captured: dict[int, Attention] = {}
     known = layers_with_maps(model)
@@ -75,7 +75,7 @@ def run_capturing(
 
     Args:
         model: As in `captured_attention`.
-        inputs: The model's inputs.
+        inputs: Dictionary of the model's inputs.
         layers: As in `captured_attention`.
 
     Returns:
@@ -87,7 +87,7 @@ def run_capturing(
 
 
 def no_gradients() -> contextlib.AbstractContextManager[Any]:
-    """Scope in which torch keeps no activations; the others never do."""
+    """Scope in which torch computes no gradients; empty on other backends."""
     if keras.backend.backend() == "torch":
         import torch
 
@@ -98,25 +98,26 @@ def no_gradients() -> contextlib.AbstractContextManager[Any]:
 def capturing(
     layer: AttentionLayer, captured: dict[int, Attention]
 ) -> Callable[..., Tensor]:
-    """The layer's `_compute_attention`, writing down what it is given."""
+    """The layer's `_compute_attention`, which also records queries and keys."""
     compute_attention = layer.layer._compute_attention
     if isinstance(compute_attention, SelfExtendedAttention):
         raise ValueError(
-            "Attention cannot be captured inside `self_extend`: its maps are "
-            "not those of one set of queries and keys. "
-            f"Received: layers with {layer.index}. Capture outside of the "
+            "Attention cannot be captured inside `self_extend`, whose maps do "
+            "not come from a single set of queries and keys. "
+            f"Received: layers that include {layer.index}. Capture outside the "
             "scope."
         )
 
     def compute_and_capture(
         query: Tensor, key: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
-        # Most families have repeated each key head for its query heads.
+        # Most families repeat each key head for its query heads: keep one copy.
         repeats = key.shape[2] // layer.num_key_value_heads
         captured[layer.index] = Attention(
             query, key[:, :, ::repeats], layer.scale, layer.soft_cap
         )
-        # A copy: KerasHub scales the query in place, which torch does do.
+        # KerasHub runs `query *= ...`, which on torch would change the captured
+        # query too.
         return compute_attention(ops.copy(query), key, *args, **kwargs)
 
     return compute_and_capture
@@ -125,9 +126,10 @@ def capturing(
 def rematerializing(
     part: keras.layers.Layer, index: int, captured: dict[int, Attention]
 ) -> Callable[..., Callable[..., Tensor]]:
-    """`rematerialized_call`, which also returns what is captured inside.
+    """`rematerialized_call`, which also captures queries and keys.
 
-    What a rematerialised function computes may leave it only as an output.
+    A tensor that a rematerialised function computes may leave it only as an
+    output, so the queries and keys are outputs too.
     """
     rematerialized_call = part.rematerialized_call
 
@@ -164,12 +166,13 @@ def attention_mask(
 
     Args:
         model: As in `captured_attention`.
-        inputs: The model's inputs, with `"padding_mask"` of shape
-            `(batch, length)`; for PaliGemma, where it is only of text, with
-            `"response_mask"` too; for Gemma 3 with images, with
+        inputs: Dictionary of the model's inputs, with `"padding_mask"` of shape
+            `(batch, length)`. PaliGemma, whose masks cover only the text, also
+            needs `"response_mask"`; Gemma 3 with images also needs
             `"vision_mask"`.
-        key_length: Integer, tokens of images and text.
-        row_index: Integer tensor of shape `(rows,)`.
+        key_length: Integer, the number of tokens, of images and text together.
+        row_index: Integer tensor of shape `(rows,)`, ascending: the place of
+            each row in the sequence of keys.
 
     Returns:
         A `keras_laid.ops.AttentionMask`.
@@ -195,7 +198,7 @@ def prefix_mask(
     key_length: int,
     row_index: Tensor,
 ) -> AttentionMask:
-    """PaliGemma's: every row sees images and prompt, later ones responses."""
+    """PaliGemma's mask: full for images and prompt, causal for responses."""
     response_mask = ops.cast(inputs["response_mask"], "bool")
     prompt = ops.logical_and(present, ops.logical_not(response_mask))
     batch, length = ops.shape(present)
@@ -212,7 +215,7 @@ def prefix_mask(
 
 
 def numbered_runs(mask: Tensor) -> Tensor:
-    """Numbers each run of ones from 1; 0 is outside of all."""
+    """Numbers each run of ones from 1; zeros stay 0."""
     mask = ops.cast(mask, "int32")
     starts = ops.maximum(mask[:, 1:] - mask[:, :-1], 0)
     return mask * ops.cumsum(ops.concatenate([mask[:, :1], starts], 1), axis=1)
@@ -222,9 +225,10 @@ def text_rows(inputs: Mapping[str, Tensor]) -> Tensor:
     """Which of the tokens in `"token_ids"` are text.
 
     Args:
-        inputs: A model's inputs. Gemma's have `"vision_mask"`; Qwen 3.5's have
-            `"vision_indices"`, into all tokens of the batch. PaliGemma's
-            `"token_ids"` are only text.
+        inputs: Dictionary of a model's inputs. Those of Gemma have
+            `"vision_mask"`; those of Qwen 3.5 have `"vision_indices"`, indices
+            into the flattened tokens of the batch. In PaliGemma all of
+            `"token_ids"` are text.
 
     Returns:
         A boolean tensor of shape `(batch, length)`.

@@ -18,29 +18,35 @@ class AttentionLayer:
 
     Attributes:
         index: Integer, its place in the decoder, from 0.
-        kind: `"global"`, or `"local"` where a sliding window bounds what it
-            sees.
-        num_query_heads: Integer.
-        num_key_value_heads: Integer.
-        head_dim: Integer, numbers in a query or key of one head.
-        rotary_dim: Integer, how many of them rotary embedding turns.
-        wavelength: Float, the longest of its rotary frequencies, in tokens over
-            `2 * pi`, before any scaling.
-        scale: Float, what logits are multiplied by.
-        soft_cap: Float, what logits are softly capped at, or `None`.
-        window: Integer, tokens of the sliding window, or `None`.
-        pair_distance: Integer: rotary embedding turns feature `k` together with
-            feature `k + pair_distance`.
+        kind: `"global"` for full attention, or `"local"` for attention in a
+            sliding window.
+        num_query_heads: Integer, the number of query heads.
+        num_key_value_heads: Integer, the number of key and value heads. Smaller
+            than `num_query_heads` for grouped-query attention.
+        head_dim: Integer, the number of features in a query or key of one head.
+        rotary_dim: Integer, the number of these features that rotary embedding
+            rotates.
+        wavelength: Float, `max_wavelength` of its rotary embedding: the upper
+            bound of its wavelengths, in tokens, divided by `2 * pi`, before any
+            scaling.
+        scale: Float, the factor on `query @ key` in the logits.
+        soft_cap: Float, or `None`. With it, logits `x` become
+            `soft_cap * tanh(x / soft_cap)`.
+        window: Integer, the length of the sliding window in tokens, or `None`.
+        pair_distance: Integer: rotary embedding rotates feature `k` together
+            with feature `k + pair_distance`.
         keys_from: Integer, index of the layer whose keys it uses, or `None`
             where it has keys of its own.
         lends_keys: Boolean, whether another layer uses its keys.
         layer: The `keras.layers.Layer` that computes it.
         rotary: Its `keras_hub.layers.RotaryEmbedding`.
-        query_layer: The layer whose output is rotated into queries: the
-            projection, or the norm that follows it.
-        key_layer: That of keys, or `None` where they are another layer's.
-        norm_offset: Number, where the two are norms: they multiply by their
-            `scale` plus this. `None` where they are projections.
+        query_layer: The `keras.layers.Layer` whose output is rotated into
+            queries: the projection, or the norm that follows it.
+        key_layer: The `keras.layers.Layer` whose output is rotated into keys,
+            or `None` where another decoder layer's keys are used.
+        norm_offset: Integer where `query_layer` and `key_layer` are norms: a
+            norm multiplies by its `scale` plus this offset. `None` where they
+            are projections.
     """
 
     index: int
@@ -88,15 +94,17 @@ def layer(
     pair_distance: int | None = None,
     **attributes: Any,
 ) -> AttentionLayer:
-    """An `AttentionLayer`, for what reads a block.
+    """Makes an `AttentionLayer`, in a function that reads a block.
 
     Args:
-        attention: The Keras layer.
-        rotary: Its rotary embedding.
-        window: Integer, tokens of its sliding window, or `None`.
-        head_dim: Integer.
-        rotary_dim: Integer, if not all of the head dim is turned.
-        pair_distance: Integer. Defaults to half of `rotary_dim`.
+        attention: The `keras.layers.Layer` that computes the attention.
+        rotary: Its `keras_hub.layers.RotaryEmbedding`.
+        window: Integer, the length of its sliding window in tokens, or `None`.
+        head_dim: Integer, the number of features in a query or key of one head.
+        rotary_dim: Integer, the number of features of a head that rotary
+            embedding rotates. Defaults to `head_dim`.
+        pair_distance: Integer, the distance of the two features that rotary
+            embedding rotates together. Defaults to half of `rotary_dim`.
         **attributes: The other attributes of `AttentionLayer`.
     """
     rotary_dim = rotary_dim or head_dim
@@ -115,5 +123,5 @@ def layer(
 
 
 def linear() -> LinearLayer:
-    """A `LinearLayer`, for what reads a block."""
+    """Makes a `LinearLayer`, in a function that reads a block."""
     return LinearLayer(index=0)

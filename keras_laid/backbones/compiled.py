@@ -1,4 +1,4 @@
-"""Functions that Keras has compiled of models around a backbone."""
+"""Compiled functions of the Keras models that run a backbone."""
 
 import contextlib
 import functools
@@ -24,17 +24,18 @@ COMPILED = (
 
 @contextlib.contextmanager
 def compiled_apart(model: keras.Model) -> Iterator[None]:
-    """Scope inside which a backbone's compiled functions are others.
+    """Scope with compiled functions of its own for models around a backbone.
 
     A compiled function keeps doing what the backbone did when the function
     was traced. On entry, each Keras model that runs the backbone's blocks gets
-    functions that are not yet traced. On exit it gets back those that it had,
-    unless they were replaced inside, as `compile` does.
+    functions that are not yet traced. On exit it gets back the functions that
+    it had. A function that was replaced inside, for example after `compile`,
+    is replaced again by one that is not yet traced.
 
     Args:
         model: A KerasHub model, or its backbone.
     """
-    outer = {}  # By the functions in their place.
+    outer = {}  # From a function made here to the one that it replaces.
     with contextlib.ExitStack() as steps:
         for owner, name in compiled_functions(models_around(model)):
             function = getattr(owner, name)
@@ -79,10 +80,10 @@ def make(owner: keras.Model, name: str) -> None:
 def own_step(
     owner: keras.Model, name: str
 ) -> contextlib.AbstractContextManager[None]:
-    """Scope in which what is compiled is equal to nothing compiled before.
+    """Scope in which a model's step is a function that JAX has not yet traced.
 
-    JAX looks up by equality whether it has traced a function, as long as the
-    first is alive, and bound methods of one object are equal.
+    JAX does not trace a function again if it is equal to one that was traced
+    and is still alive, and bound methods of one object are equal.
     """
     step_name = name.replace("function", "step")
     step = getattr(owner, step_name)
@@ -93,8 +94,8 @@ def own_step(
     return replaced_method(owner, step_name, new_step)
 
 
-# Layers do not know what they are part of, so that all models are listed here,
-# as long as they live.
+# A layer does not know which models it is part of, so all models are listed
+# here while they are alive.
 MODELS: weakref.WeakValueDictionary[int, keras.Model]
 MODELS = weakref.WeakValueDictionary()  # By `id`: a model may have no hash.
 new_model = keras.Model.__new__
@@ -131,8 +132,8 @@ def models_around(model: keras.Model) -> list[keras.Model]:
 def holds(model: keras.Model, blocks: set[int]) -> bool:
     """Whether one of the blocks is part of a model, at any depth.
 
-    Parts are the layers that Keras tracks, and those in an attribute past its
-    tracking, as the distiller's teacher is.
+    Parts are the layers that Keras tracks, and layers in attributes that Keras
+    does not track, such as the distiller's teacher.
     """
     seen: set[int] = set()
     waiting = [model]

@@ -18,7 +18,7 @@ from keras_laid.backbones.families import attention_layers
 from keras_laid.backbones.families import family_of
 from keras_laid.typing import Tensor
 
-# Inputs with a number for each of the token ids.
+# Inputs with a value for each token id.
 TOKEN_MASKS = ("padding_mask", "response_mask", "vision_mask")
 
 
@@ -41,18 +41,18 @@ def pali_gemma_backbone_of(model: keras.Model) -> PaliGemmaBackbone:
 
 
 def global_layers(model: keras.Model) -> list[int]:
-    """Indices of the layers with full attention, of which one must be."""
+    """Indices of the layers with full attention; at least one must exist."""
     return indices_of_global(attention_layers(model), backbone_of(model).name)
 
 
 def indices_of_global(layers: Sequence[DecoderLayer], name: str) -> list[int]:
-    """The same, of the layers of a model so named."""
+    """As `global_layers`, for the `layers` of the model called `name`."""
     indices = [layer.index for layer in layers if layer.kind == "global"]
     if not indices:
         raise ValueError(
             "The model must have a decoder layer with full attention, without "
-            "a sliding window, which sees no further in a longer prompt. "
-            f"Received: {name!r}, without any"
+            "a sliding window: a sliding window sees no further in a longer "
+            f"prompt. Received: {name!r}, without any such layer"
         )
     return indices
 
@@ -85,7 +85,8 @@ def chosen_layers(model: keras.Model, layers: Sequence[int]) -> list[int]:
     if not set(chosen) <= set(full):
         raise ValueError(
             "`layers` must be decoder layers with full attention, not with a "
-            f"sliding window. Received: layers={layers!r}. "
+            "sliding window or linear attention. "
+            f"Received: layers={layers!r}. "
             f"Those with full attention are {full}."
         )
     return chosen
@@ -109,18 +110,18 @@ def input_names(model: keras.Model) -> list[str]:
 
 
 def check_values(model: keras.Model) -> None:
-    """Refuses to run a model while `fit` has taken its variables' values."""
+    """Refuses to run a model while `fit` holds the values of its variables."""
     variable = backbone_of(model).token_embedding.weights[0]
     try:
         _ = variable.value
-    except TypeError as error:  # By Keras, of a variable without a value.
+    except TypeError as error:  # Keras raises it for a variable with no value.
         raise RuntimeError(
-            "A model must hold the values of its variables to be run. On JAX, "
-            "Keras takes them out for the steps of an epoch, and `fit` hands "
-            f"them from step to step. Received: {model.name!r} between two "
-            "steps, as in `on_train_batch_end`. In the callback, reach it by "
-            "`self.model`, as in `self.model.student`, which puts them back, "
-            "or run it in `on_epoch_end`."
+            "A model can run only while it holds the values of its variables. "
+            "On JAX, `fit` takes them out of the model during an epoch and "
+            f"passes them from step to step. Received: {model.name!r} between "
+            "two steps, as in `on_train_batch_end`. In the callback, reach it "
+            "by `self.model`, as in `self.model.student`: `self.model` puts "
+            "the values back. Or run it in `on_epoch_end`."
         ) from error
 
 
@@ -145,7 +146,7 @@ def check_inputs(model: keras.Model, inputs: dict[str, Tensor]) -> None:
 
 
 def is_mixed_float16(model: keras.Model) -> bool:
-    """Whether layers compute in float16 and keep their weights in float32."""
+    """Whether any layer computes in float16 and keeps float32 weights."""
     return any(
         (layer.compute_dtype, layer.variable_dtype) == ("float16", "float32")
         for layer in backbone_of(model)._flatten_layers()

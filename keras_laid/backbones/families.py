@@ -1,7 +1,7 @@
-"""All facts about the decoders that KerasHub ships: a record per family.
+"""All facts about KerasHub's decoders: one record per family.
 
-A family that is not here yet takes one more. This is all of it, for a backbone
-whose blocks keep their attention as `block.attention`:
+To support another family, add a record to `FAMILIES`. This is the whole record
+for a backbone whose blocks keep their attention as `block.attention`:
 
 ```python
 from keras_laid.backbones import families
@@ -14,8 +14,8 @@ def of_my_block(block):
     return families.layer(
         attention,  # Has `_compute_attention(query, key, value, mask, ...)`.
         rotary=attention.rope,  # A `keras_hub.layers.RotaryEmbedding`.
-        query_layer=attention.query_norm,  # What is rotated comes from it:
-        key_layer=attention.key_norm,  # a norm, or an `EinsumDense`.
+        query_layer=attention.query_norm,  # Their outputs are rotated: both
+        key_layer=attention.key_norm,  # are norms, or both `EinsumDense`.
         norm_offset=1,  # The norm multiplies by `1 + scale`.
         num_query_heads=attention.num_heads,
         num_key_value_heads=attention.num_heads,
@@ -28,8 +28,8 @@ def of_my_block(block):
 families.FAMILIES[MyBackbone] = families.Family(of_my_block)
 ```
 
-Blocks are those of `backbone.transformer_layers`. Subclasses of a known
-backbone need no record of their own.
+The function is called with each of `backbone.transformer_layers`. Subclasses of
+a known backbone need no record of their own.
 """
 
 import dataclasses
@@ -64,18 +64,20 @@ class Family:
     Attributes:
         read_block: Function from a block of the decoder to its
             `AttentionLayer`, or to a `LinearLayer`.
-        mask: Which tokens see later ones, in layers with full attention:
-            `"causal"`, none do; `"prefix"`, the images and the prompt see each
-            other; `"images"`, tokens of an image see each other.
+        mask: `"causal"`, `"prefix"` or `"images"`: which tokens attend later
+            ones in layers with full attention. With `"causal"`, none do; with
+            `"prefix"`, tokens of the images and the prompt attend each other;
+            with `"images"`, tokens of the same image do. Defaults to
+            `"causal"`.
         mask_method: String, the method of a block that makes its mask.
         linear_memory: Whether the masks of all layers are known well enough
             for `keras_laid.linear_memory_attention`: `"always"`, `"without
-            windows"` or `"never"`.
+            windows"` (only if no layer has a sliding window) or `"never"`.
         image_attributes: Names of attributes of the backbone or its vision
             encoder, which decide how many tokens an image becomes, and in which
-            order. Empty for decoders of text.
+            order. Empty for text-only decoders.
         vision_encoder: String, the attribute of the backbone that is its vision
-            encoder; empty for decoders of text.
+            encoder; empty for text-only decoders.
         vision_blocks: String, the attribute of the encoder, or of one of its
             layers, that lists its blocks.
     """
@@ -102,7 +104,7 @@ def family_of(model: keras.Model) -> Family:
     names = sorted(kind.__name__ for kind in FAMILIES)
     raise ValueError(
         f"The model's family must be known, one of {names}. "
-        f"Received: {type(backbone).__name__}. Write a record: "
+        f"Received: {type(backbone).__name__}. Write a record for the family: "
         "`help(keras_laid.backbones.families)` shows one in 20 lines."
     )
 
@@ -148,7 +150,7 @@ def layers_with_maps(model: keras.Model) -> dict[int, AttentionLayer]:
 
 
 def with_maps(layers: Sequence[DecoderLayer]) -> dict[int, AttentionLayer]:
-    """The layers with attention maps among some, by their index."""
+    """Those of `layers` that have attention maps, by their index."""
     return {
         each.index: each for each in layers if isinstance(each, AttentionLayer)
     }
@@ -301,9 +303,9 @@ OF_GEMMA = Family(of_gemma, mask_method="_compute_attention_mask")
 OF_LLAMA = Family(of_llama)
 IMAGE_GRID = ("image_size", "num_vision_tokens_per_image", "patch_size")
 
-# From the class of a backbone to what is known of it.
+# From the class of a backbone to the record of its family.
 FAMILIES = {
-    # All of its images stand before the text, and their tokens are apart.
+    # All images stand before the text; `"token_ids"` holds only the text.
     PaliGemmaBackbone: Family(
         of_gemma,
         mask="prefix",
@@ -321,7 +323,7 @@ FAMILIES = {
         vision_encoder="vision_encoder",
         vision_blocks="resblocks",
     ),
-    # Tokens of an image see each other in its local layers only.
+    # Tokens of an image attend each other, but only in Gemma 4's local layers.
     Gemma4Backbone: Family(
         of_gemma4,
         mask_method="_compute_attention_mask",
@@ -334,7 +336,8 @@ FAMILIES = {
     Llama3Backbone: OF_LLAMA,
     MistralBackbone: Family(of_mistral),
     Phi3Backbone: Family(of_phi3),
-    # Fused attention drops its window, so that it depends on the backend.
+    # Fused attention ignores Qwen's sliding window, so its mask depends on the
+    # backend.
     QwenBackbone: Family(of_qwen, linear_memory="without windows"),
     Qwen3Backbone: Family(of_qwen3, linear_memory="without windows"),
     Qwen3_5Backbone: Family(

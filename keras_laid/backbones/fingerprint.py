@@ -1,4 +1,4 @@
-"""Tells apart models that answer differently, whatever the reason."""
+"""Fingerprints that differ between models whose outputs may differ."""
 
 import functools
 import hashlib
@@ -16,17 +16,17 @@ from keras_laid.backbones.decoder import backbone_of
 DIGITS = 16  # Of a hash in hexadecimal.
 # Methods that Keras itself replaces in each layer.
 WRAPPED_BY_KERAS = ("build", "quantize")
-# Of preprocessors: they change with each batch.
+# Settings of preprocessors that are set for each batch.
 BY_BATCH = ("sequence_length", "max_images_per_prompt")
 
 
 def model_fingerprint(model: keras.Model) -> str:
-    """A string that changes with all that a model's outputs depend on.
+    """A string that changes with everything a model's outputs depend on.
 
-    That is its class and config, the scopes that it is in (`keras_laid.yarn`,
-    `keras_laid.self_extend`, `keras_laid.rotary_positions` and others), and
-    every bit of its weights. All weights are copied to the host, one variable
-    at a time, and hashed by SHA-256.
+    A model's outputs depend on its class and config, the scopes that it is in
+    (`keras_laid.yarn`, `keras_laid.self_extend`, `keras_laid.rotary_positions`
+    and others), and every bit of its weights. All weights are copied to the
+    host, one variable at a time, and hashed by SHA-256.
 
     Args:
         model: A KerasHub task or backbone.
@@ -44,7 +44,10 @@ def model_fingerprint(model: keras.Model) -> str:
 
 
 def preprocessor_fingerprint(preprocessor: Any) -> str:
-    """A string that changes with what a preprocessor makes of an input.
+    """A string that changes with everything a preprocessor's outputs depend on.
+
+    The exceptions are `sequence_length` and `max_images_per_prompt`, which are
+    set for each batch.
 
     Args:
         preprocessor: A `keras_hub.models.CausalLMPreprocessor`.
@@ -116,7 +119,7 @@ def described(value: Any) -> Any:
 
 
 def is_setting(value: Any) -> bool:
-    """Whether it decides what a function does; the rest is scratch space."""
+    """Whether an attribute is a setting of its object, not scratch space."""
     numbers = isinstance(value, (bool, int, float, str))
     return numbers or callable(value) or hasattr(value, "shape")
 
@@ -125,7 +128,7 @@ def without_names(config: Any) -> Any:
     """A config without the names of layers, which Keras numbers."""
     if isinstance(config, dict):
         if "DTypePolicy" in config.get("class_name", ""):
-            return config  # Its name is all that there is.
+            return config  # The name of a policy is its only setting.
         kept = ((k, v) for k, v in config.items() if k != "name")
         return {k: without_names(v) for k, v in kept}
     if isinstance(config, (list, tuple)):

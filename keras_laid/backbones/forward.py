@@ -1,4 +1,4 @@
-"""One run of a model for all that is compared."""
+"""Runs a model once for its logits, attention and hidden states."""
 
 import contextlib
 from collections.abc import Collection
@@ -27,9 +27,9 @@ class Run(NamedTuple):
 
     Attributes:
         tokens: Its `keras_laid.ops.Unembedding`.
-        attention: Dictionary from layer to `keras_laid.ops.Attention`.
-        hidden_states: Dictionary from layer to the output of its block, of
-            shape `(batch, keys, hidden_dim)`.
+        attention: Dictionary from layer index to `keras_laid.ops.Attention`.
+        hidden_states: Dictionary from layer index to the output of its block,
+            of shape `(batch, keys, hidden_dim)`.
     """
 
     tokens: Unembedding
@@ -44,8 +44,8 @@ class Run(NamedTuple):
         for hidden in self.hidden_states.values():
             return ops.shape(hidden)[1]
         raise ValueError(
-            "A layer must be read for its number of tokens. Received: a run "
-            "without layers."
+            "A layer must be read to know the number of tokens. Received: a "
+            "run without layers. Pass `layers` or `hidden_layers`."
         )
 
 
@@ -62,15 +62,20 @@ def forward(
 
     Args:
         model: As in `keras_laid.backbones.attention_layers`.
-        inputs: Dictionary of its inputs; others are passed over, except
-            `"positions"`, which replace those of every rotary embedding.
-        layers: Sequence of integers, whose attention is wanted.
-        training: Boolean.
-        rematerialize: Boolean, whether its blocks run again in the backward
-            pass and keep less for it.
+        inputs: Dictionary of the model's inputs. Other entries are ignored,
+            except `"positions"`, which replace the positions of every rotary
+            embedding.
+        layers: Sequence of integers, indices of the layers whose attention is
+            returned. Defaults to `()`.
+        training: Boolean or `None`, passed to the model. Defaults to `False`.
+        rematerialize: Boolean, whether the model's blocks run again in the
+            backward pass, so that they keep only their inputs until then.
+            Defaults to `False`.
         linear_memory: Boolean, whether attention is computed as in
-            `keras_laid.linear_memory_attention`, or by which implementation.
-        hidden_layers: Sequence of integers, whose hidden states are wanted.
+            `keras_laid.linear_memory_attention`, or a string, the name of the
+            implementation that computes it. Defaults to `False`.
+        hidden_layers: Sequence of integers, indices of the layers whose hidden
+            states are returned. Defaults to `()`.
 
     Returns:
         A `Run`.
@@ -78,16 +83,16 @@ def forward(
     Raises:
         TypeError: If `inputs` is not a dictionary, or token ids are not
             integers.
-        ValueError: If an input is missing or of another shape.
+        ValueError: If an input is missing or has the wrong shape.
     """
     decoder.check_inputs(model, inputs)
     decoder.check_values(model)
     positions = inputs.get("positions")
     inputs = {name: inputs[name] for name in decoder.input_names(model)}
     with contextlib.ExitStack() as scopes:
-        # Each of these replaces methods, and sees those that stand there: what
-        # captures attention wraps what linear memory computes it by; blocks run
-        # again with both; and hidden states are what such blocks put out.
+        # The order matters, as each scope wraps the methods that it finds.
+        # Capture wraps the attention of linear memory, rematerialised blocks
+        # run again with both, and hidden states are outputs of those blocks.
         if linear_memory:
             scopes.enter_context(linear_blocks(model, named(linear_memory)))
         attention = scopes.enter_context(captured_attention(model, layers))

@@ -15,7 +15,7 @@ def check_foldable(
     part: keras.layers.Layer,
     gain: GainModulatedRotaryEmbedding,
 ) -> None:
-    """Refuses gains that no weights of the layer can take in."""
+    """Refuses gains that cannot be multiplied into the layer's weights."""
     where = f"the {part.name} layer of decoder layer {layer.index}"
     if layer.norm_offset is not None:
         if gain.num_heads is not None:
@@ -29,7 +29,7 @@ def check_foldable(
         return
     if part.quantization_mode is not None:
         raise ValueError(
-            "Kernels must not be quantized to have gains multiplied in. "
+            "Kernels that gains are multiplied into must not be quantized. "
             f"Received: {where}, with "
             f"quantization_mode={part.quantization_mode!r}. "
             "Fold before `quantize`, or keep the gains and save with "
@@ -48,7 +48,7 @@ def check_foldable(
 def scale_weights(
     layer: AttentionLayer, part: keras.layers.Layer, feature_gains: Tensor
 ) -> None:
-    """Multiplies the weights of a norm or a projection, in float32."""
+    """Multiplies the weights of a norm or a projection by gains, in float32."""
     if layer.norm_offset is not None:
         scale = ops.cast(part.scale, "float32") + layer.norm_offset
         part.scale.assign(scale * feature_gains - layer.norm_offset)

@@ -41,36 +41,36 @@ def attach_gain_modulation(
     decoder layers is multiplied by a gain
     (see `keras_laid.layers.GainModulatedRotaryEmbedding`). All gains are 1 at
     first: no weight and no output of the model changes. The gains are among
-    `model.trainable_variables`, also where the rest of the model is frozen;
-    `enable_lora` freezes them, so call it before.
+    `model.trainable_variables`, also where the rest of the model is frozen.
+    `enable_lora` would freeze the gains, so call it first.
 
-    Every Keras model that runs the backbone follows, as `keras_laid.yarn` says.
-    Compile those that have been trained or evaluated before you train on: their
-    optimizers know only the old variables, and Keras raises a `ValueError` in
-    the next training step.
+    Every Keras model that runs the same backbone changes with it, as
+    `keras_laid.yarn` explains. If such a model has been trained or evaluated,
+    compile it again before you resume training: its optimizer knows only the
+    old variables, and Keras raises a `ValueError` in the next training step.
 
     With gains, `model.save("model.keras")` and `keras.models.load_model` work
     as before, and so do `save_weights` and `load_weights` between models with
-    the same gains; `save_to_preset` refuses until `fold_gain_modulation` is
-    called. To do so, the backbone becomes of a subclass of its class, until
-    then.
+    the same gains. `save_to_preset` raises a `ValueError` until
+    `fold_gain_modulation` is called. To save in this way, the backbone's class
+    is replaced by a subclass until then.
 
     Args:
         model: A `keras_hub.models.CausalLM` or its backbone, of a family that
             `keras_laid.backbones.attention_layers` knows, or a
             `keras_laid.MultiImagePaliGemmaCausalLM`.
         layers: Optional sequence of integers, the indices of decoder layers,
-            from 0, or negative from the last. Only layers with full attention,
-            not those with a sliding window or linear attention. Defaults to
-            all of those.
-        per_head: Boolean. `False` is one gain a frequency, shared by all heads
-            and split evenly between queries and keys, or only on queries where
-            layers share keys (Gemma 4). `True` is one a query head and
-            frequency, only on queries; it cannot be folded where queries are
-            normalized (Gemma 3, Gemma 4, Qwen 3, Qwen 3.5). Defaults to
-            `False`.
-        max_gain: Float greater than 1. No gain exceeds it, nor is less than its
-            inverse. Defaults to `4.0`.
+            from 0, or negative from the last. Each must have full attention,
+            not a sliding window or linear attention. Defaults to all layers
+            with full attention.
+        per_head: Boolean. `False` means one gain per frequency, shared by all
+            heads and split evenly between queries and keys, or only on queries
+            where layers share keys (Gemma 4). `True` means one gain per query
+            head and frequency, only on queries. These gains cannot be folded
+            where queries are normalized (Gemma 3, Gemma 4, Qwen 3, Qwen 3.5).
+            Defaults to `False`.
+        max_gain: Float greater than 1. Gains stay within
+            `[1 / max_gain, max_gain]`. Defaults to `4.0`.
 
     Returns:
         The new layers, a list of `GainModulatedRotaryEmbedding`, in the order
@@ -78,7 +78,7 @@ def attach_gain_modulation(
 
     Raises:
         TypeError: If `layers` is not a sequence of integers, or another
-            argument is of another kind.
+            argument has the wrong type.
         ValueError: If the model's family is unknown or it already has gains, if
             `layers` is empty, out of range, repeats a layer, or names one
             without full attention, or if `max_gain` is out of its range. The
@@ -103,9 +103,9 @@ def attach_gain_modulation(
             f"{list(gains_by_index(backbone))}. "
             "Call `fold_gain_modulation` first to keep their effect."
         )
-    # Keras writes a model's class and `get_config`: the class says how to
+    # Keras saves a model's class and config, so the class must know how to
     # build the gains again. (`torch.nn.utils.parametrize` does the same.)
-    # mypy takes a class that it knows nothing of for unhashable.
+    # mypy considers a class of unknown type unhashable.
     gained_class = gain_modulated(type(backbone))  # type: ignore[arg-type]
     gains = _attach(backbone, layers, per_head, max_gain)
     object.__setattr__(backbone, "__class__", gained_class)
@@ -119,26 +119,28 @@ def attach_gain_modulation(
 def fold_gain_modulation(model: keras.Model) -> None:
     """Multiplies a model's gains into its weights, in place.
 
-    What is left is a plain KerasHub model with the same outputs, up to
-    rounding, and no gains: `save_to_preset` writes an ordinary preset.
+    The result is a plain KerasHub model with the same outputs, up to rounding,
+    and no gains: `save_to_preset` writes an ordinary preset.
 
     Gains go into the kernels and biases of queries and keys or, where these are
-    normalized after the projection, into the scales of the norms. Shared gains
-    are split: the square root goes to queries, the square root to keys. Gains
-    of each head go only to queries. Where LoRA is enabled on a kernel, shared
-    gains are multiplied into its second factor too; adapters saved from then on
-    belong to the folded kernels.
+    normalized after the projection, into the scales of the norms. Gains that
+    act on queries and keys are split: both are multiplied by the square root.
+    Gains of each head, and gains of layers that share keys (Gemma 4), go only
+    to queries. Where LoRA is enabled on a kernel, shared gains are multiplied
+    into its second factor too; adapters saved from then on belong to the folded
+    kernels.
 
-    Every Keras model that runs the backbone follows, as `keras_laid.yarn` says.
-    Compile those that have trained the gains before you train on.
+    Every Keras model that runs the same backbone changes with it, as
+    `keras_laid.yarn` explains. If such a model has trained the gains, compile
+    it again before you resume training.
 
     Args:
         model: A model that `attach_gain_modulation` was called on.
 
     Raises:
         ValueError: If the model has no gains, if a kernel that they go into is
-            quantized, or if gains of each head meet LoRA or a norm on the
-            queries. The model is then unchanged.
+            quantized, or if gains of each head would go into a kernel with LoRA
+            or into the norm of the queries. The model is then unchanged.
     """
     backbone = backbone_of(model)
     gained = gains_by_index(backbone)
@@ -177,15 +179,16 @@ def gain_layers(model: keras.Model) -> list[GainModulatedRotaryEmbedding]:
 class GainModulation:
     """The additional methods of a KerasHub backbone with gains.
 
-    `attach_gain_modulation` gives a plain backbone a class with this, and
-    `fold_gain_modulation` takes it away; there is no need to make one by hand.
-    It exists so that Keras can save and load a model with gains.
+    `attach_gain_modulation` changes the class of a plain backbone to a subclass
+    with this mixin, and `fold_gain_modulation` changes it back. It exists so
+    that Keras can save and load a model with gains; you need not create one
+    yourself.
 
     Args:
-        *args: As in the plain backbone's class.
+        *args: Positional arguments of the plain backbone's class.
         gain_modulation: Dictionary with the arguments `"layers"`, `"per_head"`
             and `"max_gain"` of `attach_gain_modulation`.
-        **kwargs: As in the plain backbone's class.
+        **kwargs: Keyword arguments of the plain backbone's class.
     """
 
     def __init__(
@@ -198,7 +201,7 @@ class GainModulation:
     def get_config(self) -> dict[str, Any]:
         gained = gains_by_index(self)
         first = next(iter(gained.values()))
-        # That of the plain class, the other parent.
+        # From the plain class, the other parent.
         config = super().get_config()  # type: ignore[misc]
         config["gain_modulation"] = {
             "layers": list(gained),
@@ -228,7 +231,10 @@ def check_no_gains(model: keras.Model, preset_dir: PathLike) -> None:
 def _save_to_preset(
     task: keras.Model, preset_dir: PathLike, max_shard_size: float = 10
 ) -> None:
-    """A task's own, which writes its config before its backbone refuses."""
+    """A task's `save_to_preset`, which refuses before it writes any file.
+
+    KerasHub's writes the task's config before the backbone can refuse.
+    """
     check_no_gains(task, preset_dir)
     type(task).save_to_preset(task, preset_dir, max_shard_size)
 
@@ -250,7 +256,7 @@ def gain_modulated(plain_class: type[keras.Model]) -> type[keras.Model]:
     return keras.saving.register_keras_serializable("keras_laid")(gained_class)
 
 
-for _plain_class in FAMILIES:  # Keras must know them to load a file.
+for _plain_class in FAMILIES:  # Keras needs these classes to load a file.
     gain_modulated(_plain_class)
 
 
@@ -262,7 +268,7 @@ def _attach(
 ) -> list[GainModulatedRotaryEmbedding]:
     check_switch("per_head", per_head)
     chosen = _chosen_indices(backbone, layers)
-    # All are made before one is put in: a refusal changes nothing.
+    # All gains are made before one is put in, so an error changes nothing.
     gains = [_new_gain(backbone, i, per_head, max_gain) for i in chosen]
     attentions = layers_with_maps(backbone)
     for index, gain in zip(chosen, gains, strict=True):
@@ -291,14 +297,15 @@ def _chosen_indices(
     if len(set(chosen)) < len(chosen):
         raise ValueError(
             "`layers` must name each decoder layer once. "
-            f"Received: layers={layers!r}, of {count}"
+            f"Received: layers={layers!r}, for {count} decoder layers"
         )
     others = [index for index in chosen if index not in full]
     if others:
         raise ValueError(
             "`layers` must be decoder layers with full attention, not with a "
-            f"sliding window. Received: layers={layers!r}, of which {others} "
-            f"have none. Those with full attention are {full}."
+            "sliding window or linear attention. "
+            f"Received: layers={layers!r}, of which {others} do not have full "
+            f"attention. Those with full attention are {full}."
         )
     return chosen
 
@@ -318,7 +325,7 @@ def _new_gain(
         dtype=layer.layer.dtype_policy,
         name="rotary_gain",
     )
-    # The variable's path says where it is, as that of any other weight.
+    # With these scopes the variable's path names its layers, as for any weight.
     block = backbone.transformer_layers[index]
     with keras.name_scope(block.name), keras.name_scope(layer.layer.name):
         gain.build((None, None, heads, layer.rotary_dim))
@@ -327,12 +334,13 @@ def _new_gain(
 
 def _put_in(layer: AttentionLayer, gain: GainModulatedRotaryEmbedding) -> None:
     attention = layer.layer
-    # Keras has locked a built layer.
+    # Keras locks a layer when it is built.
     attention._tracker.unlock()
     attention.rotary_gain = gain
     attention._tracker.lock()
-    # Gains and rotation commute, and what is about to be rotated tells queries
-    # and keys apart, also where KerasHub rotates without calling a layer.
+    # Gains and rotation commute, so gains may come before the rotation. There,
+    # queries and keys come from different layers, also in models where KerasHub
+    # rotates without calling a layer.
     modulate = functools.partial(_modulate, layer, gain)
     for part in _modulated_parts(layer, gain):
         if layer.norm_offset is None:
@@ -376,7 +384,7 @@ def _modulate(
 def _feature_gains(
     layer: AttentionLayer, gain: GainModulatedRotaryEmbedding
 ) -> Tensor:
-    """`gain.feature_gains()` of a whole head: 1 for what is not rotated."""
+    """`gain.feature_gains()` for a whole head: 1 for features not rotated."""
     gains = gain.feature_gains()
     half, far = layer.rotary_dim // 2, layer.pair_distance
     source = np.full(layer.head_dim, 2 * half)
@@ -406,13 +414,13 @@ def _modulated_parts(
 
 
 def _forget_variables(model: keras.Model) -> None:
-    """Drops what all models around a backbone remember of old variables."""
+    """Makes all models around a backbone forget its old variables."""
     owners = models_around(model)
     for owner, name in compiled_functions(owners):
         make_anew(owner, name)
     if keras.config.backend() == "torch":
-        # `zero_grad` goes through the list of parameters that each layer made
-        # when it was built.
+        # `zero_grad` uses the list of parameters that each layer made when it
+        # was built.
         for owner in owners:
             for layer in owner._flatten_layers():
                 layer._track_variables()

@@ -1,4 +1,4 @@
-"""The examples in which heads are looked at, and the rows that count there."""
+"""Reads how heads attend in batches of data, and which rows count."""
 
 import itertools
 from collections.abc import Iterable
@@ -31,7 +31,8 @@ class Batch(NamedTuple):
     """The parts of a batch that are read.
 
     Attributes:
-        x: The model's inputs, and others.
+        x: Dictionary of the model's inputs, which may have other entries, such
+            as `"segments"` and `"needle"`.
         sample_weight: Tensor of shape `(batch, length)` or `None`.
     """
 
@@ -47,7 +48,7 @@ def batch_of(data: Any) -> Batch:
 
 
 def first_batches(data: object, count: int) -> list[Batch]:
-    """Reads up to `count` batches, of which there must be one."""
+    """Reads up to `count` batches; there must be at least one."""
     if isinstance(data, Mapping) or not isinstance(data, Iterable):
         raise TypeError(
             "`data` must be an iterable of batches. Received: data of type "
@@ -57,7 +58,8 @@ def first_batches(data: object, count: int) -> list[Batch]:
     if not batches:
         raise ValueError(
             "`data` must have one batch or more. Received: data of type "
-            f"{type(data).__name__} without any. Begin an iterator again."
+            f"{type(data).__name__} without batches. If it is an iterator that "
+            "has been read, make a new one."
         )
     return batches
 
@@ -69,7 +71,7 @@ def examples_of(
     kinds: Sequence[str],
     num_segments: int | None,
 ) -> dict[str, Examples]:
-    """Statistics of heads, in the examples that have rows of a kind."""
+    """How heads attend, by kind of row, in examples with rows of that kind."""
     x = batch.x
     check_batch(model, batch)
     with no_gradients():
@@ -138,7 +140,7 @@ def segments_of_batch(
     key_length: int,
     num_segments: int | None,
 ) -> Segments | None:
-    """Segments of the keys that are not padding; `None` if there is none."""
+    """Segments of keys that are not padding; `None` if there is no segment."""
     numbers = segment_numbers(model, x, key_length)
     if numbers is None:
         return None
@@ -166,10 +168,10 @@ def counted_rows(
     present = ops.convert_to_numpy(mask.bidirectional) | causal
     text = ops.convert_to_numpy(text_rows(batch.x))
     first = present.shape[1] - text.shape[1]
-    is_text = np.zeros_like(present)  # PaliGemma's images stand before.
+    is_text = np.zeros_like(present)  # PaliGemma's images stand before it.
     is_text[:, first:] = text
     counted = {"image": present & ~is_text}
-    # Those see all segments that stand after the last causal key of any.
+    # Rows after the last causal key of any segment can attend all segments.
     index = np.arange(present.shape[1])
     later = causal & (ops.convert_to_numpy(segments.numbers) > 0)
     last = np.where(later, index, -1).max(axis=1)

@@ -17,31 +17,32 @@ from keras_laid.ops.retrieval_divergence import retrieval
 from keras_laid.ops.segment_attention import segment_attention
 from keras_laid.typing import Tensor
 
-ROWS = 512  # Whose attention exists at a time.
+ROWS = 512  # The number of rows whose attention is in memory at a time.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class HeadStatistics:
     """How the heads of a model look at segments, in rows of one kind.
 
-    Each example counts by its sharpest row, the one with the largest product of
-    mass and sharpness. All attributes are float arrays of shape
-    `(layers, heads)`, means over examples; they are NaN for layers without full
-    attention, for heads that a layer lacks, and where no example has a row of
-    that kind.
+    In each example, a head is measured in its sharpest row: the row with the
+    largest product of mass and sharpness. All attributes are float arrays of
+    shape `(layers, heads)`, means over examples; they are NaN for layers
+    without full attention, for heads that a layer lacks, and where no example
+    has a row of that kind.
 
     Attributes:
         mass: Share of the row's attention that goes to segments, in `[0, 1]`.
         sharpness: `1 - entropy / log(segments)` of the shares of segments, in
             `[0, 1]`.
-        selectivity: How much the segment looked at differs between examples, in
-            `[0, 1]`: the entropy of the mean of their shares less the mean of
-            their entropies, over `log(segments)`. It is 0 for a head that looks
-            at the same place whatever it is asked. Examples are compared with
-            those that have as many segments; NaN where none has.
-        needle: Share of the row's attention that the needle gets, less what
-            other segments get on average, in `[-1, 1]`; NaN where no needle is
-            known.
+        selectivity: How much the segment that a head attends differs between
+            examples, in `[0, 1]`: the entropy of the examples' mean shares
+            minus the mean of their entropies, divided by `log(segments)`. It is
+            0 for a head that attends the same place whatever the question.
+            Examples are compared only with those that have the same number of
+            segments; it is NaN where no two examples have.
+        needle: Share of the row's attention that the needle gets, minus the
+            mean share of the other segments, in `[-1, 1]`. It is NaN where no
+            needle is known.
     """
 
     mass: np.ndarray
@@ -51,14 +52,17 @@ class HeadStatistics:
 
 
 class SharpestRows(NamedTuple):
-    """Of each example and head of a layer, the row that retrieves most.
+    """The sharpest row of each example and head, for one layer.
 
     Attributes:
-        weight: Float array of shape `(examples, heads)`: the product of the
-            next two.
-        mass: The same, as in `keras_laid.ops.Retrieval`.
-        sharpness: The same.
-        shares: Float array of shape `(examples, heads, segments)`.
+        weight: Float array of shape `(examples, heads)`: `mass * sharpness` of
+            the row, or -1 where an example has no row that counts.
+        mass: Float array of shape `(examples, heads)`, as in
+            `keras_laid.ops.Retrieval`.
+        sharpness: Float array of shape `(examples, heads)`, as in
+            `keras_laid.ops.Retrieval`.
+        shares: Float array of shape `(examples, heads, segments)`, as in
+            `keras_laid.ops.Retrieval`.
     """
 
     weight: np.ndarray
@@ -67,7 +71,7 @@ class SharpestRows(NamedTuple):
     shares: np.ndarray
 
     def or_sharper(self, other: Self) -> Self:
-        """Of each example and head, the better row of two."""
+        """The sharper of two rows, for each example and head."""
         better = other.weight > self.weight
         pairs = zip(self, other, strict=True)
         return type(self)(
@@ -86,8 +90,9 @@ class Examples(NamedTuple):
     Attributes:
         exists: Boolean array of shape `(examples, segments)`: which segments an
             example has.
-        needle: Integer array of shape `(examples,)`, from 0; other numbers than
-            those of segments are not the needle.
+        needle: Integer array of shape `(examples,)`: the number of the segment
+            that is the needle, from 0. If an example has no segment of that
+            number, such as -1, its needle is not known.
         rows: Dictionary from the index of a layer to `SharpestRows`.
     """
 
@@ -103,7 +108,7 @@ def sharpest_rows(
     row_index: np.ndarray,
     counts: np.ndarray,
 ) -> SharpestRows:
-    """The sharpest rows of a layer, in memory linear in its keys.
+    """The sharpest rows of a layer, in memory linear in the number of keys.
 
     Args:
         attention: `keras_laid.ops.Attention` of all rows.
@@ -112,8 +117,9 @@ def sharpest_rows(
         segments: `Segments` of the keys, whose count is an integer.
         row_index: Integer array of shape `(rows,)`, at least one: the places of
             the rows that are looked at.
-        counts: Boolean array of shape `(batch, rows)`: which of them count in
-            which example, at least one in each that is used later.
+        counts: Boolean array of shape `(batch, rows)`: which rows count in
+            which example. At least one must count in each example that is used
+            later.
     """
 
     def of_block(start: int) -> SharpestRows:
@@ -132,9 +138,9 @@ def sharpest_rows(
 
 
 def sharpest_of_block(log_shares: Tensor, counts: np.ndarray) -> SharpestRows:
-    """The same, of the result of `segment_attention` for some rows."""
+    """The sharpest of some rows, from their result of `segment_attention`."""
     batch, heads, rows, segments = log_shares.shape
-    # Each head by itself: [batch * heads, 1, rows, segments].
+    # Each head on its own: [batch * heads, 1, rows, segments].
     of_heads = ops.reshape(log_shares, (batch * heads, 1, rows, segments))
     shares, mass, sharpness = (
         ops.convert_to_numpy(each).reshape(batch, heads, *each.shape[1:])
@@ -157,8 +163,8 @@ def head_statistics(
 
     Args:
         batches: Sequence of `Examples`.
-        num_layers: Integer, of the model.
-        num_heads: Integer, of the layer that has most.
+        num_layers: Integer, the number of decoder layers of the model.
+        num_heads: Integer, the largest number of query heads in a layer.
     """
     names = [field.name for field in dataclasses.fields(HeadStatistics)]
     table = {name: np.full((num_layers, num_heads), np.nan) for name in names}
@@ -183,13 +189,13 @@ def head_statistics(
 
 
 def padded(array: np.ndarray, segments: int) -> np.ndarray:
-    """An array with so many segments, its last axis: others get nothing."""
+    """Pads an array with zeros, so that its last axis has `segments`."""
     missing = segments - array.shape[-1]
     return np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, missing)])
 
 
 def selectivity(shares: np.ndarray, exists: np.ndarray) -> np.ndarray:
-    """As in `HeadStatistics`, of shape `(heads,)`."""
+    """`HeadStatistics.selectivity` of a layer, of shape `(heads,)`."""
     shares = shares.astype("float64")
     counts = exists.sum(axis=1)
     total, compared = np.zeros(shares.shape[1]), 0
@@ -202,12 +208,12 @@ def selectivity(shares: np.ndarray, exists: np.ndarray) -> np.ndarray:
         compared += len(alike)
     if not compared:
         return np.full(shares.shape[1], np.nan)
-    # What rounding takes below 0 is 0.
+    # Rounding can take a value of 0 slightly below 0.
     return np.maximum(total / compared, 0.0)
 
 
 def entropy(shares: np.ndarray) -> np.ndarray:
-    """In nats, over the last axis."""
+    """Entropy over the last axis, in nats."""
     return -(shares * np.log(np.maximum(shares, 1e-300))).sum(axis=-1)
 
 
@@ -217,7 +223,7 @@ def on_needle(
     exists: np.ndarray,
     needle: np.ndarray,
 ) -> np.ndarray:
-    """As in `HeadStatistics`, of shape `(heads,)`."""
+    """`HeadStatistics.needle` of a layer, of shape `(heads,)`."""
     is_needle = exists & (needle[:, None] == np.arange(exists.shape[1]))
     known = is_needle.any(axis=1)
     if not known.any():

@@ -1,4 +1,4 @@
-"""Catches what the blocks of a decoder put out, while they run."""
+"""Captures the outputs of a decoder's blocks during a call."""
 
 import contextlib
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Prompts with several images, as each family of KerasHub wants them."""
+"""Prompts with several images, in the form that each family expects."""
 
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -7,8 +7,9 @@ from typing import Any
 import keras
 import numpy as np
 from keras import ops
+from keras_hub.models import CausalLM
 from keras_hub.models import Gemma3CausalLM
-from keras_hub.models import Gemma3CausalLMPreprocessor
+from keras_hub.models import Gemma4CausalLM
 from keras_hub.models import PaliGemmaCausalLM
 
 from keras_laid.backbones.decoder import check_values
@@ -18,9 +19,10 @@ from keras_laid.backbones.fingerprint import preprocessor_fingerprint
 from keras_laid.backbones.multi_image_pali_gemma import (
     MultiImagePaliGemmaCausalLM,
 )
+from keras_laid.backbones.prompt_forms import LENGTH_STEP
+from keras_laid.backbones.prompt_forms import PromptForm
+from keras_laid.backbones.prompt_forms import prompt_form
 from keras_laid.typing import Tensor
-
-LENGTH_STEP = 16  # Sequences are padded to multiples, to compile few shapes.
 
 
 class PaliGemmaPrompts:
@@ -28,56 +30,65 @@ class PaliGemmaPrompts:
 
     causal_lm_class = PaliGemmaCausalLM
     placeholder = ""
+    resizes = False
 
     def __init__(self, model: PaliGemmaCausalLM) -> None:
         self.causal_lm = MultiImagePaliGemmaCausalLM.from_causal_lm(model)
         self.image_length = model.backbone.image_sequence_length
         self.hidden_states = self.causal_lm.hidden_states
+        self.image_size = as_pair(model.backbone.image_size)
 
     def first_length(self, images: int) -> int:
-        """A first guess of how long a prompt with `images` images is."""
+        """A first guess at the length of a prompt with `images` images."""
         return LENGTH_STEP
 
     def set_images(self, images: int) -> None:
         """Prepares for prompts with `images` images each."""
 
 
-class Gemma3Prompts:
+class PlaceholderPrompts:
     """A placeholder in the text stands for each image."""
 
-    causal_lm_class = Gemma3CausalLM
-    preprocessor_class = Gemma3CausalLMPreprocessor
-    placeholder = "<start_of_image>"
+    causal_lm_class: type
+    resizes = False  # Whether the image converter takes images of any size.
 
-    def __init__(self, model: Gemma3CausalLM) -> None:
-        # The numbers of images and tokens are set for each batch. The
-        # preprocessor is the user's, who has others in mind.
-        theirs = model.preprocessor
-        self.image_length = theirs.num_vision_tokens_per_image
+    def __init__(self, model: CausalLM) -> None:
+        form = prompt_form(model.preprocessor)
+        self.placeholder = form.placeholder
+        self.image_length = form.image_length
+        # A copy of the user's preprocessor: the numbers of images and tokens
+        # are set for each batch, and the user's own must not change.
         self.causal_lm = self.causal_lm_class(
-            backbone=model.backbone,
-            preprocessor=self.preprocessor_class(
-                tokenizer=theirs.tokenizer,
-                image_converter=theirs.image_converter,
-                sequence_length=theirs.sequence_length,
-                add_start_token=theirs.add_start_token,
-                add_end_token=theirs.add_end_token,
-                max_images_per_prompt=theirs.max_images_per_prompt,
-                num_vision_tokens_per_image=self.image_length,
-            ),
+            backbone=model.backbone, preprocessor=form.with_images(1)
         )
         self.hidden_states = model.backbone
+        self.image_size = self.size_of(model, form)
+
+    def size_of(self, model: CausalLM, form: PromptForm) -> tuple[int, int]:
+        """Height and width that images need, in pixels."""
+        return as_pair(model.backbone.image_size)
 
     def first_length(self, images: int) -> int:
-        # An image also has a start, an end and line breaks.
-        length = images * (self.image_length + 4) + 2 * LENGTH_STEP
+        length = images * self.image_length + 2 * LENGTH_STEP
         return -(-length // LENGTH_STEP) * LENGTH_STEP
 
     def set_images(self, images: int) -> None:
         self.causal_lm.preprocessor.max_images_per_prompt = images
 
 
-FAMILIES = (PaliGemmaPrompts, Gemma3Prompts)
+class Gemma3Prompts(PlaceholderPrompts):
+    causal_lm_class = Gemma3CausalLM
+
+
+class Gemma4Prompts(PlaceholderPrompts):
+    causal_lm_class = Gemma4CausalLM
+    resizes = True
+
+    def size_of(self, model: CausalLM, form: PromptForm) -> tuple[int, int]:
+        return form.image_size
+
+
+FAMILIES = (PaliGemmaPrompts, Gemma3Prompts, Gemma4Prompts)
 
 
 class ImagePrompts:
@@ -105,10 +116,10 @@ class ImagePrompts:
         if family is None:
             names = [f.causal_lm_class.__name__ for f in FAMILIES]
             raise ValueError(
-                "The model must be of a family whose prompts are known to hold "
-                f"several images, one of {names} of KerasHub. "
-                f"Received: {type(model).__name__}. Pass a function of images "
-                "and prompts for any other."
+                "The model must be of a family whose prompts can hold several "
+                f"images, one of {names} of KerasHub. "
+                f"Received: {type(model).__name__}. For any other model, pass "
+                "a function of images and prompts."
             )
         if model.preprocessor is None or not model.preprocessor.image_converter:
             raise ValueError(
@@ -126,30 +137,31 @@ class ImagePrompts:
         # From a number of images to tokens of a prompt.
         self._lengths: dict[int, int] = {}
         self.image_length = self._family.image_length
-        size = model.backbone.image_size
-        self.image_size = (size, size) if isinstance(size, int) else tuple(size)
+        self.image_size = self._family.image_size
 
     def fill(self, template: str, images: int, **texts: str) -> str:
-        """A prompt: images, where the template says `{images}`, and texts.
+        """Makes a prompt from a template.
 
         Args:
-            template: String. Without `{images}`, these stand first.
-            images: Integer, how many.
+            template: String with `{images}` where the images go, and the names
+                in `texts` in braces. Without `{images}`, the images come first.
+            images: Integer, the number of images.
             **texts: Strings for the other names in the template.
 
         Returns:
             A string.
 
         Raises:
-            ValueError: If images stand elsewhere than the family has them.
+            ValueError: If the family's images must come before all text, and
+                the template has text before `{images}`.
         """
         if "{images}" not in template:
             template = "{images}" + template
         placeholder = self._family.placeholder
         if not placeholder and not template.startswith("{images}"):
             raise ValueError(
-                "The images of a PaliGemma stand before all text. Received: "
-                f"{template!r}. Leave out '{{images}}'."
+                "The images of PaliGemma must stand before all text. Received: "
+                f"template={template!r}. Leave out '{{images}}'."
             )
         return template.format(images=placeholder * images, **texts)
 
@@ -173,18 +185,21 @@ class ImagePrompts:
     def generate(
         self, images: np.ndarray, prompts: Sequence[str], max_tokens: int
     ) -> list[str]:
-        """Greedy answers in words: a list of strings, without the prompts.
+        """Generates greedy answers.
 
         Args:
-            images: As in `first_logits`.
-            prompts: As in `first_logits`.
-            max_tokens: Integer, tokens of an answer.
+            images: `uint8` array of shape `(batch, images, height, width, 3)`.
+            prompts: Sequence of strings, made by `fill`.
+            max_tokens: Integer, the largest number of tokens of an answer.
+
+        Returns:
+            A list of strings, the answers without the prompts.
         """
-        self._preprocess(images, prompts)  # How long they are.
+        self._preprocess(images, prompts)  # Sets `self._lengths`.
         to_words = self._preprocessor.generate_postprocess
 
         def to_first_words(outputs: dict[str, Tensor]) -> list[str]:
-            # Short prompts leave room for longer answers than long ones.
+            # Cut to `max_tokens`: short prompts leave room for longer answers.
             return to_words(
                 {name: x[:, :max_tokens] for name, x in outputs.items()}
             )
@@ -199,7 +214,7 @@ class ImagePrompts:
             )
 
     def fingerprint(self) -> str:
-        """A string that changes with all that answers depend on."""
+        """A string that changes with everything that answers depend on."""
         model, preprocessor = self._family.causal_lm, self._preprocessor
         return (
             f"{model_fingerprint(model)}, "
@@ -210,17 +225,17 @@ class ImagePrompts:
         """The tokens that an answer can begin with.
 
         Args:
-            word: String in lower case.
+            word: String, the answer or its first word.
 
         Returns:
-            A set of integers: the first token of the word, and single tokens
-            that are the word in capitals or after a space.
+            A set of integers: the first token of the string, and single tokens
+            that are the string in capitals or after a space.
         """
         spellings = (word, word.capitalize(), word.upper())
         tokens = {self._tokenize(word)[0]}
         for spelling in (*spellings, *(f" {s}" for s in spellings)):
             first = self._tokenize(spelling)[0]
-            if self.text(first).strip().lower() == word:
+            if self.text(first).strip().lower() == word.lower():
                 tokens.add(first)
         return tokens
 
@@ -235,7 +250,7 @@ class ImagePrompts:
     def _preprocess(
         self, images: np.ndarray, prompts: Sequence[str]
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Inputs of the model, and how long the prompts in them are."""
+        """Inputs of the model, and the length of each prompt in tokens."""
         check_values(self._family.causal_lm)
         self._check_images(images)
         count = images.shape[1]
@@ -264,18 +279,21 @@ class ImagePrompts:
                 "Pass colours of 0 to 255, not scaled."
             )
         made = self._preprocessor.image_converter.image_size
-        if (made or images.shape[2:4]) != self.image_size:
+        if (
+            not self._family.resizes
+            and (made or images.shape[2:4]) != self.image_size
+        ):
             raise ValueError(
                 "Images must have the size that the model takes, unless its "
                 "preprocessor resizes them. Received: images of shape "
-                f"{images.shape[2:]}, image_converter.image_size={made}, where "
-                f"the model takes {self.image_size}. Pass `image_size` to "
-                "their source."
+                f"{images.shape[2:]}, image_converter.image_size={made}, for a "
+                f"model that takes {self.image_size}. Pass `image_size` to the "
+                "source of the images."
             )
 
 
 class FirstLogits(keras.Model):
-    """Reads logits at one position, so that no others are ever stored."""
+    """Computes logits at one position, so that no others are ever stored."""
 
     def __init__(
         self,
@@ -283,15 +301,23 @@ class FirstLogits(keras.Model):
         hidden_states: Callable[[dict[str, Tensor]], Tensor],
     ) -> None:
         super().__init__()
-        # Tracked, so that compiled steps are given its weights. The task is
-        # not: its preprocessor cannot be compiled, and Keras compiles all or
-        # nothing.
+        # The backbone is tracked, so that compiled steps are given its weights.
+        # The task is not: it has a preprocessor, which cannot be compiled, and
+        # Keras compiles either a whole model or nothing of it.
         self.backbone = backbone
         self.hidden_states = hidden_states
-        self.built = True  # Else Keras would first run it uncompiled.
+        self.built = True  # Otherwise Keras would first run it uncompiled.
 
     def call(self, data: dict[str, Any]) -> Tensor:
         x = self.hidden_states(data["inputs"])
         last = data["last"][:, None, None]
         x = ops.take_along_axis(x, last, axis=1)
         return self.backbone.token_embedding(x, reverse=True)[:, 0]
+
+
+def as_pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width, of one number where they are equal."""
+    if isinstance(size, int):
+        return size, size
+    height, width = size
+    return height, width

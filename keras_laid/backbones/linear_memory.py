@@ -24,7 +24,7 @@ from keras_laid.ops.attention_output import attention_output
 from keras_laid.ops.dispatch import check_requested
 from keras_laid.typing import Tensor
 
-# What the names of that method's arguments end with.
+# Endings of argument names of the method that makes a block's mask.
 MASKS = ("padding_mask", "response_mask", "vision_mask", "attention_mask")
 
 
@@ -35,32 +35,35 @@ def linear_memory_attention(
     """Scope in which a model's decoder makes no tensor of length squared.
 
     KerasHub makes a mask of shape `(batch, length, length)` in every decoder
-    block, and where attention is not fused a map of each head. Inside, masks
-    are described by `keras_laid.ops.AttentionMask`, and
+    block and, where attention is not fused, an attention map for each head.
+    Inside the scope, masks are described by `keras_laid.ops.AttentionMask`, and
     `keras_laid.ops.attention_output` computes the same attention over blocks of
-    rows, in the backward pass too. On a prompt of a few hundred tokens that is
+    rows, in the backward pass too. On a prompt of a few hundred tokens, this is
     slower. Calls with a cache, as in `generate`, run as they do outside.
 
-    Outputs are those of the model to its dtype's precision, except at padding
-    that attends nothing: its attention is 0, where some families take a mean.
-    Capture, gains, positions and `keras_laid.yarn` work inside.
+    Outputs equal those outside the scope up to the precision of the model's
+    dtype, except at padding tokens that attend no key: their attention output
+    is 0, while some families give them a mean of values. Gains, positions and
+    `keras_laid.yarn` work inside, and attention can be captured.
 
-    Keras models that run the same backbone follow, as `keras_laid.yarn` says.
-    The model is left as it was, also when the body raises.
+    Other Keras models that run the same backbone change with it, as
+    `keras_laid.yarn` explains. On exit the model is as it was before, even if
+    the body raises an error.
 
     Args:
         model: A KerasHub model of a family that
-            `keras_laid.backbones.attention_layers` knows, except Gemma 4, and
-            Qwen with a sliding window.
-        implementation: Of `keras_laid.ops.attention_output`. Defaults to
-            `None`.
+            `keras_laid.backbones.attention_layers` knows. Gemma 4, and Qwen
+            with a sliding window, are not supported.
+        implementation: String, an implementation of
+            `keras_laid.ops.attention_output`, or `None` to let it choose one.
+            Defaults to `None`.
 
     Raises:
         NotImplementedError: On a call of the model, if the named
             `implementation` cannot run there.
-        ValueError: On entry, if the family is another, the model has dropout in
-            its attention, `keras_laid.self_extend` is active, or
-            `implementation` is unknown.
+        ValueError: On entry, if the family is not supported, the model has
+            dropout, another scope that changes its attention is active (such as
+            `keras_laid.self_extend`), or `implementation` is unknown.
 
     Example:
 
@@ -83,12 +86,14 @@ def linear_blocks(
     implementation: Name | None = None,
     indices: Collection[int] | None = None,
 ) -> Iterator[None]:
-    """The same, for a call inside of a function that is being compiled.
+    """As `linear_memory_attention`, inside a function that is being compiled.
 
     Args:
         model: A model that `check_linear_memory` does not refuse.
-        implementation: Of `keras_laid.ops.attention_output`.
-        indices: Sequence of integers, of which blocks. Defaults to all.
+        implementation: String, an implementation of
+            `keras_laid.ops.attention_output`, or `None` to let it choose one.
+        indices: Sequence of integers, the indices of the blocks that change, or
+            `None` for all. Defaults to `None`.
     """
     blocks = decoder.backbone_of(model).transformer_layers
     with contextlib.ExitStack() as stack:
@@ -109,7 +114,7 @@ def linear_blocks(
 
 
 def check_choice_of_memory(linear_memory: bool | Name) -> None:
-    """Refuses what `linear_memory=` of the distiller cannot be."""
+    """Refuses values that the distiller's `linear_memory` cannot have."""
     if not isinstance(linear_memory, (bool, str)):
         raise TypeError(
             "`linear_memory` must be `True`, `False` or the name of an "
@@ -120,12 +125,12 @@ def check_choice_of_memory(linear_memory: bool | Name) -> None:
 
 
 def named(linear_memory: bool | Name) -> Name | None:
-    """The implementation that `linear_memory=` asks for, if it does."""
+    """The implementation that `linear_memory` names, or `None`."""
     return None if isinstance(linear_memory, bool) else linear_memory
 
 
 def check_linear_memory(model: keras.Model) -> None:
-    """Refuses models whose attention would not be the same."""
+    """Refuses models whose attention would change, or already has changed."""
     backbone = decoder.backbone_of(model)
     name = type(backbone).__name__
     family, layers = family_of(model), layers_with_maps(model).values()
@@ -152,12 +157,12 @@ def check_linear_memory(model: keras.Model) -> None:
         raise ValueError(
             "`linear_memory_attention` must be the outermost scope that "
             "changes a model's attention, and cannot be nested. Received: a "
-            "model inside of another one."
+            "model inside another such scope."
         )
 
 
 class LinearBlock:
-    """A block's mask and attention, which belong together."""
+    """A block's mask and attention, in linear memory."""
 
     def __init__(
         self,
@@ -167,7 +172,7 @@ class LinearBlock:
         implementation: Name | None,
     ) -> None:
         self.make_whole_mask = getattr(block, name)
-        # Of the family's own: it tells what arguments are.
+        # The signature of the family's own method, which names its arguments.
         self.signature = inspect.signature(getattr(type(block), name))
         self.layer = layer
         self.implementation = implementation
@@ -175,7 +180,7 @@ class LinearBlock:
         self.mask: AttentionMask | None = None
 
     def make_mask(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Describes the mask; returns which keys there are at all."""
+        """Stores a description of the mask; returns which keys are present."""
         given = self.signature.bind(None, *args, **kwargs).arguments
         (_, _), (_, x), *others = given.items()
         masks = {
@@ -199,7 +204,7 @@ class LinearBlock:
         self, masks: Mapping[str, Tensor], batch: int, length: int
     ) -> AttentionMask:
         def of_all_tokens(name: str, of_images: bool) -> Tensor:
-            """PaliGemma's are only of text, which images precede."""
+            """Extends PaliGemma's mask, which covers only text, to images."""
             mask = ops.cast(masks[name], "bool")
             images = length - ops.shape(mask)[1]
             return ops.pad(
@@ -213,7 +218,7 @@ class LinearBlock:
         bidirectional, causal = ops.zeros_like(every), present
         has_prefix = "response_mask" in self.signature.parameters
         if has_prefix and "padding_mask" in masks:
-            # PaliGemma: all see the prompt; the response sees what precedes.
+            # PaliGemma: every row attends the prompt; the response is causal.
             bidirectional, causal = present, every
             if "response_mask" in masks:
                 causal = of_all_tokens("response_mask", False)

@@ -33,9 +33,9 @@ from keras_laid.typing import Tensor
 
 @keras.saving.register_keras_serializable(package="keras_laid")
 class MultiImageConverter(PaliGemmaImageConverter):
-    """Converts `(batch, images, height, width, 3)` as single images."""
+    """Converts each image of a `(batch, images, height, width, 3)` array."""
 
-    backbone_cls = None  # As below.
+    backbone_cls = None  # See `MultiImagePaliGemmaCausalLM.backbone_cls`.
 
     def call(self, inputs: Tensor) -> Tensor:
         if isinstance(inputs, (list, tuple)):
@@ -74,8 +74,8 @@ class MultiImagePaliGemmaCausalLM(BuiltBesideWorkers, PaliGemmaCausalLM):
 
     `save_to_preset` writes the preset of a plain PaliGemma, which
     `keras_hub.models.PaliGemmaCausalLM.from_preset` loads without keras_laid,
-    and `MultiImagePaliGemmaCausalLM.from_preset` for several images. A file of
-    `save` loads where keras_laid is imported.
+    and `MultiImagePaliGemmaCausalLM.from_preset` loads for several images. A
+    file written by `save` loads only where keras_laid is imported.
 
     Masking: as in PaliGemma. Images and prompt attend each other in both
     directions; the response is causal.
@@ -98,9 +98,9 @@ class MultiImagePaliGemmaCausalLM(BuiltBesideWorkers, PaliGemmaCausalLM):
         Logits of shape `(batch, length, vocabulary)`, for only the text.
 
     Raises:
-        TypeError: If `preprocessor` is of another kind.
+        TypeError: If `preprocessor` is not a PaliGemma preprocessor.
         ValueError: If `backbone` is not a PaliGemma backbone; in a call, if an
-            input is missing or of another shape.
+            input is missing or has the wrong shape.
 
     Example:
 
@@ -111,8 +111,9 @@ class MultiImagePaliGemmaCausalLM(BuiltBesideWorkers, PaliGemmaCausalLM):
     ```
     """
 
-    # Else `keras_hub.models.CausalLM.from_preset` would at times make one of
-    # these of a PaliGemma's preset: it takes any class that names the backbone.
+    # `keras_hub.models.CausalLM.from_preset` takes any class whose
+    # `backbone_cls` fits. Without this line, it would sometimes load a
+    # PaliGemma preset as this class.
     backbone_cls = None
 
     def __init__(
@@ -128,7 +129,8 @@ class MultiImagePaliGemmaCausalLM(BuiltBesideWorkers, PaliGemmaCausalLM):
             backbone=pali_gemma_backbone_of(backbone),
             **kwargs,
         )
-        # KerasHub's graph, which is not run, has one image a prompt.
+        # It comes from KerasHub's graph, which is not run and has one image a
+        # prompt.
         self.input_spec = None
 
     @classmethod
@@ -147,7 +149,7 @@ class MultiImagePaliGemmaCausalLM(BuiltBesideWorkers, PaliGemmaCausalLM):
     def from_preset(
         cls, preset: str, load_weights: bool = True, **kwargs: Any
     ) -> Self:
-        """Makes one from the preset of a PaliGemma; see KerasHub's."""
+        """Loads a PaliGemma preset; arguments as in KerasHub."""
         return cls.from_causal_lm(
             PaliGemmaCausalLM.from_preset(preset, load_weights, **kwargs)
         )
@@ -155,7 +157,7 @@ class MultiImagePaliGemmaCausalLM(BuiltBesideWorkers, PaliGemmaCausalLM):
     def save_to_preset(
         self, preset_dir: PathLike, max_shard_size: float = 10
     ) -> None:
-        """Writes the preset of a plain PaliGemma; see KerasHub's."""
+        """Writes a plain PaliGemma preset; arguments as in KerasHub."""
         check_no_gains(self, preset_dir)
         preprocessor = self.preprocessor
         if preprocessor is not None:
@@ -190,11 +192,12 @@ class MultiImagePaliGemmaCausalLM(BuiltBesideWorkers, PaliGemmaCausalLM):
                     padding_mask=inputs["padding_mask"],
                     response_mask=inputs["response_mask"],
                 )
-        # Only the text is read out: the images' logits would cost the most.
+        # Only the text gets logits: those of the images would cost the most.
         return backbone.layer_norm(x[:, ops.shape(image_embeddings)[1] :])
 
-    # KerasHub's own three read arrays and tf.data only, for preprocessing. The
-    # batches of a `PyDataset` are taken as preprocessed.
+    # KerasHub's `fit`, `evaluate` and `predict` read only arrays and tf.data,
+    # which they preprocess. Here they also read a `PyDataset`, whose batches
+    # count as already preprocessed.
 
     def fit(
         self, x: Any = None, *args: Any, **kwargs: Any
@@ -225,16 +228,17 @@ class MultiImagePaliGemmaCausalLM(BuiltBesideWorkers, PaliGemmaCausalLM):
                 `(images, height, width, 3)` and a string; or a
                 `tf.data.Dataset` of such batches. All prompts of a call have
                 the same number of images.
-            *args: As in KerasHub: `max_length`, etc.
-            **kwargs: The same, by name.
+            *args: Positional arguments of KerasHub's `generate`, such as
+                `max_length`.
+            **kwargs: Keyword arguments of KerasHub's `generate`.
 
         Returns:
             A list of strings, or a string.
 
         Raises:
             ValueError: If prompts differ in their number of images, or if a
-                prompt leaves no room for an answer in `max_length` tokens,
-                which KerasHub would cut.
+                prompt leaves no room for an answer in `max_length` tokens.
+                KerasHub would cut such a prompt.
         """
         if self.preprocessor is None:
             return super().generate(inputs, *args, **kwargs)
@@ -250,7 +254,7 @@ class MultiImagePaliGemmaCausalLM(BuiltBesideWorkers, PaliGemmaCausalLM):
         return (*input_shape["token_ids"], self.backbone.vocabulary_size)
 
     def encode_images(self, images: Tensor, batch: int | None = None) -> Tensor:
-        """`(batch, images, height, width, 3)` to `(batch, tokens, hidden)`."""
+        """Encodes images as embeddings of shape `(batch, tokens, hidden)`."""
         size = self.backbone.image_size
         check_shape(
             "images",
@@ -269,13 +273,13 @@ class MultiImagePaliGemmaCausalLM(BuiltBesideWorkers, PaliGemmaCausalLM):
         batch = ops.shape(images)[0]
         flat = ops.reshape(images, (-1, *images.shape[2:]))
         encoded = self.backbone.vit_encoder(flat)
-        tokens = -1  # Known only later, or so many.
+        tokens = -1  # If the number of images is known only at run time.
         if images.shape[1] is not None:
             tokens = images.shape[1] * self.backbone.image_sequence_length
         return ops.reshape(encoded, (batch, tokens, self.backbone.hidden_dim))
 
     def embed_text(self, token_ids: Tensor) -> Tensor:
-        """`(batch, length)` to `(batch, length, hidden)`, scaled as Gemma's."""
+        """Embeds tokens as `(batch, length, hidden)`, scaled as in Gemma."""
         x = self.backbone.token_embedding(token_ids)
         return x * ops.cast(ops.sqrt(self.backbone.hidden_dim), x.dtype)
 
@@ -334,7 +338,7 @@ class MultiImagePaliGemmaCausalLM(BuiltBesideWorkers, PaliGemmaCausalLM):
         )
         generated = ops.ones_like(token_ids, dtype="bool")
         if stop_token_ids is not None:
-            # Keep the first stop token of each response, mask what follows.
+            # Keep the first stop token of each response; mask all later tokens.
             stops = ops.zeros_like(generated)
             for stop in stop_token_ids:
                 stops = ops.logical_or(stops, ops.equal(token_ids, stop))
@@ -362,13 +366,13 @@ def preprocess_whole(
     x: dict[str, Any],
     sequence_length: int | None = None,
 ) -> dict[str, Tensor]:
-    """The output of the class's `generate_preprocess` for prompts that fit."""
+    """Runs the preprocessor's `generate_preprocess`; refuses to cut prompts."""
     length = sequence_length or preprocessor.sequence_length
     needed = generation_length(preprocessor, x)
     if needed > length:
         raise ValueError(
-            "`max_length`, or `preprocessor.sequence_length` where it is not "
-            "given, must have room for each prompt and a token of its answer. "
+            "`max_length`, by default `preprocessor.sequence_length`, must "
+            "have room for each prompt and one token of its answer. "
             f"Received: max_length={length}, and prompts that need {needed}. "
             f"Pass `max_length={needed}` or more."
         )

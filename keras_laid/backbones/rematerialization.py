@@ -29,24 +29,24 @@ def rematerialized(
     captured: dict[int, Attention],
     linear_memory: bool | Name,
 ) -> Iterator[None]:
-    """Scope in which each block keeps what it is given, and no more.
+    """Scope in which each block keeps only its inputs for the backward pass.
 
-    Blocks of the decoder and of the vision encoder; in the backward pass they
-    run again. Unlike `keras.RematScope`, which acts where layers are made,
-    this takes any model, and on every backend.
+    Blocks of the decoder and of the vision encoder run again in the backward
+    pass. Unlike `keras.RematScope`, which acts when layers are created, this
+    works for any existing model, on every backend.
 
     Args:
         model: As in `keras_laid.backbones.attention_layers`.
-        positions: Those of the outer `rotary_embeddings_at`, or `None`.
-        layers: Those of the outer `captured_attention`.
-        captured: Its dictionary.
+        positions: The positions of the outer `rotary_embeddings_at`, or `None`.
+        layers: The layers of the outer `captured_attention`.
+        captured: The dictionary of the outer `captured_attention`.
         linear_memory: Boolean, whether there is an outer `linear_blocks`, or
-            the name of its implementation.
+            a string, the name of its implementation.
     """
     backbone = backbone_of(model)
     with contextlib.ExitStack() as stack:
         for index, block in enumerate(backbone.transformer_layers):
-            # Scopes have ended when a block runs again.
+            # The outer scopes have ended when a block runs again.
             scopes = functools.partial(
                 scopes_of_block,
                 model,
@@ -104,16 +104,16 @@ def recomputing(
     ],
     captured: dict[int, Attention],
 ) -> Callable[..., Tensor]:
-    """`call`, which runs again inside of its scopes.
+    """`call`, which runs again in the backward pass, inside its scopes.
 
-    What a rematerialised function computes may leave it only as an output: so
-    does what is captured in it.
+    A tensor that a rematerialised function computes may leave it only as an
+    output, so captured queries and keys are outputs too.
     """
 
     def call_and_keep(*args: Any, **kwargs: Any) -> Tensor:
         arguments = keras.tree.flatten((args, kwargs))
         places = [i for i, a in enumerate(arguments) if keras.ops.is_tensor(a)]
-        caught: dict[int, Attention] = {}  # Filled when it has run.
+        caught: dict[int, Attention] = {}  # Filled by `run`.
 
         def run(*tensors: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
             filled = list(arguments)

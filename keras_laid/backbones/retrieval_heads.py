@@ -26,8 +26,9 @@ from keras_laid.backbones.head_statistics import head_statistics
 from keras_laid.backbones.without_heads import answers_kept
 
 ROW_KINDS = ("text", "image")
-# Of the best head's score, what a head must have to be chosen: where needles
-# are known, others score near 0; where they are not, any sharp head scores.
+# The share of the best score that a head needs to be chosen. Where needles are
+# known, heads that do not retrieve score near 0. Where needles are not known,
+# any sharp head scores well, so the share is larger.
 KNOWN_NEEDLE = 0.5
 UNKNOWN_NEEDLE = 0.9
 
@@ -37,20 +38,21 @@ class RetrievalHeads:
     """The result of `keras_laid.find_retrieval_heads`.
 
     Attributes:
-        heads: Tuple of pairs of integers `(layer, head)`, the chosen ones, best
-            first.
-        score: Float array of shape `(layers, heads)`: what they were chosen by.
-            It is NaN for layers without full attention.
+        heads: Tuple of pairs of integers `(layer, head)`, the chosen heads,
+            best first.
+        score: Float array of shape `(layers, heads)`: the score by which heads
+            are chosen. It is NaN for layers without full attention.
         threshold: Float: a chosen head has at least this share of the best
             score.
         by_rows: Dictionary from a kind of row, `"text"` or `"image"`, to
             `HeadStatistics`.
-        ablation: Dictionary, or `None` if it was not asked for: the share of
-            answers that stay the same `"without_chosen"` heads, and
-            `"without_others"`, as many of the other heads (all of them if they
-            are fewer), those with the lowest scores. Answers are the most
-            likely next tokens where `sample_weight` marks them, else after the
-            last token of a prompt.
+        ablation: Dictionary, or `None` if it was not requested.
+            `"without_chosen"` is the share of answers that stay the same when
+            the chosen heads output zeros. `"without_others"` is this share when
+            as many other heads output zeros, those with the lowest scores (all
+            others if they are fewer). Answers are the most likely next tokens
+            where `sample_weight` marks them, or after the last token of a
+            prompt if there is no `sample_weight`.
     """
 
     heads: tuple[tuple[int, int], ...]
@@ -65,17 +67,17 @@ class RetrievalHeads:
         """The best heads as a table in Markdown.
 
         Args:
-            count: Integer, how many heads. Defaults to `10`.
-            rows: `"text"` or `"image"`, whose statistics are shown. Defaults to
-                `"text"`.
+            count: Integer, the number of heads. Defaults to `10`.
+            rows: `"text"` or `"image"`, the kind of row whose statistics are
+                shown. Defaults to `"text"`.
 
         Returns:
             A string, with a line for each head.
 
         Raises:
             TypeError: If `count` is not an integer.
-            ValueError: If `count` is less than 1, or there are no statistics of
-                such rows.
+            ValueError: If `count` is less than 1, or there are no statistics
+                for `rows`.
         """
         check_integer("count", count)
         check_choice("rows", rows, self.by_rows)
@@ -106,59 +108,66 @@ def find_retrieval_heads(
 ) -> RetrievalHeads | None:
     """Finds the attention heads by which a model retrieves.
 
-    A retrieval head looks sharply at one image (or other segment of the
-    prompt), at another one for another question, and, where it is known, at
-    the *needle*, the image that the question is about. In each example the
-    row with the largest product of mass and sharpness counts. The score of a
-    head is
+    A retrieval head attends sharply to one image (or other segment of the
+    prompt), and to a different one for a different question. Where the data
+    name the *needle*, the image that the question is about, the head attends
+    to the needle. In each example, a head is measured in the row with the
+    largest product of mass and sharpness. The score of a head is
 
     - `needle`, where the data say which segment is the needle: the attention
-      that it gets, less what other segments get on average;
-    - else `mass * selectivity`.
+      that the needle gets, minus the mean attention of the other segments;
+    - `mass * selectivity` otherwise.
 
-    Chosen are the heads in layers with full attention whose score in rows of
-    text is above 0 and at least `threshold` times the best one. Read the best
-    score, too: a model that retrieves nothing also has a best head.
+    The chosen heads are those in layers with full attention whose score in rows
+    of text is above 0 and at least `threshold` times the best score. Look at
+    the best score too: a model that retrieves nothing also has a best head.
 
-    Memory is linear in the length of the prompt, beside what the model's own
-    call takes, which `keras_laid.linear_memory_attention` makes linear.
+    The statistics take memory linear in the length of the prompt. The model's
+    own call may take more; `keras_laid.linear_memory_attention` makes its
+    memory linear too.
 
     Args:
         model: A `keras_hub.models.CausalLM` of a family that
             `keras_laid.backbones.attention_layers` knows, or a
-            `keras_laid.MultiImagePaliGemmaCausalLM`. It is left as it was.
-        data: Iterable of batches: dictionaries of the model's inputs, or tuples
-            `(x, y, sample_weight)` that begin with one, such as
-            `keras_laid.Haystacks`. Each image is a segment, or inputs have
-            `"segments"`, integers of shape `(batch, keys)` that number them
-            from 1; 0 is none. Leave the first token of text in none: most heads
-            attend it where they find nothing, and would seem to look at its
-            segment. `"needle"`, integers of shape `(batch,)`, says which
-            segment is the needle, from 0; an example without that segment has
-            no needle, as with -1. Where `sample_weight` is there, of shape
-            `(batch, length)`, rows after the last marked token do not count.
-        batches: Integer, how many batches are read. Examples are compared with
-            each other, so that some tens are needed. Defaults to `4`.
-        threshold: Float in `(0, 1]`. Defaults to `0.5` where needles are known
-            and `0.9` where they are not.
-        row_kinds: Which rows have statistics: `"text"`, `"image"` or both.
-            `"text"` is the text after the last segment, which can attend all of
-            them (in PaliGemma, all text), `"image"` the tokens of images. Those
-            of `"text"` are always there. Defaults to `("text",)`.
+            `keras_laid.MultiImagePaliGemmaCausalLM`. It is not changed.
+        data: Iterable of batches, such as `keras_laid.Haystacks`. A batch is a
+            dictionary of the model's inputs, or a tuple `(x, y, sample_weight)`
+            whose `x` is such a dictionary. Each image is a segment, unless the
+            dictionary has `"segments"`, integers of shape `(batch, keys)`: the
+            number of each key's segment, from 1, or 0 for no segment. Leave the
+            first token of text in no segment: most heads attend it where they
+            find nothing, and would seem to look at its segment. The optional
+            entry `"needle"`, integers of shape `(batch,)`, says which segment
+            is the needle, from 0; pass -1 for an example whose needle is not
+            known. If there is a `sample_weight`, of shape `(batch, length)`,
+            text after the last token with a weight above 0 does not count.
+        batches: Integer, the number of batches to read. Examples are compared
+            with each other, so some tens of examples are needed. Defaults to
+            `4`.
+        threshold: Float in `(0, 1]`, the share of the best score that a head
+            needs to be chosen: a smaller share chooses more heads. Defaults to
+            `0.5` where needles are known and `0.9` where they are not.
+        row_kinds: Sequence of `"text"`, `"image"` or both, the kinds of rows
+            that get statistics. `"text"` is the text after the last segment,
+            which can attend all segments (in PaliGemma, all text), and
+            `"image"` the tokens of images. There are always statistics for
+            `"text"`. Defaults to `("text",)`.
         num_segments: Integer, the largest number of a segment; keys with larger
-            numbers are in none. Defaults to the largest number in each batch.
-        ablate: Boolean, whether the model also answers without the chosen
-            heads, and without as many others. Defaults to `False`.
+            numbers are in no segment. Defaults to the largest number in each
+            batch.
+        ablate: Boolean, whether to measure how many answers stay the same
+            without the chosen heads, and without as many others. Defaults to
+            `False`.
 
     Returns:
         A `RetrievalHeads`, or `None` if no prompt has two segments or more, and
         text after them.
 
     Raises:
-        TypeError: If an argument is of another kind.
+        TypeError: If an argument has the wrong type.
         ValueError: If an argument is out of range, `data` has no batch, inputs
-            are missing or of another shape, or no needle is known and no two
-            examples have as many segments.
+            are missing or have the wrong shape, or no needle is known and no
+            two examples have the same number of segments.
 
     Example:
 
@@ -194,10 +203,10 @@ def find_retrieval_heads(
     order = ranked(score)
     if not order:
         raise ValueError(
-            "Where no needle is known, two examples or more must have as many "
-            "segments, to be compared with each other. Received: "
-            f"{len(some)} batches without. Pass more batches, or inputs with "
-            '`"needle"`.'
+            "Where no needle is known, two examples or more must have the same "
+            "number of segments, to be compared with each other. Received: "
+            f"{len(some)} batches without such examples. Pass more batches, or "
+            'inputs with `"needle"`.'
         )
     least = threshold * score[order[0]]
     heads = tuple(h for h in order if score[h] >= least and score[h] > 0)
@@ -214,7 +223,7 @@ def find_retrieval_heads(
 
 
 def checked_row_kinds(row_kinds: object) -> list[str]:
-    """Returns kinds of rows, text among them, each once."""
+    """Returns the kinds of rows, with `"text"` first and each kind once."""
     if (
         not isinstance(row_kinds, Sequence)
         or isinstance(row_kinds, str)
@@ -228,7 +237,7 @@ def checked_row_kinds(row_kinds: object) -> list[str]:
 
 
 def ranked(score: np.ndarray) -> list[tuple[int, int]]:
-    """Pairs `(layer, head)`, highest score first, without those of no score."""
+    """Pairs `(layer, head)`, highest score first, without scores of NaN."""
     order = np.argsort(-score, axis=None, kind="stable")
     pairs = zip(*np.unravel_index(order, score.shape), strict=True)
     return [

@@ -23,12 +23,12 @@ def rotary_wavelengths(model: keras.Model, layer: int = -1) -> np.ndarray:
         layer: Integer, index of the decoder layer. Defaults to the last one.
 
     Returns:
-        A float array of shape `(frequencies,)`, ascending: in how many tokens
-        each frequency turns a pair of features by a whole circle.
+        A float array of shape `(frequencies,)`, ascending: the number of tokens
+        over which each frequency rotates a pair of features by a full turn.
 
     Raises:
-        ValueError: If the model's family is unknown, it has no such layer, or
-            the layer has not one set of frequencies.
+        ValueError: If the model's family is unknown, `layer` is out of range,
+            or the layer does not have one fixed set of frequencies.
     """
     layers = attention_layers(model)
     if not is_integer(layer) or not -len(layers) <= layer < len(layers):
@@ -39,10 +39,10 @@ def rotary_wavelengths(model: keras.Model, layer: int = -1) -> np.ndarray:
     attention = layers[layer]
     if isinstance(attention, LinearLayer) or is_su_scaled(attention):
         raise ValueError(
-            "The decoder layer must have one set of rotary frequencies: linear "
-            "ones have none, and those of Phi-3 for long contexts depend on "
-            f"the prompt's length. Received: layer={layer} of a "
-            f"{backbone_of(model).name!r}"
+            "The decoder layer must have one set of rotary frequencies: layers "
+            "with linear attention have none, and the frequencies of Phi-3 for "
+            "long contexts depend on the prompt's length. "
+            f"Received: layer={layer} of a {backbone_of(model).name!r}"
         )
     rates = attention.rotary._get_inverse_freq(attention.rotary_dim)
     return 2 * math.pi / ops.convert_to_numpy(rates)
@@ -58,5 +58,6 @@ def sum_over_pairs(x: Tensor) -> Tensor:
         A tensor of shape `(..., features // 2)`, highest frequency first.
     """
     # KerasHub rotates feature k with k + features / 2. Its Gemma then puts the
-    # two side by side (`_apply_rope`), and that is what is captured.
+    # two side by side (`_apply_rope`), and queries and keys are captured after
+    # that.
     return ops.sum(ops.reshape(x, (*x.shape[:-1], -1, 2)), axis=-1)

@@ -32,16 +32,17 @@ def rotary_positions(
             also of shape `(batch, 4, length)`, like the `"position_ids"` of its
             preprocessor.
 
-    Keras models that run the same backbone follow, as `keras_laid.yarn` says.
-    Where positions differ from batch to batch, pass them as the input
-    `"positions"` to a distiller or a `keras_laid.MultiImagePaliGemmaCausalLM`,
-    which compile once. The model is left as it was, also when its call raises.
+    Other Keras models that run the same backbone change with it, as
+    `keras_laid.yarn` explains. Where positions differ from batch to batch, pass
+    them as the input `"positions"` to a distiller or a
+    `keras_laid.MultiImagePaliGemmaCausalLM`, which compile once. On exit the
+    model is as it was before, even if its call raised an error.
 
     Raises:
         TypeError: If positions are not integers.
         ValueError: If the model's rotary embeddings cannot take positions of
-            this shape, or already have others; in a call, if there is not one
-            for each token.
+            this shape, or another scope already gives them positions; in a
+            call, if there is not one position for each token.
     """
     with contextlib.ExitStack() as stack:
         if positions is not None:
@@ -54,7 +55,7 @@ def rotary_positions(
 def rotary_embeddings_at(
     model: keras.Model, positions: Tensor | None
 ) -> Iterator[None]:
-    """The same, for a call inside of a function that is being compiled."""
+    """As `rotary_positions`, inside a function that is being compiled."""
     if positions is None:
         yield
         return
@@ -75,7 +76,10 @@ def rotary_embeddings_at(
 
 
 class RotatedAt:
-    """The `call` of a rotary embedding, at `positions` whatever it is told."""
+    """The `call` of a rotary embedding, always at `positions`.
+
+    It ignores positions and start indices that the call is given.
+    """
 
     def __init__(self, layer: AttentionLayer, positions: Tensor) -> None:
         self.layer = layer
@@ -88,7 +92,8 @@ class RotatedAt:
             check_positions(self.positions, inputs.shape[0], length)
         if not is_su_scaled(self.layer):
             return self.call(inputs, positions=self.positions)
-        # It takes only a start, and how far it reaches decides the scaling.
+        # Its `call` takes only a start index, and chooses the scaling by the
+        # last position that follows from it.
         start_index = ops.max(self.positions) + 1 - ops.shape(inputs)[1]
         with replaced_method(
             self.layer.rotary, "_compute_positions", self.compute_positions
@@ -109,7 +114,7 @@ def turned_at(
 
 
 def is_multi_dimensional(layer: AttentionLayer) -> bool:
-    """Whether a layer has M-RoPE, which goes past `RotaryEmbedding.call`."""
+    """Whether a layer has M-RoPE, which may bypass `RotaryEmbedding.call`."""
     return getattr(layer.layer, "mrope_section", None) is not None
 
 
@@ -123,19 +128,20 @@ def check_kind_of(positions: Tensor) -> None:
         raise ValueError(
             "`positions` must be a tensor of shape `(length,)`, `(batch, "
             "length)` or, with M-RoPE, `(batch, 4, length)`. "
-            f"Received: positions={positions!r:.80}. Make an array of a list."
+            f"Received: positions={positions!r:.80}. Convert lists to arrays."
         )
     check_dtype("positions", positions, "int")
 
 
 def check_outermost(layer: AttentionLayer, positions: Tensor) -> None:
     outer = vars(layer.rotary).get("call")
-    # A block that runs again may be inside of the same ones.
+    # A block that runs again may be inside a scope with the same positions.
     if isinstance(outer, RotatedAt) and outer.positions is not positions:
         raise ValueError(
             "A model must be given positions once: `rotary_positions` scopes "
-            'cannot be nested, nor hold inputs with `"positions"`. Received: '
-            "a model inside one with other positions. Leave it first."
+            "cannot be nested, and inputs inside of one must not have "
+            '`"positions"`. Received: a model inside a scope with other '
+            "positions. Leave that scope first."
         )
 
 

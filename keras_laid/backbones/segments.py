@@ -20,9 +20,9 @@ class Segments(NamedTuple):
 
     Attributes:
         numbers: Integer tensor of shape `(batch, keys)`: the number of each
-            key's segment, from 1; 0 means none.
-        num_segments: Integer, or a scalar tensor where it is known only later:
-            the largest number.
+            key's segment, from 1; 0 means no segment.
+        num_segments: Integer, or a scalar integer tensor where it is known only
+            at run time: the largest number of a segment.
     """
 
     numbers: Tensor
@@ -40,23 +40,24 @@ def segments_of(
     Args:
         model: A KerasHub model of a family that
             `keras_laid.backbones.attention_layers` knows.
-        inputs: The model's inputs. `"segments"`, an integer tensor of shape
-            `(batch, keys)`, numbers segments of any kind from 1, such as
-            documents. Without it each image is a segment.
-        key_length: Integer, tokens of images and text.
+        inputs: Dictionary of the model's inputs. The optional entry
+            `"segments"`, an integer tensor of shape `(batch, keys)`, numbers
+            segments of any kind from 1, such as documents. Without it each
+            image is a segment.
+        key_length: Integer, the number of tokens, of images and text together.
         count: Optional integer, the largest number of a segment; keys with
-            larger numbers are in none. Needed for `"segments"`, and for Qwen
-            3.5, whose inputs do not say how many images a prompt has. Defaults
-            to the number of images.
+            larger numbers are in no segment. Required with `"segments"`, and
+            for Qwen 3.5, whose inputs do not say how many images a prompt has.
+            Defaults to the number of images.
 
     Returns:
-        The `Segments`, or `None` if prompts have none: no images, no
+        The `Segments`, or `None` if the inputs have neither images nor
         `"segments"`.
 
     Raises:
         TypeError: If `"segments"` is not an integer tensor.
-        ValueError: If `count` is needed and not given, or `"segments"` has
-            another shape.
+        ValueError: If `count` is required and not given, or `"segments"` has
+            the wrong shape.
     """
     numbers = segment_numbers(model, inputs, key_length)
     if numbers is None:
@@ -104,7 +105,7 @@ def has_images(inputs: Mapping[str, Tensor]) -> bool:
 def images_per_prompt(inputs: Mapping[str, Tensor]) -> int | Tensor | None:
     """How many images a prompt can have; `None` if inputs do not say."""
     if "image_grid_thw" in inputs:
-        # Qwen 3.5 counts patches and images through the batch.
+        # Inputs of Qwen 3.5 hold the images of all prompts one after another.
         return None
     images = inputs.get("images", inputs.get("pixel_values"))
     if images is None:
@@ -118,7 +119,7 @@ def images_per_prompt(inputs: Mapping[str, Tensor]) -> int | Tensor | None:
 def pali_gemma_numbers(
     inputs: Mapping[str, Tensor], key_length: int | Tensor
 ) -> Tensor:
-    """Images stand before the text, and all have as many tokens."""
+    """Numbers PaliGemma's images, which come first and are equally long."""
     batch, text_length = ops.shape(inputs["token_ids"])
     image_tokens = key_length - text_length
     index = ops.arange(key_length)

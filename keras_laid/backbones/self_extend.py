@@ -21,42 +21,46 @@ def self_extend(
     """Scope in which far tokens attend each other at grouped positions.
 
     A query at position `i` attends a key at `j` in the ordinary way where
-    `|i - j| < neighbor_window`. Further keys are attended as if they were at a
-    distance of
+    `|i - j| < neighbor_window`. Keys farther away are attended as if they were
+    at a distance of
 
     `i // group_size - j // group_size + shift`, with
-    `shift = neighbor_window - neighbor_window // group_size`,
+    `shift = neighbor_window - neighbor_window // group_size`.
 
-    which joins the two at the window's edge: a prompt of `length` tokens has
-    distances up to about
-    `neighbor_window + (length - neighbor_window) / group_size`. The two maps
-    are merged before the softmax. Nothing is trained. With `group_size=1` only
-    rounding differs.
+    The shift makes grouped distances continue the ordinary ones at the edge of
+    the window: a prompt of `length` tokens has distances up to about
+    `neighbor_window + (length - neighbor_window) / group_size`. Logits at
+    ordinary and at grouped distances are merged before the softmax. Nothing is
+    trained. With `group_size=1` only rounding differs.
 
     The paper's models are causal. PaliGemma's prompt attends in both
     directions: where the key is after the query, the distance is negative, and
     so is the shift.
 
-    Decoder layers with a sliding window are left alone: they see no further in
+    Decoder layers with a sliding window are not changed: they see no further in
     a longer prompt. Positions of any kind, cached decoding, gains and
-    `keras_laid.yarn` work inside; attention is computed without a fused kernel,
-    three maps in memory at once. Attach and fold gains outside.
+    `keras_laid.yarn` work inside. Attention is computed without a fused kernel,
+    with three attention maps in memory at once. Attach and fold gains outside
+    the scope.
 
-    Keras models that run the same backbone follow, as `keras_laid.yarn` says.
-    The model is left as it was, also when the body raises.
+    Other Keras models that run the same backbone change with it, as
+    `keras_laid.yarn` explains. On exit the model is as it was before, even if
+    the body raises an error.
 
     Args:
         model: A `keras_hub.models.PaliGemmaCausalLM`, a
             `keras_hub.models.PaliGemmaBackbone`, or a
             `keras_laid.MultiImagePaliGemmaCausalLM`.
-        group_size: Positive integer, in tokens. How many neighbouring far
-            tokens share a position.
-        neighbor_window: Positive integer, in tokens. Less than the longest
-            prompt of the model's training.
+        group_size: Positive integer, the number of neighbouring far tokens that
+            share a position. Choose it so large that the distances above stay
+            within those of the model's training.
+        neighbor_window: Positive integer, the distance in tokens below which
+            keys are attended in the ordinary way. Choose it smaller than the
+            longest prompt of the model's training.
 
     Raises:
         TypeError: On entry, if a number is not an integer.
-        ValueError: On entry, if the model is of another kind, has no layer
+        ValueError: On entry, if the model is not a PaliGemma, has no layer
             without a sliding window, or has its attention replaced by another
             scope already, or if an argument is out of its range. The model is
             then unchanged.
@@ -82,7 +86,7 @@ def self_extend(
         raise ValueError(
             "`self_extend` must be the outermost scope that changes a model's "
             "attention, and cannot be nested. Received: a model inside another "
-            "`self_extend`, or whose attention is being captured."
+            "such scope, or whose attention is being captured."
         )
     with contextlib.ExitStack() as stack:
         stack.enter_context(compiled_apart(model))
@@ -101,8 +105,9 @@ def self_extend(
 class SelfExtendedAttention:
     """A KerasHub layer's `_compute_attention`, by SelfExtend.
 
-    Queries and keys come rotated, keys maybe from a cache. Rotations add up:
-    one by the difference of two positions moves a token to the other.
+    Queries and keys arrive already rotated, and keys may come from a cache.
+    Rotations add up: a further rotation by the difference of two positions
+    moves a token from one position to the other.
     """
 
     def __init__(
@@ -112,7 +117,8 @@ class SelfExtendedAttention:
         self.group_size = group_size
         self.neighbor_window = neighbor_window
         self.call_rope = layer.rope_layer.call
-        # Of the last rotation; under compilation it is valid once.
+        # Start index and positions of the last rotation, taken out when they
+        # are used: under compilation they are valid only for one trace.
         self.rotated_at: list[tuple[int | Tensor, Tensor | None]] = []
 
     def rotate(
@@ -121,7 +127,10 @@ class SelfExtendedAttention:
         start_index: int | Tensor = 0,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """The rotary embedding's `call`: only it is given positions."""
+        """The rotary embedding's `call`, which also records its positions.
+
+        KerasHub does not pass positions to `_compute_attention`.
+        """
         if isinstance(self.call_rope, RotatedAt):  # A scope around this one.
             positions = self.call_rope.positions
         self.rotated_at = [(start_index, positions)]
@@ -165,7 +174,7 @@ class SelfExtendedAttention:
         return ops.reshape(output, ops.shape(query))
 
     def positions(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Where queries and keys are, `(batch or 1, length)` each."""
+        """Positions of queries and of keys, of shape `(batch or 1, length)`."""
         start_index, positions = self.rotated_at.pop()
         if positions is None:
             query_at = ops.arange(ops.shape(query)[1], dtype="int32")
@@ -177,18 +186,18 @@ class SelfExtendedAttention:
             positions = positions[None]
         if positions.shape[1] != key.shape[1]:
             raise ValueError(
-                "With a cache, positions must be those of all its tokens. "
+                "With a cache, positions must be given for all its tokens. "
                 f"Received: positions of {positions.shape[1]} tokens, a cache "
                 f"of {key.shape[1]}. Decode without `rotary_positions`."
             )
         return positions, positions
 
     def grouping(self, position: Tensor) -> Tensor:
-        """By how many tokens a token moves to its group's position."""
+        """How many tokens to move from a position to that of its group."""
         return ops.floor_divide(position, self.group_size) - position
 
     def moved(self, x: Tensor, tokens: Tensor) -> Tensor:
-        """Rotates queries or keys from their positions by `tokens` more."""
+        """Rotates queries or keys further, by `tokens` from their positions."""
         frequency = self.layer.rope_layer._get_inverse_freq(x.shape[-1])
         angle = ops.cast(tokens, "float32")[..., None] * frequency
         cos, sin = (f(angle)[:, :, None] for f in (ops.cos, ops.sin))

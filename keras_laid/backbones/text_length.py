@@ -1,4 +1,4 @@
-"""How many tokens a text takes, so that none is cut."""
+"""The lengths of prompts and responses in tokens, so that none is cut."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,13 +13,13 @@ def training_length(
 ) -> int:
     """The `sequence_length` that training needs for the longest example.
 
-    The last token of an example is only ever a label, so that its inputs are
-    one token shorter.
+    The last token of an example is only a label, so the inputs are one token
+    shorter than the example.
 
     Args:
         preprocessor: A `keras_hub.models.PaliGemmaCausalLMPreprocessor`.
         prompts: Sequence of strings.
-        responses: Sequence of as many strings.
+        responses: Sequence of strings, one for each prompt.
 
     Returns:
         Integer, in tokens.
@@ -40,11 +40,12 @@ def generation_length(
 
     Args:
         preprocessor: A `keras_hub.models.PaliGemmaCausalLMPreprocessor`.
-        inputs: A dictionary with `"prompts"`, a sequence of strings, and maybe
-            as many `"responses"`, which generation continues.
+        inputs: A dictionary with `"prompts"`, a sequence of strings, and
+            optionally `"responses"`, a string for each prompt, which generation
+            continues.
 
     Returns:
-        Integer, in tokens: a start, the longest text and one token more.
+        Integer, in tokens: a start token, the longest text and one new token.
     """
     texts = [
         preprocessor.tokenizer(list(inputs[name]))

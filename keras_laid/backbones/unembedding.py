@@ -1,4 +1,4 @@
-"""Stops a KerasHub decoder short of its logits, and tells how to make them."""
+"""Reads a KerasHub model's last hidden states, and how it unembeds them."""
 
 import contextlib
 from collections.abc import Callable
@@ -15,11 +15,11 @@ from keras_laid.typing import Tensor
 
 @contextlib.contextmanager
 def hidden_states_for_logits(model: keras.Model) -> Iterator[None]:
-    """Scope in which a causal LM returns what its logits are made of.
+    """Scope in which a causal LM returns hidden states instead of logits.
 
     Inside, a call of the model returns its last hidden states, of shape
-    `(batch, length, hidden_dim)`. `unembedding` makes the rest of them. The
-    model is left as it was, also when its call raises.
+    `(batch, length, hidden_dim)`. Pass them to `unembedding` for the logits. On
+    exit the model is as it was before, even if its call raised an error.
 
     Args:
         model: A `keras_hub.models.CausalLM` of a family that
@@ -40,9 +40,9 @@ def hidden_states_for_logits(model: keras.Model) -> Iterator[None]:
 def unembedding(model: keras.Model, hidden: Tensor) -> Unembedding:
     """The `keras_laid.ops.Unembedding` of a model's last hidden states.
 
-    Its logits are those of the model, in the dtype that the model computes them
-    in. Gradients reach the embedding, also through LoRA. Those of a quantised
-    one are dequantised at once.
+    Its logits equal those of the model, and are computed in the same dtype.
+    Gradients reach the embedding, also through LoRA. The weights of a quantised
+    embedding are dequantised all at once.
     """
     embedding = backbone_of(model).token_embedding
     dtype = embedding.reverse_dtype or embedding.compute_dtype
@@ -66,10 +66,10 @@ def rounded(
     hidden: Tensor,
     dtype: str,
 ) -> Tensor:
-    """Hidden states as a quantiser rounds them, with their gradient.
+    """Hidden states as a quantiser rounds them, with a gradient.
 
-    The gradient goes straight through, as if nothing was rounded: that of
-    rounding is 0, and no layer below would learn.
+    The gradient goes straight through, as if nothing were rounded. The gradient
+    of rounding is 0, and no layer below would learn from it.
     """
     integers, scale = quantizer(hidden)
     values = ops.cast(integers, dtype) / ops.cast(scale, dtype)
@@ -82,7 +82,7 @@ def is_quantized(embedding: keras.layers.Layer) -> bool:
 
 
 def dequantized_kernel(embedding: keras.layers.Layer) -> Tensor:
-    """The layer's output for each unit vector, which quantises exactly."""
+    """The kernel: the layer's outputs for unit vectors, rounded exactly."""
     units = ops.eye(embedding.output_dim, dtype=embedding.compute_dtype)
     with replaced_method(embedding, "logit_soft_cap", None):
         return embedding(units, reverse=True)

@@ -1,4 +1,4 @@
-"""A model without some of its attention heads, to see what they do."""
+"""Silences some attention heads of a model, to measure what they do."""
 
 import contextlib
 from collections.abc import Callable
@@ -26,16 +26,17 @@ from keras_laid.typing import Tensor
 def without_heads(
     model: keras.Model, heads: Sequence[tuple[int, int]]
 ) -> Iterator[None]:
-    """Scope in which some attention heads of a model put out zeros.
+    """Scope in which some attention heads of a model output zeros.
 
-    Keras models that run the same backbone follow, as `keras_laid.yarn` says.
-    The model is left as it was, also when a call raises.
+    Other Keras models that run the same backbone change with it, as
+    `keras_laid.yarn` explains. On exit the model is as it was before, even if
+    a call raised an error.
 
     Args:
         model: A KerasHub model of a family that
             `keras_laid.backbones.attention_layers` knows.
-        heads: Pairs of integers `(layer, query head)`, both from 0. Layers with
-            a sliding window may be among them.
+        heads: Sequence of pairs of integers `(layer, query head)`, both from 0.
+            Layers with a sliding window are allowed.
 
     Raises:
         TypeError: If `heads` are not pairs of integers.
@@ -76,7 +77,7 @@ def silencing(
 def checked_heads(
     layers: Mapping[int, AttentionLayer], heads: Sequence[tuple[int, int]]
 ) -> list[tuple[int, int]]:
-    """Returns pairs `(layer, head)`, of which each must exist."""
+    """Returns `heads` as pairs of Python integers; each head must exist."""
     rule = "`heads` must be pairs of integers (layer, query head)"
     if not isinstance(heads, Sequence) or not all(map(is_pair, heads)):
         raise TypeError(
@@ -88,8 +89,8 @@ def checked_heads(
         if not 0 <= head < counts.get(index, 0):
             raise ValueError(
                 f"{rule} of layers with attention maps. Received: layer "
-                f"{index}, head {head}, of a decoder whose layers have so many "
-                f"heads: {counts}"
+                f"{index}, head {head}, for a decoder with these numbers of "
+                f"heads by layer: {counts}"
             )
     return [(int(index), int(head)) for index, head in heads]
 
@@ -107,7 +108,7 @@ def answers_kept(
     batches: Sequence[Batch],
     ablations: Mapping[str, Sequence[tuple[int, int]]],
 ) -> dict[str, float]:
-    """Share of answers that stay the same without some heads or others."""
+    """Share of answers that stay the same, for each of `ablations`."""
     answers = np.concatenate([answers_of(model, b) for b in batches])
     kept = {}
     for name, heads in ablations.items():

@@ -1,4 +1,4 @@
-"""Data that workers read ahead, each batch in its own epoch."""
+"""Keeps batches that workers read ahead in the epoch that they belong to."""
 
 from typing import Any
 
@@ -6,14 +6,15 @@ import keras
 
 
 def check_workers(x: Any, arguments: dict[str, Any]) -> None:
-    """Refuses a `fit` that takes a part an epoch of what workers read.
+    """Refuses a `fit` that uses only part of its data per epoch, with workers.
 
-    Keras keeps what they have read ahead when an epoch ends, and begins the
-    next one with it: which batches these are depends on how fast they were.
+    When an epoch ends, Keras keeps the batches that workers have read ahead,
+    and begins the next epoch with them. Which batches these are depends on how
+    fast the workers were.
 
     Args:
         x: The data of a `fit`.
-        arguments: Dictionary, its other arguments.
+        arguments: Dictionary of the other arguments of the `fit`.
     """
     validation, *_ = keras.utils.unpack_x_y_sample_weight(
         arguments.get("validation_data")
@@ -25,7 +26,7 @@ def check_workers(x: Any, arguments: dict[str, Any]) -> None:
         steps = arguments.get(name)
         if steps is not None and has_workers(data):
             raise ValueError(
-                "Data that workers read must be read whole in each epoch. "
+                "Data that workers read must be used completely in each epoch. "
                 f"Received: {name}={steps}, with workers={data.workers} and "
                 f"use_multiprocessing={data.use_multiprocessing}. Leave out "
                 f"`{name}`, or make the data with `workers=1`."
@@ -33,7 +34,7 @@ def check_workers(x: Any, arguments: dict[str, Any]) -> None:
 
 
 class BuiltBesideWorkers:
-    """A base class of Keras models that are not built on what workers read."""
+    """Mixin for Keras models: builds them on a batch not read by workers."""
 
     def _symbolic_build(
         self, iterator: Any = None, data_batch: Any = None
@@ -44,16 +45,17 @@ class BuiltBesideWorkers:
 
 
 def batch_to_build_on(iterator: Any) -> Any:
-    """A batch that Keras is to build a model on, in place of the next one.
+    """A batch to build a model on, in place of the iterator's next batch.
 
-    Where workers read, more than the next one is read, and all of it would
-    come again in the first epoch.
+    Where workers read the data, asking for the next batch makes them read
+    others too, and all of these would come again in the first epoch.
 
     Args:
-        iterator: What Keras's `_symbolic_build` is given, or `None`.
+        iterator: The iterator that Keras passes to `_symbolic_build`, or
+            `None`.
 
     Returns:
-        A batch, or `None` where no workers read.
+        The first batch of the data, or `None` where no workers read it.
     """
     adapter = getattr(iterator, "data_adapter", None)
     data = getattr(adapter, "py_dataset", None)

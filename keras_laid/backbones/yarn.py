@@ -32,52 +32,61 @@ def yarn(
     """Scope in which a model's rotary embeddings are interpolated by YaRN.
 
     A frequency that turns fewer than `beta_slow` times over `original_length`
-    is divided by `factor`, one that turns more than `beta_fast` times is kept,
-    and between the two the share that is kept follows a ramp. Queries and keys
-    are multiplied by `0.1 * ln(factor) + 1` each. Nothing is trained. With
-    `factor=1` no output changes, bit for bit.
+    is divided by `factor`, and one that turns more than `beta_fast` times is
+    kept. For a frequency between the two, the share that is kept follows a
+    ramp. Queries and keys are multiplied by `0.1 * ln(factor) + 1` each.
+    Nothing is trained. With `factor=1` no output changes, bit for bit.
 
-    The ramp of the authors' program, and of those made after it, is linear in
-    the index of the frequency, between whole indices, and starts at the highest
-    frequency at the latest. That of the paper's equation is linear in turns.
-    They part most where `original_length` is short: where no frequency turns
-    `beta_fast` times, the equation keeps none whole.
+    There are two ramps. With `ramp="index"`, as in the authors' program and
+    later ones, the ramp is linear in the index of the frequency, between whole
+    indices, and never starts before the highest frequency, which is therefore
+    always kept. With `ramp="turns"`, as in the paper's equation, the ramp is
+    linear in turns. The two differ most where `original_length` is short: if no
+    frequency turns `beta_fast` times, the equation keeps none completely.
 
-    Decoder layers with a sliding window are left alone: they see no further in
+    Decoder layers with a sliding window are not changed: they see no further in
     a longer prompt. Positions of any kind, cached decoding, gains and
-    `keras_laid.self_extend` work inside. Attach and fold gains outside.
+    `keras_laid.self_extend` work inside. Attach and fold gains outside the
+    scope.
 
-    Every Keras model that runs the same backbone follows, whatever was done
-    with it before: a distiller, a `keras_laid.MultiImagePaliGemmaCausalLM`, a
-    functional or subclassed model of your own. Inside, its functions for `fit`,
-    `evaluate`, `predict` and `generate` are traced again; outside, it has those
-    from before. To find such models, Python's garbage collector is asked for
-    all objects, on entry and on exit, which takes a fraction of a second. What
-    it cannot find keeps what it was traced with, and must be made inside:
-    functions that you compile yourself, by `jax.jit`, `tf.function` or
-    `torch.compile`; a model that holds the backbone neither as a layer nor as
-    an attribute, as in the function of a `keras.layers.Lambda`; and models from
-    before a call of `gc.freeze`. The model is left as it was, also when the
-    body raises.
+    Every Keras model that runs the same backbone changes with it, whatever was
+    done with that model before: a distiller, a
+    `keras_laid.MultiImagePaliGemmaCausalLM`, a functional or subclassed model
+    of your own. Inside the scope, the functions of these models for `fit`,
+    `evaluate`, `predict` and `generate` are traced again; on exit, the models
+    get back their earlier functions. keras_laid records models when they are
+    created. Models from before its import are looked up once, among the objects
+    of Python's garbage collector.
+
+    Some functions and models are not found. They keep what they were traced
+    with, so create them inside the scope: functions that you compile yourself,
+    by `jax.jit`, `tf.function` or `torch.compile`; a model that holds the
+    backbone neither as a layer nor as an attribute, as in the function of a
+    `keras.layers.Lambda`; and models from before the import of keras_laid, if
+    `gc.freeze` was called before the first scope. On exit the model is as it
+    was before, even if the body raises an error.
 
     Args:
         model: A `keras_hub.models.PaliGemmaCausalLM`, a
             `keras_hub.models.PaliGemmaBackbone`, or a
             `keras_laid.MultiImagePaliGemmaCausalLM`.
-        factor: Float of at least 1. How many times longer prompts become.
-        original_length: Positive integer, in tokens, images included. The
-            longest prompt of the model's training.
+        factor: Float of at least 1, the length of the longest prompt divided by
+            `original_length`.
+        original_length: Positive integer, the length in tokens, images
+            included, of the longest prompt of the model's training.
         beta_fast: Float greater than `beta_slow`, in turns over
-            `original_length`. Defaults to `32.0`.
-        beta_slow: Float greater than 0, in turns over `original_length`.
-            Defaults to `1.0`.
-        ramp: `"index"`, the authors' program, as in
+            `original_length`: frequencies with more turns are kept. Defaults to
+            `32.0`.
+        beta_slow: Float greater than 0, in turns over `original_length`:
+            frequencies with fewer turns are divided by `factor`. Defaults to
+            `1.0`.
+        ramp: `"index"`, the ramp of the authors' program, as in
             `keras_hub.layers.RotaryEmbedding` with `rope_type="yarn"`, or
-            `"turns"`, the paper's equation. Defaults to `"index"`.
+            `"turns"`, the ramp of the paper's equation. Defaults to `"index"`.
 
     Raises:
-        TypeError: On entry, if an argument is of another kind.
-        ValueError: On entry, if the model is of another kind, has no layer
+        TypeError: On entry, if an argument has the wrong type.
+        ValueError: On entry, if the model is not a PaliGemma, has no layer
             without a sliding window, or has scaled frequencies already, or if
             an argument is out of its range. The model is then unchanged.
 
@@ -146,7 +155,7 @@ def shares_kept_by_turns(
     beta_slow: float,
     max_wavelength: float,
 ) -> Tensor:
-    """0 to 1 for each frequency: the paper's equation."""
+    """The share of each frequency that is kept, by the paper's equation."""
     del max_wavelength
     turns = original_length * frequency / (2 * math.pi)
     return ops.clip((turns - beta_slow) / (beta_fast - beta_slow), 0, 1)
@@ -159,7 +168,7 @@ def shares_kept_by_index(
     beta_slow: float,
     max_wavelength: float,
 ) -> Tensor:
-    """0 to 1 for each frequency: the authors' program."""
+    """The share of each frequency that is kept, by the authors' program."""
     count = frequency.shape[0]
 
     def index_of(turns: float) -> float:
@@ -181,7 +190,11 @@ def scaled_cos_and_sin(
     *args: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, ...]:
-    """Multiplied in float32 and rounded once: bfloat16 would round `scale`."""
+    """Cosines and sines times `scale`.
+
+    The product is taken in float32 and rounded once: bfloat16 would round
+    `scale` too.
+    """
     return tuple(
         ops.cast(ops.cast(x, "float32") * scale, x.dtype)
         for x in compute(*args, **kwargs)
@@ -217,5 +230,5 @@ def _check_unscaled(rope: keras.layers.Layer) -> None:
     if "_get_inverse_freq" in vars(rope):
         raise ValueError(
             "`yarn` scopes of one model cannot be nested. Received: a model "
-            "inside one. Leave it first."
+            "inside a `yarn` scope. Leave that scope first."
         )

@@ -1,4 +1,4 @@
-"""Computes what distilling one model into another takes of each device."""
+"""Computes the memory that distillation needs on each device."""
 
 import concurrent.futures
 import contextlib
@@ -28,12 +28,13 @@ class Stack:
     """Blocks of one shape that run one after the other.
 
     Attributes:
-        layers: Integer, how many.
-        width: Integer, numbers of a token between blocks.
-        inner: Integer, numbers of a token inside that can be split by heads and
-            feedforward units: queries, keys, values, what attention puts out,
-            and two feedforward activations and their product.
-        tokens: Integer, of one example.
+        layers: Integer, the number of blocks.
+        width: Integer, how many numbers a token has between blocks.
+        inner: Integer, how many numbers a token has inside a block that can be
+            split by heads and feedforward units: queries, keys, values, the
+            output of attention, and two feedforward activations and their
+            product.
+        tokens: Integer, the number of tokens of one example.
     """
 
     layers: int
@@ -70,12 +71,12 @@ class Blueprint:
         return total
 
     def kept(self) -> int:
-        """Bytes that an example leaves for the backward pass: block inputs."""
+        """Bytes of an example kept for the backward pass: block inputs."""
         numbers = sum(s.layers * s.tokens * s.width for s in self.stacks)
         return numbers * BYTES[self.compute_dtype]
 
     def at_work(self, devices: int, backward: bool) -> int:
-        """Bytes of an example inside one block, of the largest kind."""
+        """Bytes of an example inside one block, the largest of all stacks."""
         numbers = max(
             s.tokens * (2 * s.width + -(-s.inner // devices))
             for s in self.stacks
@@ -85,15 +86,16 @@ class Blueprint:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-    """Memory of one device, part by part; its string is a table.
+    """Memory of one device, part by part; `print` shows it as a table.
 
     Attributes:
         parts: Dictionary from names to bytes.
         total: Integer, their sum, in bytes.
-        memory: Float, what a device has, in bytes, or `None`.
-        teacher_parameters: Integer.
-        student_parameters: Integer.
-        mesh_shape: Tuple of two integers.
+        memory: Float, the memory of a device in bytes, or `None`.
+        teacher_parameters: Integer, the number of the teacher's parameters.
+        student_parameters: Integer, the number of the student's parameters.
+        mesh_shape: Tuple of two integers, over how many devices a batch is
+            split, and over how many the models.
     """
 
     parts: dict[str, int]
@@ -108,7 +110,7 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether the total is no more than a device has."""
+        """Whether the total is at most `memory`; `True` if that is `None`."""
         return self.memory is None or self.total <= self.memory
 
     def __str__(self) -> str:
@@ -148,30 +150,35 @@ def plan(
     No weight is allocated. Weights, gradients and the optimizer's state are
     counted variable by variable, split as `keras_laid.ModelParallel` splits
     them. Activations are those of a distiller with `rematerialize=True` and of
-    attention that stores no map: what blocks are given, and what is alive in
-    one block while it runs. What compilers and communication need on top is not
-    counted.
+    attention that stores no map: the inputs of all blocks, and the tensors that
+    are alive in one block while it runs. Memory for compilers and communication
+    is not counted.
 
     Args:
         teacher: A KerasHub model, the name or folder of a preset, or a function
-            without arguments that returns a model or a backbone; the latter
-            two are built without weights, with the dtypes below, and models
-            are not compiled.
-        student: Likewise.
-        image_tokens: Integer, tokens of all images of an example.
-        text_tokens: Integer, tokens of its text.
-        batch_size: Integer, examples of all devices together. Defaults to `1`.
+            without arguments that returns a model or a backbone. Presets and
+            functions are built without weights, in `teacher_dtype`, and are not
+            compiled.
+        student: A KerasHub model, the name or folder of a preset, or a function
+            without arguments that returns a model or a backbone. Presets and
+            functions are built without weights, in `student_dtype`, and are not
+            compiled.
+        image_tokens: Integer, the number of tokens of all images of an example.
+        text_tokens: Integer, the number of text tokens of an example.
+        batch_size: Integer, the number of examples of all devices together.
+            Defaults to `1`.
         mesh_shape: Tuple of two integers: over how many devices a batch is
             split, and over how many the models. Defaults to `(1, 1)`.
-        memory: Float, bytes of a device, to be told whether it fits. Defaults
-            to `None`.
-        teacher_dtype: A dtype policy's name. Defaults to `"bfloat16"`.
-        student_dtype: A dtype policy's name. Defaults to `"mixed_bfloat16"`:
-            weights in float32.
-        optimizer_slots: Integer, numbers that the optimizer keeps of each
+        memory: Optional float, the memory of a device in bytes. If it is given,
+            the plan says whether its total fits. Defaults to `None`.
+        teacher_dtype: String, the name of a dtype policy for the teacher.
+            Defaults to `"bfloat16"`.
+        student_dtype: String, the name of a dtype policy for the student.
+            Defaults to `"mixed_bfloat16"`: weights in float32.
+        optimizer_slots: Integer, how many numbers the optimizer keeps for each
             trained weight: 2 for Adam and AdamW. Defaults to `2`.
-        matched_layers: Integer, pairs of layers in the layer map. Defaults to
-            `1`.
+        matched_layers: Integer, the number of pairs of layers whose queries and
+            keys are matched. Defaults to `1`.
 
     Returns:
         A `MemoryPlan`.
@@ -201,7 +208,8 @@ def plan(
     if len(mesh_shape) != 2:
         raise ValueError(
             "`mesh_shape` must be two integers: over how many devices a batch "
-            f"is split, and the models. Received: mesh_shape={mesh_shape}"
+            "is split, and over how many the models. "
+            f"Received: mesh_shape={mesh_shape}"
         )
     batch_axis, model_axis = mesh_shape
     for name, value, least in (
@@ -218,8 +226,8 @@ def plan(
     check_dtype_policy("student_dtype", student_dtype)
     if batch_size % batch_axis:
         raise ValueError(
-            "The batch must be split evenly. Received: "
-            f"batch_size={batch_size}, mesh_shape={mesh_shape}"
+            "The batch must be split evenly over the first axis of the mesh. "
+            f"Received: batch_size={batch_size}, mesh_shape={mesh_shape}"
         )
     of_teacher, of_student = (
         blueprint(model, dtype, image_tokens, text_tokens)
@@ -297,8 +305,8 @@ def blueprint(
                 name, load_weights=False
             )
 
-    # Variables made in a stateless scope have no values. Keras would give them
-    # some later, but only to those of the same thread.
+    # Variables made in a stateless scope have no values. Keras would initialize
+    # those of this thread later, so they are made in another one.
     def build() -> Blueprint:
         keras.config.set_dtype_policy(dtype)
         with keras.StatelessScope(initialize_variables=False), uncompiled():
@@ -347,7 +355,7 @@ def blueprint_of_built(
 
 
 def feedforward_units(backbone: keras.Model, index: int) -> int:
-    """How many a block has: families differ in what `intermediate_dim` is."""
+    """The feedforward units of a block; `intermediate_dim` may be another."""
     block = backbone.transformer_layers[index]
     widths = [
         v.shape[1]

@@ -7,8 +7,9 @@ import keras
 
 from keras_laid.arguments import check_kind
 
-# Which axis of a kernel is best split, counted from the front or the back: what
-# one product puts out, the next takes in, and devices talk once for both.
+# The axis along which each kernel is best split; a negative one counts from the
+# back. The axis that a product puts out is the one that the next product sums
+# over, so that devices communicate once for both.
 PREFERRED_AXES = (
     (r"token_embedding/embeddings$", 0),  # The vocabulary.
     (r"reverse_embeddings$", -1),
@@ -25,17 +26,18 @@ REPLICATED = r"(mixing_logits|log_gain)$"  # Small, and used by all.
 class ModelParallel(keras.distribution.ModelParallel):
     """Splits the weights of any KerasHub model by their names and shapes.
 
-    KerasHub has layout maps for a few text models; this one needs none.
-    Matrices are split over the model axis of the mesh: attention by heads and
-    feedforward layers by their inner width where these divide, else by their
-    longest axis that does; vocabularies by tokens. Vectors, mixers and gains
-    are copied to every device. Batches are split over the other axis.
+    KerasHub has layout maps for a few text models; this class needs none.
+    Matrices are split over the model axis of the mesh: attention by heads,
+    feedforward layers by their inner width, and embeddings by tokens of the
+    vocabulary. If the number of devices does not divide that axis, the longest
+    axis that it divides is split. Vectors, mixers and gains are copied to every
+    device. Batches are split over the other axis of the mesh.
 
     Args:
-        device_mesh: A `keras.distribution.DeviceMesh` with two axes, of data
-            and of model, in this order.
-        layout_map: Optional `keras.distribution.LayoutMap` for variables to lay
-            out otherwise.
+        device_mesh: A `keras.distribution.DeviceMesh` with two axes: first that
+            of data, then that of the model.
+        layout_map: Optional `keras.distribution.LayoutMap` for variables that
+            are to be laid out in another way. Defaults to `None`.
         **kwargs: Passed to `keras.distribution.ModelParallel`.
 
     Raises:
@@ -75,7 +77,7 @@ class ModelParallel(keras.distribution.ModelParallel):
             raise ValueError(
                 "`device_mesh` must have an axis of data and one of model. "
                 f"Received: device_mesh.shape={tuple(device_mesh.shape)}. "
-                "Give the one you do not want the size 1."
+                "Give an axis that you do not need the size 1."
             )
         if layout_map is None:
             layout_map = keras.distribution.LayoutMap(device_mesh)
@@ -115,8 +117,8 @@ def split_axis(path: str, shape: tuple[int, ...], devices: int) -> int | None:
 
     Args:
         path: String, the variable's path.
-        shape: Tuple of integers.
-        devices: Integer, how many there are.
+        shape: Tuple of integers, the variable's shape.
+        devices: Integer, the number of devices.
     """
     if len(shape) < 2 or re.search(REPLICATED, path):
         return None

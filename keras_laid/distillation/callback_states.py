@@ -10,8 +10,8 @@ import keras
 import numpy as np
 from keras import ops
 
-# Of Keras's own callbacks, what changes while they run and decides what they
-# do next.
+# The attributes of Keras's own callbacks that change during a run and decide
+# what they do next.
 ATTRIBUTES: dict[type, tuple[str, ...]] = {
     keras.callbacks.EarlyStopping: (
         "best",
@@ -38,7 +38,7 @@ def list_being_called() -> keras.callbacks.CallbackList:
     the callers.
 
     Raises:
-        ValueError: If none is.
+        ValueError: If no caller is a `CallbackList`.
     """
     frame = inspect.currentframe()
     while frame is not None:
@@ -54,7 +54,7 @@ def list_being_called() -> keras.callbacks.CallbackList:
 
 
 def attributes_of(callback: keras.callbacks.Callback) -> list[str]:
-    """Names of what changes in a callback, if it is one of Keras's own."""
+    """Names of a callback's attributes to save, if it is one of Keras's own."""
     return [
         name
         for kind, names in ATTRIBUTES.items()
@@ -95,19 +95,19 @@ def states_of(
 def set_states(
     callbacks: Iterable[keras.callbacks.Callback], states: list[dict[str, Any]]
 ) -> None:
-    """Gives callbacks the states that `states_of` found in their like.
+    """Gives callbacks the states that `states_of` returned.
 
     Raises:
-        ValueError: If these are callbacks of other classes.
+        ValueError: If the states are of callbacks of other classes.
     """
     callbacks = [c for c in callbacks if attributes_of(c) or has_own_state(c)]
     found = [type(callback).__name__ for callback in callbacks]
     saved = [state["class"] for state in states]
     if found != saved:
         raise ValueError(
-            "A training must be resumed with the callbacks that it was started "
-            f"with, as far as they have a state. Received: {found}, where "
-            f"{saved} were saved. Pass the same ones in the same order, or "
+            "Training must be resumed with the callbacks that it was started "
+            f"with (only those with a state count). Received: {found}, where "
+            f"{saved} were saved. Pass the saved ones in that order, or "
             "another folder."
         )
     for callback, state in zip(callbacks, states, strict=True):

@@ -13,7 +13,7 @@ from keras_laid.distillation.total_steps import TotalSteps
 
 
 class CheckedEntries:
-    """A base class of the distiller: `fit` and its kin."""
+    """A base class of the distiller: `fit`, `evaluate` and batch methods."""
 
     def fit(
         self,

@@ -14,7 +14,7 @@ from keras_laid.backbones import decoder
 from keras_laid.distillation.description import Description
 from keras_laid.distillation.terms.term import Term
 
-# Metrics of the distiller.
+# Names of the distiller's own metrics.
 NAMES = ("loss", "progress", "kl")
 
 
@@ -30,7 +30,7 @@ def check_no_weights(weights: Mapping[str, object]) -> None:
 
 
 def check_terms(terms: object) -> None:
-    """Refuses what are not terms, or terms of another distiller."""
+    """Refuses objects that are not terms, and terms of another distiller."""
     if not isinstance(terms, (list, tuple)) or not all(
         isinstance(term, Term) for term in terms
     ):
@@ -42,7 +42,7 @@ def check_terms(terms: object) -> None:
     if bound:
         raise ValueError(
             "Each of `terms` must be new: a term belongs to one distiller. "
-            f"Received: {bound} of another distiller. Make it again."
+            f"Received: {bound} of another distiller. Make new ones."
         )
     names = [name for term in terms for name in term.weights]
     if {*NAMES} & {*names} or len({*names}) < len(names):
@@ -73,11 +73,11 @@ def check_task(name: str, model: keras.Model) -> None:
 
 
 def check_two(teacher: keras.Model, student: keras.Model) -> None:
-    """Refuses models that are, or share, one another."""
+    """Refuses two models that are the same, or share weights."""
     if teacher is student:
         raise ValueError(
-            "`teacher` and `student` must be two models. Received the same "
-            f"model twice: {student.name}. Load the preset once for each."
+            "`teacher` and `student` must be two models. Received: twice the "
+            f"model {student.name}. Load the preset once for each."
         )
     shared = {id(v) for v in decoder.backbone_of(teacher).variables} & {
         id(v) for v in decoder.backbone_of(student).variables
@@ -99,7 +99,7 @@ def check_pair(teacher: Description, student: Description) -> None:
         )
     if teacher.several_images != student.several_images:
         raise ValueError(
-            "Both models must take several images a prompt, or both one. "
+            "Both models must take several images in a prompt, or both one. "
             f"Received: teacher {teacher.model}, student {student.model}. "
             "Make both with "
             "`keras_laid.MultiImagePaliGemmaCausalLM.from_causal_lm`."
@@ -132,7 +132,7 @@ def check_features(
     student: Description,
     layer_pairs: Sequence[tuple[int, int]],
 ) -> None:
-    """Refuses pairs of layers whose queries have other features."""
+    """Refuses pairs of layers whose queries have different features."""
     for student_layer, teacher_layer in layer_pairs:
         kinds = [
             teacher.layer_types[teacher_layer],
@@ -140,11 +140,11 @@ def check_features(
         ]
         if kinds[0] != kinds[1]:
             raise ValueError(
-                "The query/key term needs models of one family: others have "
-                "the features of a query in another order. Received: teacher "
+                "The query/key term needs models of one family: families "
+                "order a query's features differently. Received: teacher "
                 f"with {kinds[0]}, student with {kinds[1]}. "
-                "Pass `query_key_weight=0`: attention maps can be matched all "
-                "the same."
+                "Pass `query_key_weight=0`: attention maps can still be "
+                "matched."
             )
         head_dims = [
             teacher.layers_with_maps[teacher_layer].head_dim,
@@ -154,18 +154,18 @@ def check_features(
             raise ValueError(
                 "The query/key term needs equal head dims. Received: teacher "
                 f"head_dim={head_dims[0]}, student head_dim={head_dims[1]}. "
-                "Pass `query_key_weight=0`: attention maps can be matched all "
-                "the same."
+                "Pass `query_key_weight=0`: attention maps can still be "
+                "matched."
             )
 
 
 def check_dropout(student: keras.Model) -> None:
-    """Refuses blocks that would not do the same when they run again."""
+    """Refuses dropout, which differs when a block runs again."""
     dropout = getattr(decoder.backbone_of(student), "dropout", 0.0)
     if dropout:
         raise ValueError(
-            "`rematerialize` needs a student without dropout, whose random "
-            "state may not change inside a block. "
+            "`rematerialize` needs a student without dropout: a random state "
+            "must not change inside a block that runs again. "
             f"Received: student.backbone.dropout={dropout}"
         )
 
@@ -185,11 +185,11 @@ def check_labels(
     """Refuses labels that are not tokens, unless the loss ignores them.
 
     Args:
-        vocabulary: Integer, the student's.
+        vocabulary: Integer, the size of the student's vocabulary.
         loss: The compiled loss, or `None` for that of the distiller, which
             ignores all labels less than 0.
         y: Labels of shape `(batch, length)`.
-        sample_weight: Weights of that shape, or `None`.
+        sample_weight: Weights of shape `(batch, length)`, or `None`.
     """
     least = None
     if isinstance(loss, keras.losses.SparseCategoricalCrossentropy):
@@ -200,7 +200,7 @@ def check_labels(
 
 
 def check_batch(model: keras.Model, batch: tuple[Any, Any, Any]) -> None:
-    """Refuses a batch that the losses cannot be computed of.
+    """Refuses a batch from which the losses cannot be computed.
 
     Looks only at shapes, which are known while a step is compiled.
     """

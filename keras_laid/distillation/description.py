@@ -1,4 +1,4 @@
-"""The description of a model that a distiller checks before it runs it."""
+"""A description of a model, which a distiller checks before any run."""
 
 import dataclasses
 from typing import Any
@@ -25,14 +25,16 @@ class Description:
         model: String, the name of its class.
         several_images: Boolean, whether a prompt may hold several images by
             `keras_laid.MultiImagePaliGemmaCausalLM`.
-        image_layout: Dictionary, what decides how many tokens an image becomes.
+        image_layout: Dictionary, the settings that decide how many tokens an
+            image becomes.
         vocabulary_size: Integer, the number of tokens that have logits.
         tokens: List of strings, those of the tokenizer; empty without one.
         layers: List of `keras_laid.backbones.AttentionLayer` and `LinearLayer`,
-            all of its decoder.
-        layer_types: List of strings, the class of each.
+            all layers of the decoder.
+        layer_types: List of strings, the class name of each layer's Keras
+            attention layer.
         hidden_dim: Integer, the width of the hidden states; `None` for a stored
-            teacher, which has none.
+            teacher, which has no hidden states.
     """
 
     model: str

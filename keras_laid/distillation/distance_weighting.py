@@ -20,21 +20,25 @@ SCHEDULES = ("constant", "linear", "cosine")
 class DistanceWeighting:
     """Weights attention divergence by distance, more as training goes on.
 
-    A pair of tokens at the longest distance weighs
-    `1 + strength * progress`, a token and itself weigh 1.
+    A pair of tokens has weight `1 + strength * progress * share**exponent`,
+    where `share` is their distance divided by the longest distance: a token and
+    itself have weight 1, a pair at the longest distance `1 + strength *
+    progress`.
 
     Args:
-        strength: Float, 0 or more. Defaults to `4.0`.
-        exponent: Float greater than 0, of the distance as a share of the
-            longest. Defaults to `1.0`.
+        strength: Float, 0 or more: how much the weight grows with distance. `0`
+            weights all distances alike. Defaults to `4.0`.
+        exponent: Float greater than 0: how the weight grows with distance. `1`
+            is in proportion; larger values raise mainly the weights of the
+            longest distances. Defaults to `1.0`.
         schedule: How `progress` goes from 0 to 1 over training: `"linear"`,
             `"cosine"` (slow at both ends), or `"constant"` (1 throughout).
             Defaults to `"linear"`.
         steps: Optional integer: the training step at which `progress` reaches
-            1, however the steps are taken. Defaults to the last step of `fit`;
-            `train_on_batch`, a loop of your own, and `fit` of data without a
-            length raise a `ValueError` without it, unless the schedule is
-            `"constant"`.
+            1. Defaults to the last step of `fit`. Unless the schedule is
+            `"constant"`, it is needed for `train_on_batch`, for a loop of your
+            own, and for `fit` of data without a length, which raise a
+            `ValueError` without it.
 
     Raises:
         TypeError: If an argument is of another kind.

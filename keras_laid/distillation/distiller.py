@@ -62,48 +62,55 @@ class DistanceWeightedAttentionDistillation(
     """Long-window anchoring distillation (LAid) as a Keras model.
 
     A training step runs the student once and the teacher once, and minimises
-    the weighted sum of terms, plus the student's regularization losses. The
-    four usual ones are given by their weights:
+    the weighted sum of terms, plus the student's regularization losses. Four
+    terms are set by their weights:
 
-    - `retrieval`: where the student's heads look among the images, or other
-      segments of a prompt, from where the teacher's retrieval heads look; see
-      `keras_laid.distillation.RetrievalMatching`.
-    - `attention`: the student's attention maps from mixed maps of the teacher,
-      the paper's form; see `keras_laid.distillation.AttentionMatching`.
-    - `logits`: the student's next tokens from the teacher's, and `supervised`:
-      from the labels; see `keras_laid.distillation.NextTokens`.
+    - `retrieval`: the divergence of the student's attention over the images
+      (or other segments of a prompt) from that of the teacher's retrieval
+      heads; see `keras_laid.distillation.RetrievalMatching`.
+    - `attention`: the divergence of the student's attention maps from mixed
+      maps of the teacher, as in the paper; see
+      `keras_laid.distillation.AttentionMatching`.
+    - `logits`: the divergence of the student's next-token predictions from the
+      teacher's; and `supervised`: the cross-entropy of the student's
+      predictions with the labels; see `keras_laid.distillation.NextTokens`.
 
-    `terms` gives them with all of their settings, and others.
+    Pass `terms` instead to choose all settings of these terms, or other terms.
 
     A term of weight 0 is not computed, and a teacher that no term needs is not
     run. Each term is a metric, as are `kl` (the logits term at temperature 1)
     and `progress`. Progress needs the number of training steps: `fit` knows it
     from data with a length; for `train_on_batch`, a loop of your own around
     `train_step` or `compute_terms`, and data without a length, pass `steps` to
-    `DistanceWeighting`, or a training step raises a `ValueError`.
-    `sample_weight` also weighs whole examples in the attention
-    terms: an example without any marked token does not count. It must be 0 or
-    more, which a compiled step does not check.
+    `DistanceWeighting`; otherwise a training step raises a `ValueError`.
+    In terms that compare attention or hidden states, each example is weighted
+    by its largest `sample_weight`: an example without any marked token does
+    not count. `sample_weight` must be 0 or more, which a compiled step does
+    not check.
 
     Evaluation weights distances and terms as at the end of training, whatever
     the step, so that `val_loss` can be compared over epochs; `val_progress` is
     1. Schedules are taken at the last step of `fit`.
 
-    The wrapper learns the student's trainable variables and the mixers', never
-    the teacher's, whatever the teacher's `trainable` says. `predict`,
-    `evaluate` and `generate` are the student's. Weight files of the wrapper
-    hold everything that training needs to resume, without the teacher; the
-    result is `student` itself.
+    Training updates the trainable variables of the student, the mixers and the
+    other layers of the terms, never the teacher's, whatever the teacher's
+    `trainable` says. `predict` and `generate` run only the student; `evaluate`
+    computes the same losses as training. Weight files of the wrapper hold
+    everything that training needs to resume, except the teacher. The result of
+    training is the model `student`, which is trained in place.
 
     Args:
         teacher: A `keras_hub.models.CausalLM` of a family that
             `keras_laid.backbones.attention_layers` knows, or a
             `keras_laid.MultiImagePaliGemmaCausalLM`; or a
-            `keras_laid.StoredTeacher`, to train without it in memory.
-        student: Another, of the same tokenizer and with the same tokens for an
-            image; of any size, and of any family that reads the same inputs.
-        distance_weighting: A `keras_laid.DistanceWeighting`: how much more far
-            images and tokens count in the retrieval and attention terms.
+            `keras_laid.StoredTeacher`, to train without the teacher in memory.
+        student: A `keras_hub.models.CausalLM` or a
+            `keras_laid.MultiImagePaliGemmaCausalLM`, as for `teacher`, of any
+            size. It must have the same tokenizer, turn an image into the same
+            tokens and read the same inputs; its family may be another one.
+        distance_weighting: A `keras_laid.DistanceWeighting`: how much
+            more distant images and tokens count in the retrieval and attention
+            terms.
             Defaults to `DistanceWeighting()`.
         retrieval_weight: Float of at least 0, or a
             `keras.optimizers.schedules.LearningRateSchedule` of training steps,
@@ -119,16 +126,16 @@ class DistanceWeightedAttentionDistillation(
         supervised_weight: Float of at least 0, or a schedule of training steps:
             the weight of the cross-entropy with the labels `y`. Defaults to
             `1.0`.
-        terms: Sequence of `keras_laid.distillation.terms.Term`s, each made for
-            only this distiller: all terms of the loss, in place of those that
-            the weights describe, which must be left out then. Defaults to
-            `None`, those of the weights.
+        terms: Optional sequence of `keras_laid.distillation.terms.Term`s, each
+            made for only this distiller: all terms of the loss. The four
+            weights must be left out then. Defaults to `None`, the terms that
+            the weights describe.
         **kwargs: Passed to `keras.Model`.
 
     Call arguments:
-        inputs: The student's inputs, a dictionary; `"positions"` of shape
-            `(batch, keys)`, where keys are tokens of images and text, replaces
-            the positions of every rotary embedding, see
+        inputs: Dictionary of the student's inputs. An optional `"positions"`
+            of shape `(batch, keys)`, where keys are tokens of images and text,
+            replaces the positions of every rotary embedding, see
             `keras_laid.PositionStretching`.
 
     Returns:
@@ -137,8 +144,8 @@ class DistanceWeightedAttentionDistillation(
     Raises:
         TypeError: If an argument is of another kind.
         ValueError: If the models do not fit each other, an argument is out of
-            range, or weights are given beside `terms`; before anything is
-            changed.
+            range, or weights are given together with `terms`. The models are
+            unchanged then.
 
     Example:
 
@@ -202,22 +209,23 @@ class DistanceWeightedAttentionDistillation(
 
         super().__init__(**kwargs)
         self.student = student
-        # Past Keras's tracking: the teacher is neither trained nor saved.
+        # This hides the teacher from Keras, which would train and save it.
         self.__dict__["teacher"] = teacher
         self.descriptions = (of_student, of_teacher)
         self.distance_weighting = distance_weighting
         self.rematerialize = False
         self.linear_memory: bool | Name = False
-        # Their losses are added in this order.
+        # Losses are added in this order.
         self.terms = [term for term in terms if term.is_used]
-        # What they learn, under the names that weight files have.
+        # The layers that terms train, under the names that weight files use.
         attention = self.term(AttentionMatching)
         retrieval = self.term(RetrievalMatching)
         self.mixers = attention.mixers if attention else []
         self.head_pooling = retrieval and retrieval.head_pooling
         self.term_layers = [layer for term in terms for layer in term.layers]
-        # Training steps done, and in all, as far as `fit` knows: they drive
-        # `progress` as tensors, so that a step is never compiled again.
+        # The number of training steps done, and of all steps if `fit` knows it.
+        # `progress` needs both: as variables, they change without compiling a
+        # step again.
         self.fit_knows_steps = False
         self.step = self.add_weight(
             shape=(),
@@ -240,7 +248,7 @@ class DistanceWeightedAttentionDistillation(
         self.built = True
 
     def term(self, kind: type[T]) -> T | None:
-        """The term of a class that is in use, if there is one."""
+        """The term in use that is of class `kind`, or `None`."""
         return next(
             (term for term in self.terms if isinstance(term, kind)), None
         )
@@ -279,8 +287,9 @@ class DistanceWeightedAttentionDistillation(
         """Configures training.
 
         Args:
-            optimizer: Optimizer of every group, or the result of
-                `keras_laid.group_optimizer` for a learning rate each.
+            optimizer: A `keras.Optimizer` or its name; or the result of
+                `keras_laid.group_optimizer`, for different learning rates of
+                the student, the mixers and the gains. Defaults to `"rmsprop"`.
             loss: The supervised loss: a `keras.losses.Loss` of labels and
                 logits, or a function of them, averaged over the tokens that
                 `sample_weight` marks. Defaults to `"auto"`: cross-entropy,
@@ -292,30 +301,31 @@ class DistanceWeightedAttentionDistillation(
                 `keras.optimizers.LossScaleOptimizer`, unless it is one or has
                 a `loss_scale_factor`. Defaults to `True`.
             rematerialize: Boolean, whether the student's blocks run again
-                in the backward pass: about a third more work, for activations
-                of one block in place of all. Defaults to `False`.
+                in the backward pass. That is about a third more work, but
+                only one block's activations are kept at a time. Defaults to
+                `False`.
             linear_memory: Boolean, whether both models' attention is computed
                 as in `keras_laid.linear_memory_attention`, for prompts whose
                 masks and maps would not fit; or the name of the implementation
-                of `keras_laid.ops.attention_output` that does. Defaults to
-                `False`.
+                of `keras_laid.ops.attention_output` that computes it. Defaults
+                to `False`.
             **kwargs: Passed to `keras.Model.compile`.
 
         Raises:
             TypeError: If an argument is of another kind.
             ValueError: If there is no optimizer or no loss; if `loss` is a
                 name, has no reduction, or no term takes it; if `loss_weights`
-                are given, which are arguments of the distiller; or if the
-                models cannot compute in the way that is asked for.
+                are given, since arguments of the distiller weight its terms;
+                or if a model supports no `rematerialize` or `linear_memory`.
 
-        With the default loss and without metrics, logits are computed for the
-        tokens that `sample_weight` marks, and for no others, some at a time.
+        With the default loss and without metrics, logits are computed only for
+        the tokens that `sample_weight` marks, a block of tokens at a time.
         """
         if optimizer is None or loss is None:
             raise ValueError(
                 "`optimizer` and `loss` must not be `None`. Received: "
-                f"optimizer={optimizer}, loss={loss}. Leave out the supervised "
-                "term by `supervised_weight=0` of the distiller."
+                f"optimizer={optimizer}, loss={loss}. To leave out the "
+                "supervised term, pass `supervised_weight=0` to the distiller."
             )
         if kwargs.get("loss_weights") is not None:
             raise ValueError(
@@ -346,9 +356,9 @@ class DistanceWeightedAttentionDistillation(
             next_tokens.loss = supervised_loss
         self.rematerialize = rematerialize
         self.linear_memory = linear_memory
-        # Keras would look at the distiller's dtype policy.
+        # Keras would decide this by the distiller's own dtype policy.
         super().compile(optimizer=optimizer, auto_scale_loss=False, **kwargs)
-        # Somebody else wants to see all of them.
+        # Such a loss, and metrics, take the logits of all tokens.
         self.needs_logits = (
             self.supervised_loss is not None
             or self._compile_metrics is not None
@@ -374,7 +384,7 @@ class DistanceWeightedAttentionDistillation(
 
 
 def terms_of(**given: Weight | None) -> list[Term]:
-    """The usual terms, by their weights; `None` stands for the default."""
+    """The usual terms with these weights; `None` stands for a default."""
     weights = {
         name: default if given[name] is None else given[name]
         for name, default in WEIGHTS.items()

@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-# Heads are compared over examples: some tens are needed.
+# Heads are compared over examples, of which a few tens are needed.
 BATCHES = 4
 EXAMPLES = 32
 
@@ -17,17 +17,18 @@ def first_batches(
     sample_weight: Any = None,
     batch_size: int | None = None,
 ) -> list[Any]:
-    """Returns the first batches, at least 4 and so many that hold 32 examples.
+    """Returns the first batches: at least 4, with at least 32 examples.
 
-    There are less where the data end before.
+    If the data end before that, all batches are returned.
 
     Args:
         x: A dictionary of arrays, a `keras.utils.PyDataset`, a
             `tf.data.Dataset`, a `torch.utils.data.DataLoader`, or another
             iterable that begins again each time it is iterated over.
-        y: Arrays, where `x` is a dictionary.
-        sample_weight: The same.
-        batch_size: Integer, the same. Defaults to `32`, as in `fit`.
+        y: Array of labels if `x` is a dictionary, else `None`.
+        sample_weight: Array of weights if `x` is a dictionary, or `None`.
+        batch_size: Optional integer, the number of examples in a batch if `x`
+            is a dictionary. Defaults to `32`, as in `fit`.
 
     Returns:
         A list of batches, as tuples or dictionaries.

@@ -6,7 +6,7 @@ import keras
 
 from keras_laid.arguments import check_kind
 
-OF_ALL = ("loss_scale_factor", "name")  # What `MultiOptimizer` takes.
+OF_ALL = ("loss_scale_factor", "name")  # Arguments of `MultiOptimizer`.
 
 
 def group_optimizer(
@@ -20,7 +20,7 @@ def group_optimizer(
     The paper trains the model at 1e-5 and the mixing weights at 1e-4.
 
     Args:
-        student: `keras.Optimizer` of every variable no other one takes.
+        student: `keras.Optimizer` of every variable that no other one trains.
         mixer: Optional `keras.Optimizer` of the head mixers. Defaults to the
             student's.
         gains: Optional `keras.Optimizer` of the rotary gains. Defaults to the
@@ -32,10 +32,10 @@ def group_optimizer(
         A `keras.optimizers.MultiOptimizer`.
 
     Raises:
-        TypeError: If one is no `keras.Optimizer`, or an argument is that of
-            one, such as `clipnorm`.
-        ValueError: If two of them are one and the same, or one scales the
-            loss, which has one scale for all groups.
+        TypeError: If an optimizer is not a `keras.Optimizer`, or `kwargs` has
+            an argument of a single optimizer, such as `clipnorm`.
+        ValueError: If two groups are given the same optimizer; or if one
+            optimizer scales the loss, which has one scale for all groups.
 
     Reference:
      - [Zhou et al., 2026](https://arxiv.org/abs/2512.21576), settings.
@@ -58,7 +58,7 @@ def group_optimizer(
         raise ValueError(
             "Each group must have an optimizer of its own, which keeps the "
             f"state of its variables. Received: one for several of {[*given]}. "
-            "Make one for each, or leave out those that the student's serves."
+            "Make one for each, or leave out groups that the student's trains."
         )
     groups = {"mixing_logits": mixer, "log_gain": gains}
     return keras.optimizers.MultiOptimizer(

@@ -22,7 +22,7 @@ logger = logging.getLogger("keras_laid")
 
 
 class HeadFinding:
-    """A base class of the distiller: the heads that its retrieval term has."""
+    """A base class of the distiller: finds the heads of its retrieval term."""
 
     @property
     def retrieval_heads(self) -> Heads | None:
@@ -31,27 +31,27 @@ class HeadFinding:
         return retrieval.heads if retrieval else ()
 
     def find_heads(self, data: Iterable[Any]) -> RetrievalHeads | None:
-        """Finds the teacher's retrieval heads, and matches these from now on.
+        """Finds the teacher's retrieval heads, and matches them from now on.
 
-        `fit`, `evaluate` and their kin on single batches do so on the first
-        batches that they get, unless the heads are known. Call it where these
-        are not typical, or can be read only once.
+        `fit`, `evaluate`, `train_on_batch` and `test_on_batch` call this on
+        their first batches, unless the heads are known. Call it yourself if
+        those batches are not typical, or can be read only once.
 
         Args:
-            data: Iterable of batches, as in `keras_laid.find_retrieval_heads`,
-                of which the first 4 are read, or more until there are 32
-                examples.
+            data: Iterable of batches, as in `keras_laid.find_retrieval_heads`.
+                The first 4 are read, and more until there are 32 examples.
 
         Returns:
-            What `keras_laid.find_retrieval_heads` found, or `None` if no prompt
-            has two images or segments: the term is 0 then.
+            The result of `keras_laid.find_retrieval_heads`, or `None` if no
+            prompt has two images or segments, and text after them: the term is
+            0 then.
         """
         retrieval = self.term(RetrievalMatching)
         if retrieval is None:
             raise ValueError(
                 "`find_heads` needs a retrieval term. Received: a distiller "
-                f"of {[*self.term_weights]}. Give it a `retrieval_weight`, or "
-                "a `RetrievalMatching` among its `terms`."
+                f"with the terms {[*self.term_weights]}. Give it a "
+                "`retrieval_weight`, or a `RetrievalMatching` in its `terms`."
             )
         batches = first_batches(data)
         for batch in batches:
@@ -95,7 +95,7 @@ class HeadFinding:
         if heads == retrieval.heads:
             return
         retrieval.heads = heads
-        # What was compiled for others.
+        # Steps that were compiled for other heads must be compiled again.
         if self.train_function is not None:
             self.make_train_function(force=True)
         if self.test_function is not None:

@@ -13,7 +13,8 @@ class Steps:
     def train_step(self, state, data):
         variables, fixed, optimizer_variables, metrics_variables = state
         batch = self.unpack(data)
-        # Outside the differentiated function: nothing of it is kept.
+        # Outside the differentiated function, so that nothing is kept for a
+        # backward pass.
         with self.scope(variables, fixed):
             targets = self.run_teacher(batch[0])
 
@@ -49,7 +50,8 @@ class Steps:
         return logs, (variables, fixed, metrics_variables)
 
     # Keras takes the values out of the variables before a step, and leaves
-    # them empty, the teacher's too, where the step raises.
+    # them empty, the teacher's too, if the step raises an error. These methods
+    # put the values back.
 
     def make_train_function(self, force: bool = False) -> None:
         before = self.train_function
@@ -70,7 +72,8 @@ class Steps:
             self.predict_function = self.restoring(self.predict_function)
         return self.predict_function
 
-    # Where the data raise, the last step's state is still to be had.
+    # If reading the data raises an error, Keras still has the state after the
+    # last step, and `jax_state_sync` puts it into the variables.
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         check_values(self.student)
@@ -87,7 +90,7 @@ class Steps:
             self.jax_state_sync()
 
     def restoring(self, function):
-        """`function` of a state and data, which gives it back if it raises."""
+        """Wraps a step, to put its state into the variables if it raises."""
 
         def run(state, data):
             with contextlib.ExitStack() as stack:
@@ -131,7 +134,7 @@ class Steps:
 
 
 def new_values(scope, variables):
-    """The values variables have at the end of a scope."""
+    """The values that variables have at the end of a scope."""
     values = (scope.get_current_value(v) for v in variables)
     return [
         variable.value if value is None else value

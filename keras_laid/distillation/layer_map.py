@@ -15,13 +15,14 @@ def resolve_layer_map(
     """Pairs of layers whose attention is matched.
 
     Args:
-        layer_map: `"last"`: the last layer from the last one (the paper's
-            choice). `"uniform"`: every student layer, from teacher layers at
-            even steps up to the last. Or a sequence of pairs
-            `(student_layer, teacher_layer)`, where negative indices count from
-            the end. Layers with a sliding window see no long range, and linear
-            ones have no map: the first two pass over them, the last may not
-            name one.
+        layer_map: `"last"`: the student's last layer learns from the teacher's
+            last one (the paper's choice). `"uniform"`: every student layer
+            learns, from teacher layers at even steps up to the last. Or a
+            sequence of pairs `(student_layer, teacher_layer)`, where negative
+            indices count from the end. Only layers with full attention are
+            matched, since those with a sliding window see no long range and
+            linear ones have no map: `"last"` and `"uniform"` skip all others,
+            and pairs must not name them.
         student: The student's `Description`.
         teacher: The teacher's `Description`.
 
@@ -29,8 +30,8 @@ def resolve_layer_map(
         A tuple of pairs of non-negative integers.
 
     Raises:
-        ValueError: If a layer does not exist, has not full attention, or a
-            student layer is named twice.
+        ValueError: If a layer does not exist or does not have full attention,
+            or a student layer is named twice.
     """
     of_student = indices_of_global(student.layers, student.model)
     of_teacher = indices_of_global(teacher.layers, teacher.model)

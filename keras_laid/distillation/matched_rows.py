@@ -1,4 +1,4 @@
-"""The rows whose attention is compared, and where they and their keys stand."""
+"""The rows whose attention is compared, and the positions of rows and keys."""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -18,11 +18,11 @@ class MatchedRows(NamedTuple):
     """Rows of attention, a part of a model's sequence.
 
     Attributes:
-        num_rows: Integer, how many, the last ones of the sequence.
+        num_rows: Integer, the number of rows, the last ones of the sequence.
         mask: `keras_laid.ops.AttentionMask` of these rows.
-        counted: Boolean tensor of shape `(batch, rows)`: neither padding nor,
-            with only rows of text, an image's.
-        attended: Boolean tensor of shape `(batch, keys)`: no padding.
+        counted: Boolean tensor of shape `(batch, rows)`: `False` for padding
+            and, if only rows of text are compared, for tokens of images.
+        attended: Boolean tensor of shape `(batch, keys)`: `False` for padding.
         row_positions: Integer tensor of shape `(batch or 1, rows)`.
         key_positions: Integer tensor of shape `(batch or 1, keys)`.
     """
@@ -44,8 +44,8 @@ def after_segments(rows: MatchedRows, numbers: Tensor) -> Tensor:
 
     Args:
         rows: `MatchedRows`.
-        numbers: Integer tensor of shape `(batch, keys)`, numbers of segments;
-            0 is none.
+        numbers: Integer tensor of shape `(batch, keys)`, the number of each
+            key's segment; 0 means none.
 
     Returns:
         A boolean tensor of shape `(batch, rows)`: rows that stand after the
@@ -67,9 +67,9 @@ def matched_rows(
 
     Args:
         model: A KerasHub model.
-        x: Its inputs.
-        key_length: Integer, tokens of images and text.
-        rows: `"text"` or `"all"`.
+        x: Dictionary of the model's inputs.
+        key_length: Integer, the number of tokens of images and text.
+        rows: `"text"` for rows of text, or `"all"` for those of images too.
     """
     length = ops.shape(x["token_ids"])[1]
     num_rows = length if rows == "text" else key_length
@@ -80,7 +80,7 @@ def matched_rows(
     attended = ops.logical_or(mask.bidirectional, mask.causal)
     counted = attended[:, first_row:]
     if rows == "text":
-        # What a token of an image sees does not matter then.
+        # Only tokens of images attend their block, and they do not count here.
         mask = mask._replace(block=None)
         counted = ops.logical_and(counted, text_rows(x))
     positions = x.get("positions")

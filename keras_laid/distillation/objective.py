@@ -25,7 +25,7 @@ class Objective:
         }
 
     def run_teacher(self, x: dict[str, Tensor]) -> list[Any] | None:
-        """Each term's targets from the teacher; `None` if no term has any."""
+        """Each term's targets from the teacher; `None` if no term has one."""
         needs = [term.needs_teacher for term in self.terms]
         if not any(needs):
             return None
@@ -59,15 +59,15 @@ class Objective:
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """Runs the student and computes every loss term.
 
-        The one place where losses are defined, on every backend.
+        Losses are defined only here, for all backends.
 
         Args:
-            x: The student's inputs.
+            x: Dictionary of the student's inputs.
             y: Integer tensor of shape `(batch, length)`, the next tokens.
             sample_weight: Float tensor of shape `(batch, length)`, 0 or more,
                 or `None` to mark every token.
-            targets: What `run_teacher(x)` returned.
-            training: Boolean.
+            targets: The result of `run_teacher(x)`.
+            training: Boolean, whether this is a training step, or evaluation.
 
         Returns:
             A tuple of the student's logits, or `None` if no loss or metric
@@ -123,8 +123,8 @@ class Objective:
     ) -> tuple[Tensor, dict[str, float | Tensor]]:
         """Progress, and the weight of each term.
 
-        In evaluation those of the end of training, at every step, so that the
-        losses of two epochs can be compared.
+        In evaluation, both are those of the end of training, whatever the step,
+        so that the losses of two epochs can be compared.
         """
         weighting = self.distance_weighting
         step, progress = self.total_steps, ops.ones(())
@@ -140,7 +140,7 @@ class Objective:
         return progress, weights
 
     def check_progress(self) -> None:
-        """Refuses a training step where nothing tells how many there are."""
+        """Refuses a training step if it needs an unknown number of steps."""
         weighting = self.distance_weighting
         if weighting.schedule == "constant" or weighting.steps is not None:
             return
@@ -163,10 +163,10 @@ class Objective:
         ]
         if names and not int(self.total_steps):
             raise ValueError(
-                "Evaluation weights terms as at the end of training, so that "
-                "the number of steps must be known for schedules. Received: "
-                f"{names} before `fit`. Call `fit` first; where the data has "
-                "no length, with `steps_per_epoch` or "
+                "To evaluate schedules, the number of training steps must be "
+                "known, since terms are weighted as at the end of training. "
+                f"Received: {names} before `fit`. Call `fit` first; for data "
+                "without a length, with `steps_per_epoch` or "
                 "`DistanceWeighting(steps=...)`."
             )
 

@@ -14,12 +14,13 @@ NO_TERMS = ("kl", "learning_rate", "progress")
 def plot_terms(
     path: PathLike, history: Mapping[str, Sequence[float]], steps_per_epoch: int
 ) -> None:
-    """Loss terms over training steps, a panel each.
+    """Plots loss terms over training steps, each in a panel of its own.
 
     Args:
-        path: File to write.
-        history: `keras.callbacks.History.history` of a distiller.
-        steps_per_epoch: Integer.
+        path: Path of the picture to write.
+        history: Dictionary, the `keras.callbacks.History.history` of a
+            distiller.
+        steps_per_epoch: Integer, the number of training steps in an epoch.
     """
     if "loss" not in history:
         raise ValueError(

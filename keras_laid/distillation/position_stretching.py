@@ -15,16 +15,17 @@ from keras_laid.arguments import check_kind
 class PositionStretching:
     """Draws positions that spread the images of a prompt over a long window.
 
-    For each example a window of between the prompt's own number of images and
-    `max_images` is drawn uniformly; the images take sorted random slots in it,
-    each image's own tokens stay contiguous, and the text follows the window.
+    For each example, the length of a window is drawn uniformly, from the
+    prompt's own number of images to `max_images`. The images take random slots
+    in the window without changing their order, each image's own tokens stay
+    contiguous, and the text follows the window.
     A model trained on few images this way sees the positions of many.
 
     Args:
         max_images: Integer, the longest window, in images.
-        image_length: Integer, tokens that an image adds to a prompt
-            (`backbone.image_sequence_length`; with what stands around it, where
-            images stand among text).
+        image_length: Integer, the number of tokens that an image adds to a
+            prompt: `backbone.image_sequence_length`, and where images stand
+            among text, also the tokens that mark the image.
 
     Raises:
         TypeError: If a number is not an integer.
@@ -84,16 +85,17 @@ class PositionStretching:
     ) -> np.ndarray:
         """Draws the positions of a batch whose images stand among the text.
 
-        Text follows the image before it; what stands after the last image
-        follows the window.
+        Text between images follows the image before it; text after the last
+        image follows the window.
 
         Args:
-            vision_mask: Integer or boolean array of shape `(batch, length)`:
-                the tokens of images, which text separates. KerasHub's
-                preprocessors of Gemma 3 and 4 make it.
+            vision_mask: Integer or boolean array of shape `(batch, length)`: 1
+                for tokens of images, 0 for the text that separates them.
+                KerasHub's preprocessors of Gemma 3 and 4 make it.
             rng: A `numpy.random.Generator`.
-            margin: Integer: so many tokens on either side of an image, which
-                mark where it is, move with it. Defaults to `0`.
+            margin: Integer, 0 or more: how many tokens on either side of an
+                image move with it, such as the marks of its start and end.
+                Defaults to `0`.
 
         Returns:
             An `int32` array of shape `(batch, length)`, in tokens.

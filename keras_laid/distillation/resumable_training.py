@@ -20,19 +20,20 @@ from keras_laid.distillation.callback_states import states_of
 from keras_laid.distillation.callback_states import write_states
 from keras_laid.typing import PathLike
 
-SEED = "seed_generator_state"  # What paths of seed generators end with.
+SEED = "seed_generator_state"  # The end of seed generators' paths.
 
 
 class ResumableTraining(keras.callbacks.Callback):
     """Saves all that training needs after each epoch, and restores it.
 
-    A run that was killed, also during a save, and is started again by the same
-    command, takes the same steps as one that was not, bit for bit. The last
-    state is in the folder `epoch_<number>`, complete or not there at all:
+    If a run is killed, even during a save, start it again by the same command.
+    It takes the same steps as a run that was not killed, bit for bit. The last
+    state is in the folder `epoch_<number>`, which is complete or not there at
+    all. It holds:
 
     - weights of the student and the mixers, optimizer, step counters;
-    - seeds of layers, and the states of Python's, NumPy's and torch's own
-      random numbers, by which data are shuffled;
+    - seeds of layers, and the states of the random number generators of Python,
+      NumPy and torch, which shuffle data;
     - the attribute `epoch` of `data`, and the logs of every epoch;
     - the states of other callbacks of the same `fit`, wherever they stand in
       the list: `EarlyStopping` with its best weights, `ModelCheckpoint`,
@@ -41,44 +42,49 @@ class ResumableTraining(keras.callbacks.Callback):
       made of numbers, strings, `None`, arrays, lists, and dictionaries whose
       keys are strings.
 
-    Not restored are: other callbacks' own variables, those of a
-    `LambdaCallback` for example; files that callbacks write, so pass
-    `append=True` to `CSVLogger`, which may have the last epoch twice, and
-    expect `TensorBoard` to count steps from 0; the place in a generator, in a
-    `tf.data.Dataset`, or in data of which `steps_per_epoch` takes a part an
-    epoch; operations of TensorFlow that are random without a seed.
+    These are not restored:
 
-    With `keras.callbacks.BackupAndRestore` a kill between its two files, or in
-    the middle of one, gives other steps or none.
+    - variables of other callbacks, such as those of a `LambdaCallback`;
+    - files that callbacks write: pass `append=True` to `CSVLogger`, whose file
+      may have the last epoch twice, and expect `TensorBoard` to count steps
+      from 0;
+    - the position in a generator, in a `tf.data.Dataset`, or in data of which
+      `steps_per_epoch` takes only a part in each epoch;
+    - random operations of TensorFlow that have no seed.
 
-    An epoch is the most that is lost: pass short ones to `fit` where steps are
-    long. A run that has ended takes no further step, be it by its number of
-    epochs or since a callback has set `model.stop_training`. To pause a run,
-    end the process.
+    `keras.callbacks.BackupAndRestore` writes two files: after a kill between
+    them, or in the middle of one, a run takes other steps or cannot resume.
 
-    The loss of an epoch that is not finite, which one image of NaN is enough
-    for, is never saved: the last state before it stays, to resume from when the
-    data or the learning rate are mended.
+    A kill loses at most one epoch: choose short epochs if steps take long. A
+    run that has ended, by its number of epochs or because a callback has set
+    `model.stop_training`, takes no further step. To pause a run, end the
+    process.
+
+    The state after an epoch whose loss is not finite is never saved; one image
+    with NaN is enough for such a loss. The last state before it is kept, to
+    resume from after you correct the data or the learning rate.
 
     Args:
-        folder: Path of a folder for only this run; made if it is not there.
-        data: The training data, if they change with the epoch by an attribute
-            `epoch`, as `keras_laid.Haystacks` with stretched positions do; or a
-            list of all such data, those of validation included.
+        folder: Path of a folder that holds only this run; created if it does
+            not exist.
+        data: Optional `keras.utils.PyDataset`, the training data, if they
+            change with their attribute `epoch`, as `keras_laid.Haystacks` with
+            stretched positions do; or a list of all data that change with it,
+            validation data included. Defaults to `None`.
 
     Attributes:
-        history: List of dictionaries, the logs of every epoch so far, those
-            before the run was killed included.
+        history: List of dictionaries, the logs of every epoch so far, including
+            those before the run was killed.
 
     Raises:
-        TypeError: If `folder` is not a path, or the state of a callback is of
-            another kind.
-        ValueError: If `data` have no attribute `epoch`; before the first step,
-            if a folder `epoch_<number>` holds something else, or states of
-            other callbacks.
-        OSError: If the folder cannot be written to, before the first step; or
-            if a state cannot be saved, since the disk is full for example. The
-            one before it is kept.
+        TypeError: If `folder` is not a path, or the state of a callback holds a
+            value of another type than those above.
+        ValueError: If `data` have no attribute `epoch`. Before the first step,
+            if a folder `epoch_<number>` does not hold a state of this training,
+            or holds one of other callbacks.
+        OSError: Before the first step, if the folder cannot be written to.
+            After an epoch, if its state cannot be saved, for example because
+            the disk is full. The state before it is kept.
         FloatingPointError: If the loss of an epoch is not finite. Its state is
             not saved; the one before it is kept.
 
@@ -165,8 +171,8 @@ class ResumableTraining(keras.callbacks.Callback):
         except OSError as error:
             raise OSError(
                 f"The state after epoch {epoch} cannot be saved ({error}). The "
-                f"one before it is kept in {str(self.folder)!r}: make room, "
-                "and start again."
+                f"one before it is kept in {str(self.folder)!r}: free disk "
+                "space, and start again."
             ) from error
 
     @property
@@ -175,13 +181,13 @@ class ResumableTraining(keras.callbacks.Callback):
         return self.folder / "new"
 
     def saved(self) -> list[pathlib.Path]:
-        """Folders of complete states, first to last; two after a kill."""
+        """Folders of complete states, oldest first; a kill may leave two."""
         paths: Iterable[pathlib.Path] = self.folder.glob("epoch_*")
         paths = [path for path in paths if path.name[6:].isdigit()]
         return sorted(paths, key=lambda path: int(path.name[6:]))
 
     def save(self, epochs: int) -> None:
-        """Saves the state after so many epochs, in place of those before."""
+        """Saves the state after `epochs` epochs, and deletes older ones."""
         before = self.saved()
         shutil.rmtree(self.new, ignore_errors=True)
         self.new.mkdir()
@@ -197,7 +203,7 @@ class ResumableTraining(keras.callbacks.Callback):
             "data_epoch": [data.epoch for data in self.data],
             "stopped": bool(self.model.stop_training),
             "random": random.getstate(),
-            # A tuple, and not the dictionary that one may ask for.
+            # A tuple, since `legacy=False` was not passed.
             "numpy_random": [keys.tolist(), *position],  # type: ignore[attr-defined]
             "torch_random": torch_random_states(),
         }
@@ -219,13 +225,13 @@ class ResumableTraining(keras.callbacks.Callback):
         np.random.set_state(("MT19937", *state["numpy_random"]))
         set_torch_random_states(state["torch_random"])
         self.history = state["history"]
-        # Where Keras's own callback says it too.
+        # Keras's own `BackupAndRestore` sets the first epoch here, too.
         self.model._initial_epoch = state["epochs"]
-        if state.get("stopped"):  # By a callback, before its last epoch.
+        if state.get("stopped"):  # By a callback, before the last epoch.
             self.model._initial_epoch = max(
                 state["epochs"], self.params["epochs"]
             )
-        # Keras counts one more while it builds the model.
+        # Keras has added 1 to `epoch` while it built the model.
         for data, epoch in zip(self.data, self.epochs_in(state), strict=True):
             data.epoch = epoch
 
@@ -236,7 +242,7 @@ class ResumableTraining(keras.callbacks.Callback):
         epochs = [epoch for epoch in epochs if epoch is not None]
         if len(epochs) != len(self.data):
             raise ValueError(
-                "A training must be resumed with the data that it was started "
+                "Training must be resumed with the data that it was started "
                 f"with. Received: {len(self.data)} of them in `data`, where "
                 f"{len(epochs)} were saved. Pass the same ones, or another "
                 "folder."
@@ -248,7 +254,7 @@ class ResumableTraining(keras.callbacks.Callback):
 
 
 class AfterAll(keras.callbacks.Callback):
-    """The last callback of a `fit`, for one that stands anywhere in it."""
+    """The last callback of a `fit`, which saves for a `ResumableTraining`."""
 
     def __init__(self, resumable: ResumableTraining) -> None:
         super().__init__()
@@ -272,7 +278,7 @@ def read_state(path: pathlib.Path) -> dict[str, Any]:
     if not isinstance(state, dict) or "seeds" not in state:
         raise ValueError(
             "The folder of a resumable training must hold only states of this "
-            f"training. Received: {str(path)!r}, which is none. Delete it, or "
+            f"training. Received: {str(path)!r}, which has none. Delete it, or "
             "pass another folder."
         )
     return state
@@ -289,7 +295,7 @@ def torch_random_states() -> list[list[int]]:
 
 
 def set_torch_random_states(states: list[list[int]]) -> None:
-    # A state goes to another backend without them.
+    # A state can be restored on another backend than it was saved on.
     if keras.backend.backend() != "torch" or not states:
         return
     import torch

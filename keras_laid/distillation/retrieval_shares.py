@@ -39,11 +39,12 @@ def resolve_heads(
     heads: Literal["auto"] | Sequence[tuple[int, int]],
     teacher: Description,
 ) -> Heads | None:
-    """The teacher's heads, each once, or `None` if they are to be found.
+    """The teacher's heads, each once, or `None` if they must be found.
 
     Raises:
-        ValueError: If the teacher has no such head, or if its layer has not
-            full attention; `name` is the argument that messages name.
+        ValueError: If the teacher does not have one of the heads, or the head's
+            layer does not have full attention. `name` is the argument that the
+            message names.
     """
     check_heads(name, heads)
     if isinstance(heads, str):
@@ -73,7 +74,7 @@ def log_shares_of_heads(
     mask: AttentionMask,
     segments: Segments,
 ) -> dict[int, Tensor]:
-    """The teacher's side: the mean over the chosen heads of each layer.
+    """The mean attention of a teacher's heads to segments, for each layer.
 
     Returns:
         A dictionary from layer to a float32 tensor of shape
@@ -136,14 +137,14 @@ def only_heads(attention: Attention, heads: Sequence[int]) -> Attention:
 
 
 def segment_distance(segments: Segments, distance: Distance) -> Distance:
-    """Of distances to keys, those to segments: to their keys' mean position."""
+    """Distances to segments: a segment stands at its keys' mean position."""
     is_member = ops.cast(membership(*segments), "float32")
     positions = ops.cast(distance.key_positions, "float32")
     positions = ops.broadcast_to(positions, ops.shape(segments.numbers))
     # b = batch, j = key, g = segment
     count = ops.sum(is_member, axis=1)
     total = ops.einsum("bj,bjg->bg", positions, is_member)
-    # Segments that an example lacks stand in the middle of those it has.
+    # A segment that an example lacks is put in the middle of those it has.
     middle = ops.sum(total, 1) / ops.maximum(ops.sum(count, 1), 1.0)
     mean = ops.where(
         count > 0, total / ops.maximum(count, 1.0), middle[:, None]

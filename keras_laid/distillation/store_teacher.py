@@ -1,4 +1,4 @@
-"""Runs a teacher once over the training data, and keeps what losses need."""
+"""Runs a teacher once over the training data and stores its targets."""
 
 import dataclasses
 import json
@@ -57,61 +57,74 @@ def store_teacher(
 ) -> StoredTeacher:
     """Writes a teacher's targets to disk, to train students without it.
 
-    Stored are, in float16:
+    The store holds (sizes are for `dtype="float16"`):
 
     - the attention that the teacher's retrieval heads give to each image or
-      other segment: 2 bytes for each text token and segment, a layer with
-      retrieval heads;
-    - queries and keys of `layers` after rotary embedding: `2 * head_dim *
-      key_heads` bytes for each token of images and text, a layer, and as much
-      for the query heads of each row;
+      other segment: 2 bytes for each pair of a text token and a segment, in
+      each layer with retrieval heads;
+    - the keys of `layers` after rotary embedding: `2 * head_dim * key_heads`
+      bytes for each token of images and text, in each layer;
+    - the queries of `layers` after rotary embedding: `2 * head_dim *
+      query_heads` bytes for each row, in each layer;
     - the largest logits of the tokens that `sample_weight` marks:
-      `8 * top_k + 8` bytes each.
+      `8 * top_k + 8` bytes for each of these tokens.
 
-    What it came to is `StoredTeacher.bytes_per_token`.
+    `StoredTeacher.bytes_per_token` is the resulting size.
 
-    Shards are `array_record` files of one `safetensors` record an example, each
-    with a JSON file that holds its SHA-256 and its batches' fingerprints. The
-    same call resumes at the first shard that is missing.
+    Shards are `array_record` files with one `safetensors` record for each
+    example. Beside each shard, a JSON file holds its SHA-256 and the
+    fingerprints of its batches. If the call is stopped, the same call writes
+    only the shards that are missing.
 
     Args:
-        teacher: As in `keras_laid.DistanceWeightedAttentionDistillation`.
+        teacher: A `keras_hub.models.CausalLM` of a family that
+            `keras_laid.backbones.attention_layers` knows, or a
+            `keras_laid.MultiImagePaliGemmaCausalLM`.
         data: A `keras.utils.PyDataset` of batches `(x, y, sample_weight)` that
-            depend only on their index, and on the attribute `epoch` if it has
-            one, as `keras_laid.Haystacks` do.
-        folder: Path of a folder for only this store; made if it is not there.
+            depend only on their index, and on the attribute `epoch` if the data
+            have one, as `keras_laid.Haystacks` do.
+        folder: Path of a folder that holds only this store; created if it does
+            not exist.
         retrieval_heads: `"auto"`, the heads that
             `keras_laid.find_retrieval_heads` finds on the first batches; or
             pairs of integers `(layer, head)`; or `()` to store none. Defaults
             to `"auto"`.
-        layers: Sequence of integers, the layers whose whole attention is
-            matched, of those with full attention; negative ones count from the
-            last. Defaults to `()`, none.
-        rows: `"text"` or `"all"`, as in the distiller, of these layers.
-            Defaults to `"text"`.
-        top_k: Integer, how many logits of a marked token: all others count as
-            one, see `keras_laid.ops.TopLogits`. Defaults to `64`; with `0` no
-            logits are stored.
-        vocabulary_size: Integer, for a student with fewer tokens than the
-            teacher: of how many first tokens logits are taken. Defaults to all.
-        temperature: Float greater than 0, the distiller's. Defaults to `1.0`.
-        dtype: `"float16"` or `"float32"`, of queries and keys. Defaults to
-            `"float16"`.
-        epochs: Integer, of how many epochs. Defaults to `1`: right for data
-            that are the same in every epoch.
-        batches_per_shard: Integer. Defaults to `64`.
-        num_segments: As in `keras_laid.distillation.RetrievalMatching`.
+        layers: Sequence of integers, the layers with full attention whose whole
+            attention maps are to be matched; negative indices count from the
+            last layer. Defaults to `()`, none.
+        rows: `"text"` or `"all"`: whether the queries of `layers` are stored
+            for text tokens only, or for image tokens too. Choose the `rows` of
+            `keras_laid.distillation.AttentionMatching`. Defaults to `"text"`.
+        top_k: Integer, how many of the largest logits are stored for each
+            marked token; all other tokens count as one, see
+            `keras_laid.ops.TopLogits`. `0` stores no logits. Defaults to `64`.
+        vocabulary_size: Optional integer, for a student whose vocabulary is
+            smaller than the teacher's: only the logits of this many first
+            tokens are used. Defaults to `None`, the whole vocabulary.
+        temperature: Float greater than 0, the `temperature` of
+            `keras_laid.distillation.NextTokens`. Defaults to `1.0`.
+        dtype: `"float16"` or `"float32"`, the dtype of the stored attention,
+            queries and keys. Defaults to `"float16"`.
+        epochs: Integer, for how many epochs of the data targets are stored. The
+            default is right for data that are the same in every epoch. If a
+            student trains for more epochs, these are repeated. Defaults to `1`.
+        batches_per_shard: Integer, the number of batches in a shard. Defaults
+            to `64`.
+        num_segments: Optional integer, the largest number of a segment, see
+            `keras_laid.distillation.RetrievalMatching`. Defaults to `None`, the
+            number of images.
 
     Returns:
         A `StoredTeacher`.
 
     Raises:
         TypeError: If an argument is of another kind.
-        ValueError: If an argument is out of range, the folder holds a store
-            with other settings, or of a teacher of another config, of other
-            weights or in other scopes, such as `keras_laid.yarn`; if inputs are
-            not finite; or if queries and keys are too large for `dtype`.
-        OSError: If the folder cannot be written to. Complete shards stay.
+        ValueError: If an argument is out of range; if the folder holds a store
+            that was written with other settings, or of a teacher with another
+            config, other weights or other scopes, such as `keras_laid.yarn`; if
+            inputs are not finite; or if queries and keys are too large for
+            `dtype`.
+        OSError: If the folder cannot be written to. Complete shards are kept.
     """
     checks.check_task("teacher", teacher)
     stored_teacher.check_data(data)
@@ -214,11 +227,11 @@ def check_not_empty(settings: dict[str, Any]) -> None:
 def begin(
     folder: pathlib.Path, settings: dict[str, Any], description: Description
 ) -> None:
-    """Writes what all shards share, or compares it with what is there."""
+    """Writes the settings of all shards, or compares them with the file's."""
     path = folder / stored_teacher.SETTINGS
     if not path.is_file():
         values = {"settings": settings, "description": description.to_json()}
-        # NumPy's numbers have `item`.
+        # `item` makes NumPy's numbers into Python's.
         write_whole(path, json.dumps(values, default=lambda x: x.item()))
         return
     before = stored_teacher.read_json(path, ("settings",))["settings"]
@@ -278,7 +291,8 @@ def write_shard(
     except RuntimeError as error:
         raise OSError(
             "A shard must be written as a whole. Received this error: "
-            f"{error}. Make room and call this again: complete shards stay."
+            f"{error}. Free disk space and call this again: complete shards "
+            "are kept."
         ) from error
     values = {"sha256": stored_teacher.checksum(new), "batches": batches}
     new.replace(shard)
@@ -291,12 +305,12 @@ def check_finite(x: dict[str, np.ndarray], index: int) -> None:
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise ValueError(
                 "The inputs of a teacher must be finite. Received: NaN or "
-                f"infinity in {name!r} of batch {index}. Mend the data."
+                f"infinity in {name!r} of batch {index}. Correct the data."
             )
 
 
 class Targets(keras.Model):
-    """The teacher as a function from inputs to what is stored of them."""
+    """The teacher as a function from inputs to the targets to store."""
 
     def __init__(self, teacher: keras.Model, settings: dict[str, Any]) -> None:
         super().__init__()
@@ -367,7 +381,7 @@ class Targets(keras.Model):
         _, safetensors = stored_teacher.file_formats()
         counts = marked.sum(axis=1)
         slots = max(1, -(-counts.max() // ROWS)) * ROWS
-        # In each example, those that are marked come first.
+        # The marked tokens of each example come first.
         order = np.argsort(~marked, axis=1, kind="stable")
         order = np.pad(order, ((0, 0), (0, slots)))[:, :slots]
         outputs = self.predict_on_batch(x | {"marked": order.astype("int32")})
@@ -401,7 +415,7 @@ class Targets(keras.Model):
 
 
 def write_whole(path: pathlib.Path, text: str) -> None:
-    """Writes a file that is never there in part."""
+    """Writes a file so that it never exists in part."""
     new = path.with_name(f"{path.name}.new")
     new.write_text(text)
     os.replace(new, path)

@@ -1,4 +1,4 @@
-"""A teacher that ran before: what it said and looked at, read from disk."""
+"""The targets of a teacher that ran before, read from disk."""
 
 import hashlib
 import json
@@ -27,17 +27,18 @@ TOP_LOGITS = ("logits", "index", "others")
 
 
 class StoredTeacher:
-    """The targets that `keras_laid.store_teacher` wrote, in a teacher's place.
+    """Targets that `keras_laid.store_teacher` wrote, in place of a teacher.
 
     Args:
-        folder: Path of the folder.
+        folder: Path of the folder that `keras_laid.store_teacher` wrote.
 
     Attributes:
-        description: What is known of the teacher, see
+        description: The teacher's
             `keras_laid.distillation.description.Description`.
-        settings: Dictionary, the arguments it was written with.
-        bytes_per_token: Float, the size on disk over all tokens of images and
-            text.
+        settings: Dictionary, the arguments that the store was written with.
+        bytes_per_token: Float, the size on disk divided by the number of
+            tokens: of images and text if queries and keys are stored, else of
+            `"token_ids"`.
 
     Raises:
         TypeError: If `folder` is not a path.
@@ -103,7 +104,7 @@ class StoredTeacher:
     def check_retrieval(
         self, wanted: tuple[tuple[int, int], ...] | None
     ) -> tuple[tuple[int, int], ...]:
-        """The heads that are stored, if they are those wanted, or any."""
+        """Returns the stored heads, if they are `wanted`; `None` takes any."""
         stored = self.retrieval_heads
         if not stored or (wanted is not None and {*wanted} != {*stored}):
             raise ValueError(
@@ -116,7 +117,7 @@ class StoredTeacher:
         return stored
 
     def targets_for(self, data: keras.utils.PyDataset) -> keras.utils.PyDataset:
-        """The same data, with the teacher's targets among the inputs.
+        """Adds the teacher's targets to the inputs of data.
 
         Args:
             data: The `keras.utils.PyDataset` that the store was written from,
@@ -135,7 +136,7 @@ class StoredTeacher:
         logits: bool = False,
         temperature: float = 1.0,
     ) -> None:
-        """Refuses what a term wants and the store does not have."""
+        """Refuses a term that needs targets which are not stored."""
         missing = set(layers) - set(self.settings["layers"])
         wanted = {
             "layers": (sorted(missing), not missing),
@@ -179,7 +180,7 @@ class StoredTeacher:
     def attention(
         self, x: Mapping[str, Tensor], layers: Collection[int]
     ) -> dict[int, Attention]:
-        """Queries and keys of some layers, from such a batch.
+        """Queries and keys of some layers, from a batch of `targets_for`.
 
         Returns:
             A dictionary from layer to `keras_laid.ops.Attention`.
@@ -198,7 +199,7 @@ class StoredTeacher:
     def log_shares(
         self, x: Mapping[str, Tensor], layers: Collection[int]
     ) -> dict[int, Tensor]:
-        """The attention of some layers' retrieval heads, from such a batch.
+        """Attention of retrieval heads, from a batch of `targets_for`.
 
         Returns:
             A dictionary from layer to the logarithm of the attention that its
@@ -239,8 +240,8 @@ class StoredTeacher:
         if place is None:
             raise ValueError(
                 "Batches must be those that the teacher has seen, bit for bit. "
-                f"Received: a batch that is not in {str(self.folder)!r}. Data "
-                "that change with the epoch are stored with `epochs=...`."
+                f"Received: a batch that is not in {str(self.folder)!r}. If "
+                "data change with the epoch, store them with `epochs=...`."
             )
         number, first, count = place
         reader = array_record.ArrayRecordReader(str(self.verified(number)))
@@ -258,7 +259,7 @@ class StoredTeacher:
         return targets
 
     def verified(self, number: int) -> pathlib.Path:
-        """The path of a shard, which is read whole once and checked."""
+        """The path of a shard, whose checksum is verified on first use."""
         path, expected = self.shards[number]
         if number not in self._verified:
             found = checksum(path)
@@ -267,7 +268,7 @@ class StoredTeacher:
                     "A shard must be what was written. Received: "
                     f"{str(path)!r}, whose SHA-256 is {found}, not {expected}. "
                     "Delete it and call `keras_laid.store_teacher` again: it "
-                    "writes what is missing."
+                    "writes the missing shards."
                 )
             self._verified.add(number)
         return path
@@ -276,7 +277,7 @@ class StoredTeacher:
 class StoredTargets(keras.utils.PyDataset):
     """Data with a stored teacher's targets; see `StoredTeacher.targets_for`.
 
-    After the last epoch that is stored comes the first one again.
+    After the last stored epoch, the first one is used again.
     """
 
     def __init__(
@@ -363,7 +364,7 @@ def fingerprint(x: dict[str, np.ndarray], marked: np.ndarray) -> str:
 def dense_top_logits(
     examples: Sequence[dict[str, np.ndarray]], marked: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Top logits of every token: zeros where it is not marked."""
+    """Top logits of every token, with zeros for tokens without a mark."""
     targets = {}
     for name in TOP_LOGITS:
         found = np.concatenate([each[name] for each in examples])
@@ -377,7 +378,7 @@ def read_json(path: pathlib.Path, names: Collection[str]) -> dict[str, Any]:
     """The content of a store's JSON file, which must have these names."""
     try:
         values = json.loads(path.read_bytes())
-    except ValueError:  # Cut short, or no text.
+    except ValueError:  # The file is cut short, or is not JSON.
         values = None
     if not isinstance(values, dict) or not set(names) <= set(values):
         raise ValueError(
@@ -405,7 +406,7 @@ def shard_path(
 
 
 def sidecar(shard: pathlib.Path) -> pathlib.Path:
-    """Of a shard that is complete: its checksum and what is in it."""
+    """Path of a complete shard's JSON file: its checksum and contents."""
     return shard.with_name(f"{shard.name}.json")
 
 

@@ -6,7 +6,7 @@ import tensorflow as tf
 class Steps:
     def train_step(self, data):
         batch = self.unpack(data)
-        # Outside the tape: nothing of it is kept.
+        # Outside the tape, so that nothing is kept for a backward pass.
         targets = self.run_teacher(batch[0])
         with tf.GradientTape() as tape:
             y_pred, terms = self.compute_terms(*batch, targets, training=True)

@@ -15,11 +15,11 @@ class TotalSteps(keras.callbacks.Callback):
         model.fit_knows_steps = self.params["steps"] is not None
         model.check_progress()
         if not model.fit_knows_steps:
-            # Evaluation takes schedules at their end.
+            # Evaluation takes the value of schedules at this step.
             if model.distance_weighting.steps is not None:
                 model.total_steps.assign(model.distance_weighting.steps)
             return
-        # Set where a callback has found an earlier run.
+        # A callback that resumes an earlier run sets `_initial_epoch`.
         initial_epoch = model._initial_epoch or self.initial_epoch
         remaining = self.params["epochs"] - initial_epoch
         model.total_steps.assign(model.step + remaining * self.params["steps"])

@@ -15,20 +15,21 @@ from keras_laid.haystacks.callback import HaystackEvaluation
 from keras_laid.haystacks.coco import Coco
 from keras_laid.haystacks.dataset import Haystacks
 from keras_laid.haystacks.digits import Digits
+from keras_laid.haystacks.drawing import draw_haystacks
 from keras_laid.haystacks.effective_window import effective_window
 from keras_laid.haystacks.effective_window import effective_window_interval
 from keras_laid.haystacks.evaluation import evaluate_haystacks
 from keras_laid.haystacks.examples import Example
 from keras_laid.haystacks.examples import read_examples
+from keras_laid.haystacks.haystack import Haystack
 from keras_laid.haystacks.long_prompts import LongPrompts
 from keras_laid.haystacks.openmoji import OpenMoji
 from keras_laid.haystacks.question_files import Question
 from keras_laid.haystacks.question_files import read_questions
-from keras_laid.haystacks.questions import score
 from keras_laid.haystacks.results import HaystackResults
-from keras_laid.haystacks.sampling import Haystack
 from keras_laid.haystacks.sampling import PairSource
-from keras_laid.haystacks.sampling import draw_haystacks
+from keras_laid.haystacks.scoring import NumberWithin
+from keras_laid.haystacks.scoring import score
 
 __all__ = [
     "Coco",
@@ -40,6 +41,7 @@ __all__ = [
     "HaystackResults",
     "Haystacks",
     "LongPrompts",
+    "NumberWithin",
     "OpenMoji",
     "PairSource",
     "Question",

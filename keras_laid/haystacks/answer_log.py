@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from keras_laid.haystacks.files import read_json
-from keras_laid.haystacks.sampling import Haystack
+from keras_laid.haystacks.haystack import Haystack
 from keras_laid.typing import PathLike
 
 # What a record holds, and of which types.
@@ -21,6 +21,7 @@ KINDS = {
     "needles": (list,),
     "question": (str,),
     "expected": (str,),
+    "options": (list, type(None)),
     "images": (int,),
     "answer": (str,),
     "right": (bool,),
@@ -215,5 +216,6 @@ def _asked(index: int, haystack: Haystack) -> dict[str, Any]:
         "needles": [int(needle) for needle in haystack.needles],
         "question": haystack.question,
         "expected": haystack.answer,
+        "options": haystack.options and [*haystack.options],
         "images": checksum,
     }

@@ -19,14 +19,14 @@ from keras_laid.haystacks.coco import Coco
 from keras_laid.haystacks.coco import read_image
 from keras_laid.haystacks.digits import SPLITS
 from keras_laid.haystacks.digits import Digits
+from keras_laid.haystacks.drawing import draw_haystacks
+from keras_laid.haystacks.haystack import Haystack
 from keras_laid.haystacks.openmoji import ATTRIBUTION
 from keras_laid.haystacks.openmoji import OpenMoji
 from keras_laid.haystacks.question_files import Question
 from keras_laid.haystacks.question_files import read_questions
-from keras_laid.haystacks.sampling import Haystack
 from keras_laid.haystacks.sampling import PairSource
 from keras_laid.haystacks.sampling import check_sizes
-from keras_laid.haystacks.sampling import draw_haystacks
 
 try:
     import tensorflow_datasets as tfds

@@ -9,14 +9,12 @@ import keras
 from tqdm import tqdm
 
 from keras_laid.arguments import check_integer
+from keras_laid.haystacks.asking import Asking
+from keras_laid.haystacks.asking import check_asking
+from keras_laid.haystacks.asking import check_iterable
 from keras_laid.haystacks.effective_window import effective_window
-from keras_laid.haystacks.evaluation import Asking
-from keras_laid.haystacks.evaluation import check_asking
-from keras_laid.haystacks.evaluation import check_iterable
+from keras_laid.haystacks.haystack import Haystack
 from keras_laid.haystacks.results import HaystackResults
-from keras_laid.haystacks.sampling import Haystack
-
-CHANCE = 0.5
 
 
 class HaystackEvaluation(keras.callbacks.Callback):
@@ -47,7 +45,8 @@ class HaystackEvaluation(keras.callbacks.Callback):
             trained, as distillers have, or to that model itself.
         tokens_per_batch: As in `keras_laid.evaluate_haystacks`.
         verbose: Boolean, whether to print a line. Defaults to `True`.
-        **arguments: `through`, `rule`, `prompt`, `max_answer_tokens` and `root`
+        **arguments: `through`, `rule`, `prompt`, `shown`, `max_answer_tokens`
+            and `root`
             of `keras_laid.evaluate_haystacks`.
 
     Attributes:
@@ -116,8 +115,9 @@ class HaystackEvaluation(keras.callbacks.Callback):
         )
         accuracy = self.results.accuracy
         window = 0.0
-        if accuracy[min(accuracy)] > CHANCE:
-            window = effective_window(accuracy).window
+        chance = self.results.chance
+        if accuracy[min(accuracy)] > chance:
+            window = effective_window(accuracy, chance=chance).window
         if self.verbose:
             numbers = ", ".join(f"{n}: {a:.3f}" for n, a in accuracy.items())
             tqdm.write(

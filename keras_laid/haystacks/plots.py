@@ -13,11 +13,12 @@ from keras_laid.plotting import label_of
 from keras_laid.plotting import styles_of
 from keras_laid.typing import PathLike
 
-CHANCE = 0.5
-
 
 class Results(Protocol):
     """The parts of a `keras_laid.haystacks.HaystackResults` that are drawn."""
+
+    @property
+    def chance(self) -> float: ...
 
     def by_position(self, bins: int = ...) -> Mapping[int, Any]: ...
 
@@ -28,6 +29,7 @@ def plot_accuracy(
     windows: Mapping[str, float] | None = None,
     trained_on: int | None = None,
     intervals: Mapping[str, Mapping[int, tuple[float, float]]] | None = None,
+    chance: float = 0.5,
 ) -> None:
     """Accuracy over haystack size, on a logarithmic axis.
 
@@ -42,11 +44,13 @@ def plot_accuracy(
         trained_on: Optional largest size trained on, in images.
         intervals: Optional dictionary from the same names to dictionaries from
             size to a pair of ends, such as `HaystackResults.intervals()`.
+        chance: Float, the accuracy of guessing, drawn as a line. Defaults to
+            `0.5`.
     """
     check_some("accuracy", accuracy)
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     styles = styles_of([*accuracy, *(windows or {})])
-    lowest = [CHANCE]
+    lowest = [chance]
     for name, by_size in accuracy.items():
         sizes = sorted(by_size)
         axes.plot(
@@ -72,7 +76,7 @@ def plot_accuracy(
     if trained_on is not None:
         axes.axvspan(0.9, trained_on, color="0.95", zorder=0)
         axes.text(1, 1.012, "sizes trained on", color="0.45", fontsize=9)
-    axes.axhline(CHANCE, color="0.8", linewidth=1, zorder=0)
+    axes.axhline(chance, color="0.8", linewidth=1, zorder=0)
     sizes = sorted(set().union(*accuracy.values()))
     axes.set_xscale("log")
     axes.set_xticks(sizes, [str(size) for size in sizes], minor=False)
@@ -81,7 +85,7 @@ def plot_accuracy(
         xlim=(0.9, max(sizes) * 1.15),
         ylim=(max(-0.03, min(lowest) - 0.08), 1.04),
         xlabel="images in the haystack",
-        ylabel="accuracy (chance 0.5)"
+        ylabel=f"accuracy (chance {chance:.3g})"
         + (", intervals shaded" if intervals else ""),
     )
     if any(accuracy):
@@ -126,7 +130,8 @@ def plot_positions(path: PathLike, results: Results, bins: int = 5) -> None:
         for part in parts:
             if part.accuracy is None:
                 continue
-            dark = abs(part.accuracy - CHANCE) > 0.38
+            # The ends of the colour map are dark.
+            dark = abs(part.accuracy - 0.5) > 0.38
             axes.text(
                 (part.low + part.high) / 2,
                 row,
@@ -146,8 +151,9 @@ def plot_positions(path: PathLike, results: Results, bins: int = 5) -> None:
     )
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    bar = figure.colorbar(mesh, ax=axes, ticks=[0, CHANCE, 1])
-    bar.ax.set_yticklabels(["0", "chance", "1"])
+    ticks = {0.0: "0", results.chance: "chance", 1.0: "1"}
+    bar = figure.colorbar(mesh, ax=axes, ticks=[*ticks])
+    bar.ax.set_yticklabels([*ticks.values()])
     bar.set_label("accuracy")
     bar.outline.set_visible(False)
     finish(figure, path)

@@ -11,8 +11,8 @@ from keras_laid.haystacks.files import checked
 from keras_laid.haystacks.files import image_path
 from keras_laid.haystacks.files import read_json
 from keras_laid.haystacks.files import relative_path
+from keras_laid.haystacks.haystack import Haystack
 from keras_laid.haystacks.questions import ANSWERS
-from keras_laid.haystacks.sampling import Haystack
 from keras_laid.typing import PathLike
 
 KINDS: dict[str, type] = {

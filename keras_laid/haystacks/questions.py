@@ -1,13 +1,10 @@
-"""The wording of the Visual Haystacks benchmark, and the rules of scoring."""
+"""The wording of questions, most of it of the Visual Haystacks benchmark."""
 
-import re
-from typing import Literal
-
-from keras_laid.arguments import check_choice
+from collections.abc import Sequence
 
 ANSWERS = ("yes", "no")
-RULES = ("strict", "official")
-# By name, what is asked of a model, with the question in it.
+LETTERS = ("A", "B", "C", "D")
+# Prompts by name, with the question in them.
 PROMPTS = {
     "question": "{question}",
     "official": "You are given a set of images. Please answer the following "
@@ -47,72 +44,34 @@ def multi_needle_question(anchor: str, target: str, quantifier: str) -> str:
     )
 
 
-def score(
-    answer: str,
-    expected: str,
-    rule: Literal["strict", "official"] = "strict",
-) -> bool:
-    """Whether an answer in words is right.
-
-    Both rules ignore case and punctuation, and look at whole words: `"not"` is
-    no `"no"`. The official one looks for the expected word and for nothing
-    else, so that `"yes or no"` is right whatever was asked. The strict one
-    wants it to be the only one of `"yes"` and `"no"` in the answer.
-
-    Args:
-        answer: String, what a model said.
-        expected: `"yes"` or `"no"`.
-        rule: `"strict"` or `"official"`. Defaults to `"strict"`.
-
-    Returns:
-        A boolean.
-
-    Raises:
-        ValueError: If `expected` or `rule` is none of those.
-        TypeError: If `answer` is not a string.
-
-    Reference:
-     - The benchmark's `utils.py`, which splits words with NLTK; here they are
-       split at spaces and punctuation, not at hyphens and slashes.
-    """
-    check_choice("expected", expected, ANSWERS)
-    said = _said(answer)
-    if _is_strict(rule):
-        return said == {expected}
-    return expected in said
+def present_question(anchor: str) -> str:
+    """Asks whether any image shows something: yes or no."""
+    return f"Is there an image with {article(anchor)}?"
 
 
-def complies(
-    answer: str, rule: Literal["strict", "official"] = "strict"
-) -> bool:
-    """Whether an answer in words is yes or no at all, be it right or wrong.
+def count_question(anchor: str) -> str:
+    """Asks how many images show something; the answer is a number."""
+    return (
+        f"How many images show {article(anchor)}? Answer with a single number."
+    )
 
-    By the official rule it holds `"yes"`, `"no"` or both, by the strict one
-    only one of them.
+
+def which_image_question(anchor: str, places: Sequence[int]) -> str:
+    """Asks which of four images shows something; the answer is a letter.
 
     Args:
-        answer: String, what a model said.
-        rule: `"strict"` or `"official"`. Defaults to `"strict"`.
+        anchor: String, a name.
+        places: Sequence of four integers, positions of images from 0. The
+            question counts from 1.
 
     Returns:
-        A boolean.
-
-    Raises:
-        ValueError: If `rule` is none of those.
+        A string.
     """
-    said = _said(answer)
-    return len(said) == 1 if _is_strict(rule) else bool(said)
-
-
-def _said(answer: str) -> set[str]:
-    if not isinstance(answer, str):
-        raise TypeError(
-            f"`answer` must be a string. Received: answer={answer!r:.80}"
-        )
-    words = re.split(r"[\s,;:!?()\[\]{}\"*]+|--", answer.lower())
-    return {word.strip(".'`") for word in words} & set(ANSWERS)
-
-
-def _is_strict(rule: str) -> bool:
-    check_choice("rule", rule, RULES)
-    return rule == "strict"
+    options = ", ".join(
+        f"{letter}: image {place + 1}"
+        for letter, place in zip(LETTERS, places, strict=True)
+    )
+    return (
+        f"Which image shows {article(anchor)}? {options}. "
+        "Answer with a single letter."
+    )

@@ -40,8 +40,8 @@ class HaystackResults:
 
     Attributes:
         records: Tuple of dictionaries, one a question: `index`, `size`,
-            `needles`, `question`, `expected`, `images` (a checksum), `answer`,
-            `right` and `complied`.
+            `needles`, `question`, `expected`, `options`, `images` (a checksum),
+            `answer`, `right` and `complied`.
         settings: Dictionary of how the questions were asked.
     """
 
@@ -50,8 +50,19 @@ class HaystackResults:
 
     @property
     def accuracy(self) -> dict[int, float]:
-        """From size to the share of right answers, 0 to 1; chance is 0.5."""
+        """From size to the share of right answers, 0 to 1."""
         return self._mean("right")
+
+    @property
+    def chance(self) -> float:
+        """The accuracy of guessing among the options of each question.
+
+        It is 0 for questions without options.
+        """
+        options = [record["options"] for record in self.records]
+        return sum(1 / len(each) if each else 0.0 for each in options) / len(
+            options
+        )
 
     @property
     def questions(self) -> dict[int, int]:
@@ -60,11 +71,13 @@ class HaystackResults:
 
     @property
     def compliance(self) -> dict[int, float] | None:
-        """From size to the share of answers that were yes or no at all.
+        """From size to the share of answers that were an option at all.
 
-        `None` with `through="choice"`, which leaves no other answer.
+        `None` where nothing else could be said or was looked for: with
+        `through="choice"`, by rules that know no options, and for questions
+        without options.
         """
-        if self.settings["through"] == "choice":
+        if any(record["complied"] is None for record in self.records):
             return None
         return self._mean("complied")
 
@@ -185,6 +198,7 @@ class HaystackResults:
             folder / "accuracy.png",
             {"": self.accuracy},
             intervals={"": self.intervals()},
+            chance=self.chance,
         )
         plots.plot_positions(folder / "positions.png", self)
 

@@ -1,4 +1,4 @@
-"""Layers that stand in any Keras model."""
+"""Layers that can be used in any Keras model."""
 
 from keras_laid.layers.gain_modulated_rotary_embedding import (
     GainModulatedRotaryEmbedding,

@@ -27,8 +27,8 @@ class GainModulatedRotaryEmbedding(RotaryEmbedding):
     The logit of a query and a key is a sum over the frequencies of the rotary
     embedding. Here the contribution of frequency `k` is multiplied by a
     trainable gain: `gain[k]`, the same for all heads, or `gain[h, k]` for head
-    `h`. Frequency `k` turns the features `k` and `k + features / 2`: halves are
-    paired as in KerasHub, not interleaved.
+    `h`. Frequency `k` rotates the features `k` and `k + features / 2`: the two
+    halves of the features are paired, as in KerasHub, and not neighbours.
 
     With every gain at 1, the value it starts from, this is
     `keras_hub.layers.RotaryEmbedding` exactly, bit for bit.
@@ -37,7 +37,7 @@ class GainModulatedRotaryEmbedding(RotaryEmbedding):
     gain `x` stands for the gain `exp(log(max_gain) * tanh(x / log(max_gain)))`,
     which is 1 at 0, grows with slope 1 there, and stays within
     `[1 / max_gain, max_gain]`. Weight decay pulls a log gain to 0, and so a
-    gain to 1: it needs no exception.
+    gain to 1: gains need not be excluded from it.
 
     Masking: ignored. A masked position is rotated like any other.
 
@@ -54,25 +54,27 @@ class GainModulatedRotaryEmbedding(RotaryEmbedding):
             `"yarn"`. Defaults to `1.0`.
         original_max_position_embeddings: Integer, in positions. The original
             context. Only for `"yarn"`. Defaults to `4096`.
-        truncate: Boolean. Whether the range of frequencies `"yarn"` corrects
-            is rounded to whole features. Defaults to `True`.
+        truncate: Boolean. Whether the range of frequencies that `"yarn"`
+            corrects is rounded to whole features. Only for `"yarn"`. Defaults
+            to `True`.
         sequence_axis: Integer. The axis of positions. Defaults to `1`.
         feature_axis: Integer. The axis of features. Defaults to `-1`.
         denominator_dim: Optional integer, in features. Divides the exponents of
             the frequencies, for rotation of a part of the features. Defaults to
             the number of features.
-        num_heads: Optional positive integer. `None` is one gain for each
-            frequency; a number is one for each head and frequency. Heads are
-            the last axis but features, once the sequence is axis 1 and features
-            are last: axis 2 of `(batch, length, heads, features)`. Defaults to
-            `None`.
-        max_gain: Float greater than 1. No gain exceeds it, nor is less than its
-            inverse. Defaults to `4.0`.
-        applied_to: What passes through this layer. `"queries_and_keys"`: both,
-            so that each is multiplied by the square root of the gain.
+        num_heads: Optional positive integer. With `None` there is one gain for
+            each frequency; with a number of heads, one for each head and
+            frequency. The axis of heads is the last one that is not the
+            sequence or feature axis: axis 2 of `(batch, length, heads,
+            features)`. Defaults to `None`.
+        max_gain: Float greater than 1. All gains stay within
+            `[1 / max_gain, max_gain]`. Defaults to `4.0`.
+        applied_to: Which tensors pass through this layer. `"queries_and_keys"`:
+            both, so that each is multiplied by the square root of the gain.
             `"queries"`: only queries, multiplied by the whole gain. With
-            `num_heads` it is `"queries"`, since one key head may serve several
-            query heads; without, it defaults to `"queries_and_keys"`.
+            `num_heads` it must be `"queries"`, the default then, since one key
+            head may serve several query heads. Without `num_heads` it defaults
+            to `"queries_and_keys"`.
         **kwargs: Passed to `keras.layers.Layer`: `name`, `dtype`, etc.
 
     Call arguments:
@@ -90,8 +92,8 @@ class GainModulatedRotaryEmbedding(RotaryEmbedding):
         TypeError: If an argument is of another kind.
         ValueError: If an argument is out of its range, if `applied_to` is
             `"queries_and_keys"` with `num_heads`, if the number of features is
-            odd or unknown, or if the inputs do not have `num_heads` heads, or
-            positions of another shape.
+            odd or unknown, if the inputs do not have `num_heads` heads, or if
+            positions have another shape.
 
     Example:
 
@@ -148,7 +150,7 @@ class GainModulatedRotaryEmbedding(RotaryEmbedding):
                 "Gains of each head must be applied only to queries: one key "
                 "head may serve several query heads. "
                 f"Received: num_heads={num_heads}, applied_to={applied_to!r}. "
-                'Pass `applied_to="queries"`, and keys through a plain '
+                'Pass `applied_to="queries"`, and rotate keys with a plain '
                 "`keras_hub.layers.RotaryEmbedding`."
             )
         super().__init__(

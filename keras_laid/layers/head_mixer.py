@@ -16,22 +16,24 @@ from keras_laid.typing import Tensor
 class HeadMixer(keras.layers.Layer):
     """Gives each student head a mixture of the teacher's heads.
 
-    Mixtures are on the simplex: for each student head, a softmax over the
-    teacher's heads of trainable logits. With equal logits, the default, each
-    student head is given the mean of all teacher heads.
+    The weights of a mixture are not negative and sum to 1: for each student
+    head, they are a softmax of trainable logits over the teacher's heads. With
+    equal logits, the default, each student head is given the mean of all
+    teacher heads.
 
     Weight decay pulls the logits to 0, and so the mixtures to that mean. With
     `trainable=False` the mixtures stay as they start.
 
     Args:
-        student_heads: Positive integer.
-        teacher_heads: Positive integer.
-        initializer: Initializer of the logits. Defaults to `"zeros"`.
-        sharpness: Float, in units of the logits (nats). Added to the initial
-            logits of the teacher heads that a student head stands for: when
-            both models' heads are laid out over the same interval, those it
-            overlaps. Of 8 teacher heads, the second of 4 student heads stands
-            for the third and fourth. 0 prefers none. Defaults to `0.0`.
+        student_heads: Positive integer, the number of the student's heads.
+        teacher_heads: Positive integer, the number of the teacher's heads.
+        initializer: A `keras.initializers.Initializer` of the logits, or its
+            name. Defaults to `"zeros"`.
+        sharpness: Float, added to the initial logits of the teacher heads at
+            the same relative place as the student head, so that it starts with
+            more of these heads. With 8 teacher heads, the second of 4 student
+            heads prefers the third and fourth. `0.0` prefers none. Defaults to
+            `0.0`.
         **kwargs: Passed to `keras.layers.Layer`: `name`, `trainable`, etc.
 
     Call arguments:
@@ -75,7 +77,8 @@ class HeadMixer(keras.layers.Layer):
         self.input_spec = keras.layers.InputSpec(
             ndim=4, axes={2: teacher_heads}
         )
-        # The shape needs no inputs, so that `mixture` is there from the start.
+        # The shape is known without inputs, so that `mixture` can be called
+        # before the layer is.
         self.mixing_logits = self.add_weight(
             name="mixing_logits",
             shape=(student_heads, teacher_heads),
@@ -122,7 +125,8 @@ class HeadMixer(keras.layers.Layer):
     ) -> Tensor:
         student = np.arange(self.student_heads)[:, None]
         teacher = np.arange(self.teacher_heads)[None, :]
-        # Head `i` of `n` covers `i / n` to `(i + 1) / n`; in whole numbers.
+        # Head `i` of `n` covers `i / n` to `(i + 1) / n`, which are compared
+        # exactly, as integers.
         overlap = np.logical_and(
             student * self.teacher_heads < (teacher + 1) * self.student_heads,
             teacher * self.student_heads < (student + 1) * self.teacher_heads,

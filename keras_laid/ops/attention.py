@@ -1,4 +1,4 @@
-"""Attention as an op takes it: queries, keys, mask and distances."""
+"""The inputs of attention ops: queries and keys, masks and distances."""
 
 from typing import NamedTuple
 from typing import Self
@@ -13,9 +13,9 @@ from keras_laid.arguments import check_scalar
 from keras_laid.arguments import check_shape
 from keras_laid.typing import Tensor
 
-# Stands for minus infinity, whose differences would be NaN.
+# Used in place of minus infinity: the difference of two infinities is NaN.
 MASKED = -1e30
-# Below this a probability counts as 0 in `p * log(p)`.
+# A probability below this counts as 0 in `p * log(p)`.
 TINY = 1e-30
 
 
@@ -29,7 +29,7 @@ class Attention(NamedTuple):
             `h // (heads // key_heads)`.
         scale: Float greater than 0, the factor on `query @ key`.
         soft_cap: Positive float or `None`. Logits `x` become
-            `soft_cap * tanh(x / soft_cap)`.
+            `soft_cap * tanh(x / soft_cap)`. Defaults to `None`, no cap.
     """
 
     query: Tensor
@@ -40,8 +40,9 @@ class Attention(NamedTuple):
     def logits(self) -> Tensor:
         """Logits of shape `(batch, heads, rows, keys)`, in float32."""
         # b = batch, i = row, j = key, h = head, d = head dim
-        # Scaled before: a product of logits may be fused with the difference
-        # from their normalizer, and is then rounded otherwise than in that.
+        # Queries are scaled, not logits: a compiler may fuse a factor on logits
+        # with the subtraction of their normalizer, and would then round logits
+        # differently than in the normalizer.
         query = ops.cast(self.query, "float32") * self.scale
         logits = ops.einsum("bihd,bjhd->bhij", query, self.key_of_each_head())
         if self.soft_cap is not None:
@@ -67,13 +68,14 @@ class AttentionMask(NamedTuple):
             row attends (images and prompt).
         causal: Boolean tensor of shape `(batch, keys)`: keys that only their
             own and later rows attend (the response). Padding is in neither.
-        row_index: Integer tensor of shape `(rows,)`, ascending: where in the
-            sequence of keys each row stands.
+        row_index: Integer tensor of shape `(rows,)`, ascending: the index of
+            each row in the sequence of keys. Rows may be only a part of it.
         window: Integer or `None`. Rows attend only keys less than `window`
-            places away, on either side.
-        block: Integer tensor of shape `(batch, keys)`, or `None`. Rows attend
-            keys of their own block, the tokens of an image, also later ones; 0
-            means no block.
+            places away, on either side. Defaults to `None`, no limit.
+        block: Integer tensor of shape `(batch, keys)`, or `None`: the number of
+            the block that each key belongs to, such as an image; 0 means no
+            block. Rows also attend later causal keys of their own block.
+            Defaults to `None`, no blocks.
     """
 
     bidirectional: Tensor
@@ -94,23 +96,25 @@ class AttentionMask(NamedTuple):
         """Describes a mask by lengths: causal after an optional prefix.
 
         Args:
-            key_length: Integer, keys with padding.
-            lengths: Integer tensor of shape `(batch,)`: the first so many keys
-                of an example are not padding.
-            prefix_lengths: Integer, or integer tensor of shape `(batch,)`: of
-                these, the first so many are attended by every row. Defaults
-                to `0`, a causal mask.
-            row_index: Integer tensor of shape `(rows,)`, ascending. Defaults to
-                one row for each key.
-            window: Integer or `None`, see above.
+            key_length: Integer, the number of keys, padding included.
+            lengths: Integer tensor of shape `(batch,)`: the number of keys of
+                each example that are not padding. They come first.
+            prefix_lengths: Integer, or integer tensor of shape `(batch,)`: the
+                number of keys at the start that every row attends. Defaults to
+                `0`, a causal mask.
+            row_index: Integer tensor of shape `(rows,)`, ascending: the index
+                of each row in the sequence of keys. Defaults to one row for
+                each key.
+            window: Integer or `None`. Rows attend only keys less than `window`
+                places away, on either side. Defaults to `None`, no limit.
 
         Returns:
             An `AttentionMask`.
 
         Raises:
-            TypeError: If a length is not an integer.
-            ValueError: If a length is out of range, or `lengths` has another
-                shape.
+            TypeError: If an argument does not consist of integers.
+            ValueError: If `key_length` or `window` is less than 1, or `lengths`
+                or `prefix_lengths` has the wrong shape.
         """
         check_integer("key_length", key_length)
         if window is not None:
@@ -156,12 +160,15 @@ class Distance(NamedTuple):
     """Weights `w = 1 + strength * (distance / span) ** exponent`.
 
     Attributes:
-        row_positions: Tensor of shape `(batch or 1, rows)`, in tokens.
-        key_positions: Tensor of shape `(batch or 1, keys)`, in tokens. `span`
-            is the distance between an example's first and last position, rows
-            and keys together.
-        strength: Float or scalar tensor, 0 or more.
-        exponent: Float, greater than 0.
+        row_positions: Tensor of shape `(batch or 1, rows)`, the positions of
+            rows, in tokens.
+        key_positions: Tensor of shape `(batch or 1, keys)`, the positions of
+            keys, in tokens. `span` is the distance between the first and the
+            last position of an example, rows and keys together.
+        strength: Float or scalar tensor, 0 or more: what the weight grows by
+            over the whole span. Defaults to `0.0`, equal weights of 1.
+        exponent: Float greater than 0. Below 1 weights grow mostly at short
+            distances, above 1 mostly at long ones. Defaults to `1.0`.
     """
 
     row_positions: Tensor
@@ -173,8 +180,9 @@ class Distance(NamedTuple):
         """Float32 tensor of shape `(batch or 1, 1, rows, keys)`.
 
         Args:
-            span: Tensor of shape `(batch or 1,)`. Defaults to `self.span()`;
-                a part of the rows needs that of all.
+            span: Tensor of shape `(batch or 1,)`, in tokens. Defaults to
+                `self.span()`. If this `Distance` holds only some of the rows,
+                pass the span of all of them.
         """
         rows = ops.cast(self.row_positions, "float32")
         keys = ops.cast(self.key_positions, "float32")
@@ -199,9 +207,9 @@ def log_attention(attention: Attention, allowed: Tensor) -> Tensor:
     Args:
         attention: `Attention`.
         allowed: Boolean tensor that broadcasts to
-            `(batch, heads, rows, keys)`. Other keys get the logarithm of a
-            probability that rounds to 0; in a row without allowed keys all
-            keys are alike.
+            `(batch, heads, rows, keys)`. Keys that are not allowed get the
+            logarithm of a probability that rounds to 0. In a row without
+            allowed keys all keys get equal probabilities.
 
     Returns:
         A tensor of shape `(batch, heads, rows, keys)`.
@@ -210,7 +218,7 @@ def log_attention(attention: Attention, allowed: Tensor) -> Tensor:
 
 
 def check_attention(name: str, attention: Attention) -> None:
-    """Refuses what is no `Attention`, or one that does not fit itself."""
+    """Refuses all but an `Attention` whose parts fit each other."""
     check_kind(name, attention, Attention, "a `keras_laid.ops.Attention`")
     check_number(f"{name}.scale", attention.scale, "(0, inf)")
     if attention.soft_cap is not None:
@@ -236,7 +244,7 @@ def check_attention(name: str, attention: Attention) -> None:
 
 
 def check_same_tokens(student: Attention, teacher: Attention) -> None:
-    """Refuses two `Attention`s over other tokens than one another."""
+    """Refuses two `Attention`s with unequal batch, rows or keys."""
     for name, one, other in (
         ("batch", student.query.shape[0], teacher.query.shape[0]),
         ("rows", student.query.shape[1], teacher.query.shape[1]),
@@ -250,7 +258,7 @@ def check_same_tokens(student: Attention, teacher: Attention) -> None:
 
 
 def check_mask(mask: AttentionMask, attention: Attention) -> None:
-    """Refuses what is no `AttentionMask` of an `Attention`."""
+    """Refuses all but an `AttentionMask` that fits `attention`."""
     check_kind("mask", mask, AttentionMask, "a `keras_laid.ops.AttentionMask`")
     batch, rows = attention.query.shape[:2]
     keys = attention.key.shape[1]
@@ -268,13 +276,13 @@ def check_mask(mask: AttentionMask, attention: Attention) -> None:
 
 
 def check_distance(distance: Distance, batch: int | None, **axes: int) -> None:
-    """Refuses what is no `Distance` of that form.
+    """Refuses all but a `Distance` of the given shape.
 
     Args:
         distance: `Distance`.
         batch: Integer, or `None` where it is not known.
-        **axes: How many rows and keys there are: the names of these axes and
-            their sizes, in that order.
+        **axes: Two integers, the numbers of rows and of keys, in that order.
+            Their argument names appear in error messages.
     """
     check_kind("distance", distance, Distance, "a `keras_laid.ops.Distance`")
     check_number("distance.exponent", distance.exponent, "(0, inf)")

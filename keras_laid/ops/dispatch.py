@@ -14,11 +14,11 @@ class Implementation:
     """One way to compute an op.
 
     Attributes:
-        name: What a caller passes as `implementation=`.
+        name: The string that a caller passes as `implementation=`.
         run: The op itself. Every implementation has the same signature.
         why_not: Called with the op's arguments before `run`. Returns `None` if
-            `run` can take them, or else one sentence saying why it cannot. It
-            looks only at shapes, dtypes, platform and static values.
+            `run` can take them, or else one sentence that says why it cannot.
+            It looks only at shapes, dtypes, platform and static values.
     """
 
     name: str
@@ -36,8 +36,8 @@ def select(
     """Returns the first implementation that accepts the arguments.
 
     A named implementation is used or refused; it is never replaced. With
-    `requested=None` the first that accepts is used, in the order listed.
-    Exceptions from `run` are never caught: a kernel that breaks must be seen.
+    `requested=None` the first in the list that accepts the arguments is used.
+    Exceptions from `run` are never caught, so that a broken kernel is noticed.
     """
     check_requested(op_name, implementations, requested)
     by_name = {impl.name: impl for impl in implementations}

@@ -1,4 +1,4 @@
-"""Functions of tensors that bring a gradient of their own."""
+"""Functions of tensors that compute their own gradient."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,20 +16,23 @@ def with_own_gradient(
     variables: list[Tensor],
     constants: Any,
 ) -> Tensor:
-    """Calls a function that computes its gradient too.
+    """Calls a function that also computes its own gradient.
 
-    What the function reads must come as its arguments: JAX may differentiate
-    after the call, when other tensors of the caller are gone.
+    Every tensor that the function reads must be one of its arguments: JAX may
+    differentiate it after the call, when tensors that it captured from the
+    caller no longer exist.
 
     Args:
         function: Called as `function(constants, *variables)`. Returns a tensor
-            and a function from its gradient to those of the variables, each in
-            the variable's dtype.
+            and a second function. The second function takes the gradient of
+            the tensor and returns a list of the gradients of the variables,
+            each in the variable's dtype.
         variables: List of float tensors.
-        constants: Nested structure. No gradient reaches its tensors.
+        constants: Nested structure of tensors and other values. No gradient
+            reaches its tensors.
 
     Returns:
-        The function's tensor.
+        The tensor that `function` returns.
     """
     leaves = keras.tree.flatten(constants)
     tensors = [leaf for leaf in leaves if ops.is_tensor(leaf)]
@@ -37,7 +40,7 @@ def with_own_gradient(
     @ops.custom_gradient
     def run(*arguments: Tensor) -> tuple[Tensor, Callable[..., Any]]:
         variables = arguments[: len(arguments) - len(tensors)]
-        # Only floats have gradients, if of 0.
+        # Constants are passed as floats: only these can have a gradient, 0.
         floats = arguments[len(variables) :]
         given = iter(
             ops.cast(each, tensor.dtype)
@@ -53,7 +56,7 @@ def with_own_gradient(
         def gradients(
             *arguments: Tensor, upstream: Tensor | None = None
         ) -> tuple[Tensor, ...]:
-            if upstream is None:  # Only torch gives it by name.
+            if upstream is None:  # Only torch passes it by name.
                 (upstream,) = arguments
             zeros = [ops.zeros_like(each) for each in floats]
             return (*gradients_of(upstream), *zeros)

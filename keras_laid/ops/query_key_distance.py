@@ -1,4 +1,4 @@
-"""Distance of a student's queries and keys from mixed ones of a teacher."""
+"""Distance of a student's queries and keys from mixtures of a teacher's."""
 
 from keras import ops
 
@@ -19,16 +19,16 @@ def query_key_distance(
     """Relative squared distance of queries and keys, head by head.
 
     For student head `s` and the mixed teacher head `Q = sum_t m_st Q_t`,
-    `||Q_s - Q||^2 / ||Q||^2` over the rows of an example, plus the same for
-    keys. The paper's plain sum grows with length and width; unnormalised, it
-    drowned every other term.
+    `||Q_s - Q||^2 / ||Q||^2` over the rows of an example, plus the same ratio
+    for keys. The paper's sum is not divided by `||Q||^2`: it grows with length
+    and width, and outweighed every other term of the loss.
 
     Args:
         student: `keras_laid.ops.Attention` of the student.
         teacher: `keras_laid.ops.Attention` of the teacher, with the same head
             dim. Gradients reach it.
-        mixture: Tensor of shape `(student_heads, teacher_heads)`, rows summing
-            to 1.
+        mixture: Float32 tensor of shape `(student_heads, teacher_heads)` whose
+            rows sum to 1.
         row_mask: Boolean tensor of shape `(batch, rows)`: queries that count.
         key_mask: Boolean tensor of shape `(batch, keys)`: keys that count.
 
@@ -36,7 +36,7 @@ def query_key_distance(
         A float32 tensor of shape `(batch, student_heads)`, 0 or more.
 
     Raises:
-        TypeError: If an argument is of another kind.
+        TypeError: If an argument has the wrong type.
         ValueError: If head dims differ or shapes do not fit.
 
     Reference:

@@ -1,4 +1,4 @@
-"""Divergence of where a student looks from where a teacher does."""
+"""Divergence of where a student looks from where its teacher looks."""
 
 import math
 from typing import Literal
@@ -22,15 +22,15 @@ class Retrieval(NamedTuple):
     """Where rows look among segments, such as images, and how sure they are.
 
     Attributes:
-        shares: Float tensor of shape `(batch, rows, segments)`: of the
-            attention that goes to segments, the share of each. They sum to 1
-            where a row attends any segment, else to 0.
+        shares: Float tensor of shape `(batch, rows, segments)`: the share of
+            each segment in the attention that the row gives to segments. The
+            shares of a row sum to 1, or to 0 if the row attends no segment.
         mass: Float tensor of shape `(batch, rows)` in `[0, 1]`: the share of a
             row's attention that goes to segments.
         sharpness: Float tensor of shape `(batch, rows)` in `[0, 1]`:
             `1 - entropy(shares) / log(segments)`, where only segments that the
             row can attend are counted: 0 for even shares, 1 if one segment
-            gets all. With less than two segments it is 0.
+            gets all the attention. With fewer than two segments it is 0.
     """
 
     shares: Tensor
@@ -45,13 +45,14 @@ class Retrieval(NamedTuple):
 def retrieval(
     log_shares: Tensor, head_weight: Tensor | None = None
 ) -> Retrieval:
-    """Where rows look, by the mean of some heads.
+    """Where each row looks among segments, averaged over heads.
 
     Args:
-        log_shares: Float tensor of shape `(batch, heads, rows, segments)`, what
-            `keras_laid.ops.segment_attention` returns.
-        head_weight: Optional float tensor of shape `(heads,)` that sums to 1.
-            `None` weighs all heads alike.
+        log_shares: Float tensor of shape `(batch, heads, rows, segments)`, as
+            returned by `keras_laid.ops.segment_attention`.
+        head_weight: Optional float tensor of shape `(heads,)` that sums to 1:
+            the weight of each head in the mean. `None` gives all heads equal
+            weights.
 
     Returns:
         A `keras_laid.ops.Retrieval`.
@@ -72,7 +73,7 @@ def retrieval(
     # b = batch, h = head, i = row, g = segment
     log_shares = in_float32(log_shares)
     attended = is_attended(log_shares)
-    # Relative to the largest, shares of little attention do not underflow.
+    # Taken relative to the largest, small shares do not underflow.
     largest = ops.stop_gradient(ops.max(log_shares, axis=(1, 3)))  # [b, i]
     relative = ops.exp(log_shares - largest[:, None, :, None])
     relative = ops.where(attended, relative, 0.0)
@@ -103,40 +104,42 @@ def retrieval_divergence(
     `D_i = sum_g w_ig (p_ig log(p_ig / q_ig) - p_ig + q_ig)`,
 
     the generalised Kullback-Leibler divergence with weights that grow with the
-    distance of a segment. Rows count as much as the teacher retrieves there:
-    an example's divergence is `sum_i g_i D_i / sum_i g_i`, where `g_i` is the
-    teacher's `row_weight()`, and 0 in rows outside `row_mask`.
+    distance of a segment. Each row is weighted by how much the teacher
+    retrieves there: an example's divergence is `sum_i r_i D_i / sum_i r_i`,
+    where `r_i` is the teacher's `row_weight()` times `row_mask`.
 
     A segment that a student's row cannot attend counts as if it had a share of
     1e-30, and has a gradient of 0.
 
     Args:
-        student: Float tensor of shape `(batch, heads, rows, segments)`, what
-            `keras_laid.ops.segment_attention` returns. Heads of several layers
-            may be concatenated.
-        teacher: `keras_laid.ops.Retrieval` of the teacher, of the same rows and
-            segments. No gradient reaches it.
-        row_mask: Boolean or float tensor of shape `(batch, rows)`: rows that
-            count, and how much.
+        student: Float tensor of shape `(batch, heads, rows, segments)`, as
+            returned by `keras_laid.ops.segment_attention`. Heads of several
+            layers may be concatenated.
+        teacher: `keras_laid.ops.Retrieval` of the teacher, over the same rows
+            and segments. No gradient reaches it.
+        row_mask: Boolean or float tensor of shape `(batch, rows)`: a factor on
+            the weight of each row. `False` or 0 leaves a row out.
         distance: Optional `keras_laid.ops.Distance` from rows to segments:
             `key_positions` has shape `(batch or 1, segments)`. `None` gives
             every segment the weight 1.
-        head_weight: Optional float tensor of shape `(heads,)` that sums to 1.
-            `None` weighs all heads alike.
-        pooling: What is averaged before it is compared. `"none"`: every head
-            must look where the teacher does, and divergences are averaged over
-            heads. `"heads"`: the mean of the heads' shares must, row by row.
-            `"rows"`: the mean over heads and rows must; rows are weighed by
-            `g_i` on both sides, and so is their distance. Defaults to
-            `"none"`.
+        head_weight: Optional float tensor of shape `(heads,)` that sums to 1:
+            the weight of each student head. `None` gives all heads equal
+            weights.
+        pooling: The axes over which shares are averaged before they are
+            compared. `"none"` compares each row of each head with the teacher,
+            and averages the divergences over heads. `"heads"` averages the
+            student's shares over heads and compares each row. `"rows"` averages
+            shares over heads and rows and compares one distribution per
+            example; rows of the student's and the teacher's shares and of the
+            distance weights are then weighted by `r_i`. Defaults to `"none"`.
 
     Returns:
         A tuple of two float32 tensors of shape `(batch,)`: the divergence of
         each example, in nats, and how much its teacher retrieves,
-        `sum_i g_i`. An example without any counted row has divergence 0.
+        `sum_i r_i`. An example without any counted row has divergence 0.
 
     Raises:
-        TypeError: If an argument is of another kind.
+        TypeError: If an argument has the wrong type.
         ValueError: If shapes do not fit or `pooling` is unknown.
 
     Reference:
@@ -177,17 +180,17 @@ def retrieval_divergence(
 def divergence_of(p: Tensor, log_q: Tensor, weights: Tensor) -> Tensor:
     log_p = ops.log(ops.maximum(p, TINY))
     terms = p * (log_p - log_q) - p + ops.exp(log_q)
-    # What rounding takes below 0 is 0.
+    # The sum is never negative; rounding may make it so.
     return ops.maximum(ops.sum(weights * terms, axis=-1), 0.0)
 
 
 def in_float32(log_shares: Tensor) -> Tensor:
-    """At least -1e30, which is minus infinity in float16."""
+    """Casts to float32, where -1e30 replaces float16's minus infinity."""
     return ops.maximum(ops.cast(log_shares, "float32"), MASKED)
 
 
 def is_attended(log_shares: Tensor) -> Tensor:
-    """Whether a row attends a segment at all."""
+    """Whether each row attends any key of each segment."""
     return log_shares > MASKED
 
 

@@ -1,4 +1,4 @@
-"""The largest next-token logits, which stand for all of them."""
+"""The largest next-token logits, used in place of all of them."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,24 +12,28 @@ from keras_laid.arguments import check_number
 from keras_laid.arguments import check_shape
 from keras_laid.typing import Tensor
 
-NOTHING = -1e30  # The logarithm of no probability; finite, so that sums are.
+NOTHING = -1e30  # The logarithm of 0, but finite, so that sums are finite.
 
 
 class TopLogits(NamedTuple):
-    """The largest logits of each token, and how much all others weigh.
+    """The largest logits of each token, and the log-sum-exp of all others.
 
-    The divergence of a student from them takes the other tokens as one: the
-    student gets no wish among these. It is never more than the divergence from
-    all logits, and equal where they are all here.
+    The divergence of a student from a `TopLogits` counts all other tokens as
+    one: it does not prescribe how the student divides probability among them.
+    It is at most the divergence from all logits, and equal to it if `logits`
+    holds all of them.
 
     Attributes:
-        logits: Float tensor of shape `(batch, length, count)`.
-        index: Integer tensor of shape `(batch, length, count)`: whose logits
-            they are.
-        others: Float tensor of shape `(batch, length, 2)`:
-            `logsumexp(others / temperature)` at `temperature` and at 1.
-        vocabulary: Integer, the number of tokens that had logits.
-        temperature: Float greater than 0.
+        logits: Float tensor of shape `(batch, length, count)`, the largest
+            logits.
+        index: Integer tensor of shape `(batch, length, count)`: the token that
+            each of `logits` belongs to.
+        others: Float tensor of shape `(batch, length, 2)`: the log-sum-exp of
+            all other logits, divided by `temperature` and by 1.
+        vocabulary: Integer, the number of logits that the largest were taken
+            from.
+        temperature: Float greater than 0, the temperature at which `logits`
+            can be compared, besides 1. Defaults to `1.0`.
     """
 
     logits: Tensor
@@ -40,19 +44,21 @@ class TopLogits(NamedTuple):
 
     @classmethod
     def of(cls, logits: Tensor, count: int, temperature: float = 1.0) -> Self:
-        """The largest of all logits.
+        """Takes the largest of all logits.
 
         Args:
             logits: Tensor of shape `(batch, length, vocabulary)`.
-            count: Integer, from 1 to `vocabulary`.
-            temperature: Float greater than 0.
+            count: Integer from 1 to `vocabulary`, how many logits to keep.
+            temperature: Float greater than 0, the temperature at which a
+                student will be compared. Defaults to `1.0`.
 
         Returns:
             A `TopLogits`.
 
         Raises:
-            TypeError: If a number is of another kind.
-            ValueError: If one is out of range, or `logits` has another shape.
+            TypeError: If an argument has the wrong type.
+            ValueError: If a number is out of range, or `logits` does not have
+                three axes.
         """
         check_shape("logits", logits, batch=None, length=None, vocabulary=None)
         check_number("temperature", temperature, "(0, inf)")
@@ -75,9 +81,10 @@ class TopLogits(NamedTuple):
         """Log-probabilities of next tokens, softened, in float32.
 
         Args:
-            log_q: The student's, of shape `(batch, length, vocabulary)`: the
-                other tokens share what they weigh together as they do there.
-            temperature: Float, the one that `others` are for, or 1.
+            log_q: Tensor of shape `(batch, length, vocabulary)`, the student's
+                log-probabilities. The other tokens divide their total
+                probability in the same proportions as in the student.
+            temperature: Float, either `self.temperature` or 1.
         """
         top = ops.cast(self.logits, "float32") / temperature
         column = 0 if temperature == self.temperature else 1
@@ -104,9 +111,9 @@ class TopLogits(NamedTuple):
         if vocabulary == self.vocabulary:
             return self
         raise ValueError(
-            "The largest logits must be of tokens that the student has too. "
-            f"Received: the largest of {self.vocabulary}, {vocabulary} shared. "
-            f"Take them of the first {vocabulary} logits."
+            "The largest logits must be those of tokens that the student also "
+            f"has. Received: the largest of {self.vocabulary}, {vocabulary} "
+            f"shared. Take the largest of only the first {vocabulary} logits."
         )
 
 
@@ -122,7 +129,7 @@ def check_top_logits(name: str, top: TopLogits) -> None:
 
 
 def put(tensor: Tensor, index: Tensor, values: Tensor) -> Tensor:
-    """A tensor with other values where `index` names its last axis."""
+    """Returns `tensor` with `values` at `index` along its last axis."""
     *outer, size = ops.shape(tensor)
     count = index.shape[-1]
     column = ops.reshape(ops.cast(index, "int32"), (-1,))

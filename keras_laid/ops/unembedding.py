@@ -1,4 +1,4 @@
-"""Next-token logits as an op takes them: hidden states and a kernel."""
+"""Next-token logits, described by hidden states and a kernel."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,14 +12,16 @@ from keras_laid.typing import Tensor
 
 
 class Unembedding(NamedTuple):
-    """Hidden states, and what makes next-token logits of them.
+    """Hidden states, and the kernel that turns them into next-token logits.
 
     Attributes:
         hidden: Tensor of shape `(batch, length, hidden_dim)`, the last hidden
-            states of a model; or logits, if `kernel` is `None`.
-        kernel: Tensor of shape `(hidden_dim, vocabulary)`, or `None`.
+            states of a model. If `kernel` is `None`, logits of shape
+            `(batch, length, vocabulary)`.
+        kernel: Tensor of shape `(hidden_dim, vocabulary)`, or `None` if
+            `hidden` already holds logits. Defaults to `None`.
         soft_cap: Positive float or `None`. Logits `x` become
-            `soft_cap * tanh(x / soft_cap)`.
+            `soft_cap * tanh(x / soft_cap)`. Defaults to `None`, no cap.
     """
 
     hidden: Tensor
@@ -45,18 +47,19 @@ class Unembedding(NamedTuple):
         """Log-probabilities of next tokens, softened, in float32.
 
         Args:
-            log_q: Another model's, which these do not depend on.
+            log_q: Log-probabilities of another model. Not used here, but
+                needed by the method of the same name of `TopLogits`.
             temperature: Float greater than 0.
         """
         del log_q
         return ops.log_softmax(self.logits() / temperature)
 
     def computed(self) -> "Unembedding":
-        """The same with its logits, which are not computed a second time."""
+        """A copy that holds the computed logits, for repeated use."""
         return Unembedding(self.logits())
 
     def constant(self) -> Self:
-        """The same without gradients."""
+        """A copy that no gradient reaches."""
         kernel = self.kernel
         if kernel is not None:
             kernel = ops.stop_gradient(kernel)
@@ -65,11 +68,11 @@ class Unembedding(NamedTuple):
         )
 
     def map_tokens(self, function: Callable[[Tensor], Tensor]) -> Self:
-        """The same with `function` of every tensor over tokens."""
+        """A copy with `function` applied to each tensor over tokens."""
         return self._replace(hidden=function(self.hidden))
 
     def first(self, vocabulary: int) -> Self:
-        """The same with the logits of only the first tokens."""
+        """A copy with the logits of only the first `vocabulary` tokens."""
         if vocabulary == self.vocabulary:
             return self
         if self.kernel is None:

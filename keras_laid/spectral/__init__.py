@@ -1,7 +1,7 @@
 """Where attention goes, as numbers and as pictures.
 
-Not imported by `keras_laid`, since matplotlib is slow to import:
-`from keras_laid import spectral`.
+`import keras_laid` does not import this module, since matplotlib is slow to
+import: use `from keras_laid import spectral`.
 """
 
 from keras_laid.backbones.rotary_frequencies import rotary_wavelengths

@@ -27,27 +27,29 @@ def attention_mass(
 ) -> np.ndarray:
     """Share of the prompt's attention that falls on each range of distances.
 
-    Means over the text tokens of the prompt, over heads, layers and examples.
-    Distances are those in the sequence, from each row to each key, text
-    included. Only the rows of text are computed: memory is linear in the
-    length.
+    The shares are means over the text tokens of the prompt, over heads, layers
+    and examples. Distances are counted in the sequence from each row to each
+    key, text included. Only the rows of text are computed, so memory is linear
+    in the length.
 
     Args:
         model: A `keras_laid.MultiImagePaliGemmaCausalLM` or
             `keras_hub.models.PaliGemmaCausalLM`.
-        inputs: One batch of its inputs.
+        inputs: Dictionary of tensors, one batch of the model's inputs.
         edges: Increasing sequence of two or more distances in tokens. Range
-            `i` is `edges[i] <= distance < edges[i + 1]`; what is farther than
-            the last edge is counted nowhere.
-        layers: Indices of decoder layers with full attention. Defaults to the
-            last one.
+            `i` is `edges[i] <= distance < edges[i + 1]`; keys at the last edge
+            or farther are not counted.
+        layers: Sequence of integers, indices of decoder layers with full
+            attention; negative ones count from the end. Defaults to `(-1,)`,
+            the last layer.
 
     Returns:
         A float array of shape `(len(edges) - 1,)` of shares in `[0, 1]`.
 
     Raises:
-        ValueError: If `layers` is empty, or an index is out of range or that of
-            a layer with a sliding window; or if `edges` do not increase.
+        ValueError: If `layers` is empty, or if an index is out of range or
+            belongs to a layer with a sliding window; or if `edges` do not
+            increase.
     """
     check_increasing("edges", edges, "[0, inf)")
     shares = []
@@ -75,10 +77,11 @@ def attention_by_distance(
 ) -> np.ndarray:
     """The prompt's attention to the images, as a signal over distance.
 
-    The mean over the text tokens of the prompt. Distance is counted back from
-    the first token of text, so that every row sees every distance; counted from
-    each row, the ends would be seen only by some rows, and their taper would
-    show in the spectrum. Memory is linear in the length.
+    The signal is the mean over the text tokens of the prompt. Distance is
+    counted back from the first token of text, so that every row sees every
+    distance. If it were counted from each row, only some rows would see the
+    first and last distances, and this taper would show in the spectrum. Memory
+    is linear in the length.
 
     Example:
 
@@ -90,12 +93,14 @@ def attention_by_distance(
     Args:
         model: A `keras_laid.MultiImagePaliGemmaCausalLM` or
             `keras_hub.models.PaliGemmaCausalLM`.
-        inputs: One batch of its inputs, without `"positions"`.
-        layers: Indices of decoder layers with full attention. Defaults to the
-            last one.
-        per: `"token"`, or `"image"` for the sum over the tokens of an image,
-            which leaves out the pattern that all images share. Defaults to
-            `"token"`.
+        inputs: Dictionary of tensors, one batch of the model's inputs, without
+            `"positions"`.
+        layers: Sequence of integers, indices of decoder layers with full
+            attention; negative ones count from the end. Defaults to `(-1,)`,
+            the last layer.
+        per: The unit of distance: `"token"`, or `"image"` to sum over the
+            tokens of each image, which removes the pattern that all images
+            share. Defaults to `"token"`.
 
     Returns:
         A float array of shape `(batch, layers, heads, distances)` of shares of
@@ -104,9 +109,9 @@ def attention_by_distance(
         rest goes to the text.
 
     Raises:
-        ValueError: If `layers` is empty, or an index is out of range or that of
-            a layer with a sliding window; if `per` is another word; or if the
-            inputs have positions of their own.
+        ValueError: If `layers` is empty, or if an index is out of range or
+            belongs to a layer with a sliding window; if `per` is another word;
+            or if `inputs` has `"positions"`.
     """
     check_choice("per", per, UNITS)
     check_is_dictionary(inputs)

@@ -1,4 +1,4 @@
-"""How much of the attention logits each rotary frequency makes."""
+"""The share of each rotary frequency in the attention logits."""
 
 from collections.abc import Sequence
 
@@ -21,33 +21,35 @@ def frequency_shares(
     the key's rotated pair. Over the image tokens, the variance of a row's
     logits is the sum of the covariances of each frequency's part with the whole
     logit; a frequency's share is its covariance, summed over the rows of the
-    prompt, divided by the variance, summed in the same way. Covariances add up
-    to the whole, which variances and absolute values of the parts do not; and
-    they ignore what is the same for all keys, as softmax does. Sums come before
-    the ratio, so that rows whose logits hardly vary do not count as much as
-    others.
+    prompt, divided by the variance, summed in the same way. The covariances add
+    up to the variance; the variances or absolute values of the parts would not.
+    Like softmax, covariances ignore anything that is equal for all keys. Sums
+    are taken before the ratio, so that rows whose logits hardly vary count less
+    than others.
 
-    Logits are taken before a soft cap, after which they are not a sum. Keys of
-    text are left out: they differ from images in all frequencies, however long
-    the haystack. The covariance of the keys is all that is kept of them: memory
-    is linear in the length, and no logit is computed.
+    Logits are taken before the soft-cap, since they are no longer a sum after
+    it. Text keys are left out: they differ from image keys at all frequencies,
+    however long the haystack. Only the covariance of the keys is kept, and no
+    logit is computed, so memory is linear in the length.
 
     Args:
         model: A `keras_laid.MultiImagePaliGemmaCausalLM` or
             `keras_hub.models.PaliGemmaCausalLM`.
-        inputs: One batch of its inputs.
-        layers: Indices of decoder layers with full attention. Defaults to the
-            last one.
+        inputs: Dictionary of tensors, one batch of the model's inputs.
+        layers: Sequence of integers, indices of decoder layers with full
+            attention; negative ones count from the end. Defaults to `(-1,)`,
+            the last layer.
 
     Returns:
         A float array of shape `(batch, layers, heads, frequencies)` that sums
         to 1 over frequencies, highest frequency first (see
         `rotary_wavelengths`). A share is negative where a frequency works
-        against the others, which then exceed 1. NaN where no logit varies.
+        against the others, which then sum to more than 1. NaN where no logit
+        varies.
 
     Raises:
-        ValueError: If `layers` is empty, or an index is out of range or that of
-            a layer with a sliding window.
+        ValueError: If `layers` is empty, or if an index is out of range or
+            belongs to a layer with a sliding window.
 
     Reference:
      - [Su et al., 2021](https://arxiv.org/abs/2104.09864), equation 16: the

@@ -1,4 +1,4 @@
-"""Figure 4: what each head still reads from images as the haystack grows."""
+"""Figure 4 of the paper: activation of each head as the haystack grows."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ from keras_laid.spectral.prompt_attention import PromptAttention
 from keras_laid.spectral.prompt_attention import prompt_attention
 from keras_laid.typing import Tensor
 
-# A head that never had more activation than this has none to keep.
+# A head with less activation than this at the largest size is local.
 FAINT = 0.05
 
 
@@ -25,40 +25,46 @@ def head_activations(
 ) -> dict[int, np.ndarray]:
     """Normalised key activation of each head, by haystack size.
 
-    For a row `i` of the prompt, with attention `a_ij` to image token `j` and
-    `c_j` the token's key less the mean key of the images:
+    For a row `i` of the prompt, let `a_ij` be its attention to image token `j`,
+    and `c_j` that token's key minus the mean key of the images. The activation
+    of the row is
 
     `|sum over far j of a_ij c_j| / sum over all j of a_ij |c_j|`,
 
-    and the mean over rows. It is near 1 for a head that reads one far token or
-    several that are alike. It falls where attention spreads over tokens whose
-    keys differ, which cancel, to about 0 for even attention; and where it stays
-    near the question, as the haystack grows beyond. A head that finds an image
-    wherever it is has half of the tokens far, and so 0.5 at best.
+    and the result is the mean over rows. It is near 1 for a head that reads one
+    far token, or several with similar keys. It falls where attention spreads
+    over tokens with different keys, which cancel: even attention gives about 0.
+    It also falls where attention stays near the question while the haystack
+    grows. With the default `beyond`, half of the tokens are far, so that a head
+    that finds an image wherever it is has a mean of 0.5 at best.
 
     The paper's figure 4 plots "normalised key activations" and gives no
-    formula; this one is ours. The norm of only the keys would not do:
-    PaliGemma has one key head for all query heads. The mean key is taken off
-    since softmax ignores what all logits share. How much attention images get
-    in all does not count: it grows with their number, whatever a head does.
+    formula; this one is ours. The norm of only the keys could not tell heads
+    apart: PaliGemma has one key head for all query heads. The mean key is
+    subtracted since softmax ignores anything that all logits share. The total
+    attention to images does not count: it grows with their number, whatever a
+    head does.
 
     Args:
         model: A `keras_laid.MultiImagePaliGemmaCausalLM` or
             `keras_hub.models.PaliGemmaCausalLM`.
         inputs_by_size: Dictionary from haystack size, in images, to one batch
             of inputs.
-        layers: Indices of decoder layers with full attention. Defaults to the
-            last one.
-        beyond: Float in `[0, 1)`, the share of the image tokens, nearest first,
-            that are not far. With `0.0` all are far. Defaults to `0.5`.
+        layers: Sequence of integers, indices of decoder layers with full
+            attention; negative ones count from the end. Defaults to `(-1,)`,
+            the last layer.
+        beyond: Float in `[0, 1)`, the share of the image tokens, counted from
+            the nearest, that are not far. With `0.0` all are far. Defaults to
+            `0.5`.
 
     Returns:
         A dictionary from size to a float array of shape
         `(batch, layers, heads)` in `[0, 1]`.
 
     Raises:
-        ValueError: If `layers` is empty, or an index is out of range or that of
-            a layer with a sliding window; or if `beyond` is out of its range.
+        ValueError: If `layers` is empty, or if an index is out of range or
+            belongs to a layer with a sliding window; or if `beyond` is out of
+            its range.
 
     Reference:
      - [Zhou et al., 2026](https://arxiv.org/abs/2512.21576), figure 4.
@@ -80,27 +86,31 @@ def head_activations(
 def classify_heads(
     activations: dict[int, np.ndarray], keep: float = 0.67
 ) -> np.ndarray:
-    """Calls each head local or global, by how its activation goes with size.
+    """Classifies each head as local or global by its activation over size.
 
     A line is fitted to the mean activation over the logarithm of the size. A
-    head is `"global"` (stable or rising) if the line is at the largest size at
-    least `keep` of what it is at the smallest, else `"local"` (declining). One
-    below 0.05 at the largest size is local too, however little it declined: it
-    never read far images. The line is used, and not its ends' measured values,
-    so that all sizes count.
+    head is `"global"` (stable or rising) if the line at the largest size is at
+    least `keep` times the line at the smallest, else `"local"` (declining). A
+    head whose line is below 0.05 at the largest size is local too, however
+    little it declined: it never read far images. The line is used instead of
+    the measured values at its ends, so that all sizes count.
+
     The paper names the two kinds and gives no rule; this one is ours. In its
-    figure 4 local heads fall to about 0.4 / 0.7 = 0.57 of what they were: the
-    default is between that and 1. Start at some images, such as 5: among a few
-    tokens there is little to cancel, and the activation of any head is high.
+    figure 4 local heads fall to about 0.4 / 0.7 = 0.57 of their first value;
+    the default of `keep` lies between that and 1. Let the smallest size be
+    several images, such as 5: among few tokens little cancels, so that every
+    head has a high activation.
 
     Args:
         activations: Dictionary from haystack size to an array of shape
-            `(batch, layers, heads)`, from `head_activations`; of two sizes or
+            `(batch, layers, heads)`, from `head_activations`, with two sizes or
             more.
-        keep: Float in `(0, 1]`. Defaults to `0.67`.
+        keep: Float in `(0, 1]`, the smallest share of its activation that a
+            global head keeps. Defaults to `0.67`.
 
     Returns:
-        An array of strings of shape `(layers, heads)`.
+        An array of shape `(layers, heads)` of the strings `"global"` and
+        `"local"`.
 
     Raises:
         ValueError: If there are fewer than two sizes, or if `keep` is out of
@@ -126,7 +136,7 @@ def classify_heads(
     ):
         raise ValueError(
             "`activations` must be finite, of one example or more. Received: "
-            "none, or values that are not finite"
+            "no example, or values that are not finite"
         )
     sizes = sorted(activations)
     means = np.stack([np.mean(activations[size], axis=0) for size in sizes])

@@ -12,12 +12,12 @@ RESAMPLES = 2000
 
 
 class Interval(NamedTuple):
-    """A mean and its interval; arrays of one shape.
+    """A mean and its interval, as arrays of the same shape.
 
     Attributes:
         mean: Mean over examples.
-        low: Lower end.
-        high: Upper end.
+        low: Lower end of the interval.
+        high: Upper end of the interval.
     """
 
     mean: np.ndarray
@@ -31,13 +31,14 @@ def mean_with_interval(
     """Mean over examples, with its bootstrap interval.
 
     Examples are drawn with replacement 2,000 times; the interval is between the
-    percentiles of the means. Two models measured on the same examples are
-    compared best by the interval of the difference of their values.
+    percentiles of the means. To compare two models that were measured on the
+    same examples, pass the differences of their values.
 
     Args:
         values: Array of shape `(examples, ...)`, two examples or more.
-        confidence: Float in `(0, 1)`. Defaults to `0.95`.
-        seed: Integer. Defaults to `0`.
+        confidence: Float in `(0, 1)`, the share of the drawn means that lie in
+            the interval. Defaults to `0.95`.
+        seed: Integer, the seed of the drawing. Defaults to `0`.
 
     Returns:
         An `Interval`, a named tuple `(mean, low, high)` of arrays of shape

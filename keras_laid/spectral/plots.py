@@ -22,10 +22,11 @@ def plot_attention_mass(
 
     Args:
         path: File to write.
-        masses: Dictionary from names of models to what
-            `keras_laid.spectral.attention_mass` returned.
-        edges: Edges of the ranges, in tokens.
-        image_length: Integer, tokens an image has.
+        masses: Dictionary from names of models to results of
+            `keras_laid.spectral.attention_mass`.
+        edges: Sequence of integers, the edges of the ranges, in tokens, as
+            passed to `attention_mass`.
+        image_length: Integer, the number of tokens of an image.
     """
     check_some("masses", masses)
     figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")

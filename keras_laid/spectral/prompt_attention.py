@@ -20,11 +20,13 @@ class PromptAttention(NamedTuple):
     """Attention of text rows to images and text, in one layer.
 
     Attributes:
-        attention: A `keras_laid.ops.Attention` with only queries of text.
+        attention: A `keras_laid.ops.Attention` with only the queries of text.
         allowed: Boolean tensor of shape `(batch, 1, rows, keys)`.
         row_weight: Float tensor of shape `(batch, rows)`: rows of the prompt
-            have equal weights that sum to 1, the response and padding have 0.
-        image_tokens: Integer: the first so many keys are images.
+            have equal weights that sum to 1; rows of the response and padding
+            have weight 0.
+        image_tokens: Integer, the number of keys that are image tokens. They
+            come first.
     """
 
     attention: Attention
@@ -41,8 +43,8 @@ def check_is_dictionary(inputs: object) -> None:
     if not isinstance(inputs, dict):
         raise TypeError(
             "`inputs` must be a dictionary, one batch of the model's inputs. "
-            f"Received: {type(inputs).__name__}. Of a batch of `Haystacks`, "
-            "pass the first element."
+            f"Received: {type(inputs).__name__}. From a batch of "
+            "`Haystacks`, pass the first element."
         )
 
 
@@ -51,13 +53,13 @@ def prompt_attention(
 ) -> list[PromptAttention]:
     """Runs a model and keeps the attention of its text.
 
-    A row is a text token, and there are few: what is kept, and all that is
-    computed from it, grows linearly with the number of images.
+    Each row is a text token, and there are few of them: the kept tensors, and
+    all that is computed from them, grow linearly with the number of images.
 
     Args:
         model: A `keras_laid.MultiImagePaliGemmaCausalLM` or
             `keras_hub.models.PaliGemmaCausalLM`.
-        inputs: One batch of its inputs.
+        inputs: Dictionary of tensors, one batch of the model's inputs.
         layers: Sequence of integers, indices of decoder layers with full
             attention.
 
@@ -65,9 +67,9 @@ def prompt_attention(
         A list of `PromptAttention`, one for each of `layers`.
 
     Raises:
-        ValueError: If `layers` is empty, or an index is out of range or that of
-            a layer with a sliding window; if an input is missing; if an
-            example has no prompt; or if the model is not a PaliGemma.
+        ValueError: If `layers` is empty, or if an index is out of range or
+            belongs to a layer with a sliding window; if an input is missing; if
+            an example has no prompt; or if the model is not a PaliGemma.
         TypeError: If `layers` does not hold integers, or `inputs` is not a
             dictionary.
     """
@@ -86,8 +88,8 @@ def prompt_attention(
     )
     if not (padding > response).any(axis=1).all():
         raise ValueError(
-            "Each example must have a prompt, tokens that `padding_mask` has "
-            "and `response_mask` has not. Received: one without any"
+            "Each example must have a prompt: tokens where `padding_mask` is 1 "
+            "and `response_mask` is 0. Received: an example without any"
         )
     captured = run_capturing(model, inputs, layers)
     length = inputs["token_ids"].shape[1]

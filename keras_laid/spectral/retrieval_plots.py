@@ -17,7 +17,7 @@ from keras_laid.plotting import finish
 from keras_laid.plotting import label_of
 from keras_laid.typing import PathLike
 
-# What the colours stand for.
+# Labels of the colour scale.
 VALUES = {
     "needle": "attention to the needle, less\nthe mean of other segments",
     "score": "score",
@@ -27,7 +27,7 @@ VALUES = {
 }
 OUTLINE = "tab:red"
 MANY_LAYERS = 12  # More are drawn in smaller cells.
-# In inches: cells must be as large in every panel, whatever the models.
+# In inches: cells have the same size in every panel, whatever the models.
 LEFT, RIGHT, TOP, BOTTOM, BETWEEN = 0.55, 1.1, 0.5, 0.75, 0.45
 TITLE, BAR = 1.2, (0.12, 2.2)  # Least width of a title; a bar's size.
 
@@ -40,24 +40,26 @@ def plot_retrieval_heads(
         "needle", "score", "mass", "sharpness", "selectivity"
     ] = "needle",
 ) -> None:
-    """How much each head retrieves, layer by layer, a panel a model.
+    """How much each head retrieves, with one panel for each model.
 
-    Chosen heads are outlined. All panels have one scale of colours, from 0 to
-    1. Layers without full attention, and what is not known, stay grey.
+    Chosen heads are outlined. All panels share one colour scale, from 0 to 1.
+    Layers without full attention and unknown values stay grey.
 
     Args:
         path: File to write.
-        found: Dictionary from names of models to what
-            `keras_laid.find_retrieval_heads` returned.
-        rows: `"text"` or `"image"`, whose statistics are drawn. Defaults to
-            `"text"`.
-        value: An attribute of `HeadStatistics`, or `"score"`, what heads were
-            chosen by. Defaults to `"needle"`.
+        found: Dictionary from names of models to results of
+            `keras_laid.find_retrieval_heads`.
+        rows: `"text"` or `"image"`, the kind of rows whose statistics are
+            drawn. Defaults to `"text"`.
+        value: The number to draw: an attribute of `HeadStatistics`, or
+            `"score"`, by which the heads were chosen. Defaults to `"needle"`.
 
     Raises:
-        TypeError: If a value of `found` is something else, such as `None`.
-        ValueError: If `found` is empty, `value` is unknown, or a model has no
-            statistics of such rows, such as `"needle"` without any needle.
+        TypeError: If a value of `found` is not a result of
+            `find_retrieval_heads`, such as `None`.
+        ValueError: If `found` is empty, if `value` is unknown, or if a model
+            has no such number for these rows, such as `"needle"` where no
+            needle was known.
     """
     check_some("found", found)
     check_choice("value", value, VALUES)
@@ -80,7 +82,7 @@ def plot_retrieval_heads(
     figure = plt.figure(figsize=tuple(size))
 
     def add_axes(left: float, width: float, height: float) -> Axes:
-        """Below the titles, in inches."""
+        """Adds axes below the titles; lengths are in inches."""
         corner = np.array([left, size[1] - TOP - height]) / size
         return figure.add_axes((*corner, *([width, height] / size)))
 
@@ -118,7 +120,7 @@ def plot_retrieval_heads(
 def _table_of(
     name: str, found: RetrievalHeads, rows: str, value: str
 ) -> np.ndarray:
-    """An array of shape `(layers, heads)`, some of which is known."""
+    """The numbers to draw, of shape `(layers, heads)`; not all are NaN."""
     words = "what `keras_laid.find_retrieval_heads` returned"
     check_kind(
         f"found[{name!r}]", found, RetrievalHeads, words, "Leave it out."
@@ -130,14 +132,14 @@ def _table_of(
     if not np.isfinite(table).any():
         raise ValueError(
             f"`found[{name!r}]` must have some numbers to draw. Received: "
-            f"value={value!r}, which is NaN for all heads. Pass another, such "
-            "as `value='score'`."
+            f"value={value!r}, which is NaN for all heads. Pass another "
+            "value, such as `value='score'`."
         )
     return table
 
 
 def _draw_table(axes: Axes, table: np.ndarray, font_size: float) -> AxesImage:
-    """Cells of layers by heads, with their numbers."""
+    """Draws a cell for each layer and head, with its number."""
     image = axes.imshow(
         np.ma.masked_invalid(table),
         vmin=0,

@@ -21,7 +21,7 @@ from keras_laid.spectral.attention_mass import attention_by_distance
 from keras_laid.typing import Tensor
 
 HEADS = ("mean", "best")
-# Below this share of a signal's energy, rounding of float32 is all there is.
+# Energy below this share of a signal's energy is only rounding of float32.
 ROUNDING = 1e-12
 
 
@@ -62,12 +62,12 @@ def power_spectrum(signal: ArrayLike) -> Spectrum:
 def low_frequency_share(signal: ArrayLike, cutoff: float) -> np.ndarray:
     """Share of a signal's energy at low frequencies: `0 < frequency <= cutoff`.
 
-    The constant part, at frequency 0, is left out of both sums: the mass of
-    attention fixes it. Attention to one needle is white and gives the share of
-    frequencies that are low, `2 * cutoff`, up to how they fall on the bins.
-    Attention that changes slowly, as one that decays over the whole window,
-    gives almost 1. It says nothing about how much attention there is: compare
-    `power_spectrum` too.
+    The constant part, at frequency 0, is left out of both energies: it depends
+    only on how much attention there is. Attention to one needle has a flat
+    spectrum, so that its share is about `2 * cutoff`, the share of frequencies
+    that are low. Attention that changes slowly, for example one that decays
+    over the whole window, gives almost 1. The share says nothing about how much
+    attention there is: compare `power_spectrum` too.
 
     Args:
         signal: Array of shape `(..., distances)`.
@@ -75,7 +75,7 @@ def low_frequency_share(signal: ArrayLike, cutoff: float) -> np.ndarray:
 
     Returns:
         A float array of shape `(...)` of shares in `[0, 1]`; NaN where the
-        signal is constant, as of a head that attends evenly.
+        signal is constant, as that of a head that attends evenly.
 
     Raises:
         ValueError: If `cutoff` is out of its range, or if there are fewer than
@@ -87,7 +87,7 @@ def low_frequency_share(signal: ArrayLike, cutoff: float) -> np.ndarray:
         raise ValueError(
             "`cutoff` must be in [1 / distances, 0.5], in cycles per step of "
             f"distance. Received: cutoff={cutoff}, distances="
-            f"{np.shape(signal)[-1]}. Pass a higher one, or a longer signal."
+            f"{np.shape(signal)[-1]}. Pass a higher cutoff or a longer signal."
         )
     low = (frequency > 0) & (frequency <= cutoff)
     varying = power[..., 1:].sum(axis=-1)
@@ -100,24 +100,26 @@ def signal_agreement(
 ) -> np.ndarray:
     """Cosine of two signals, band by band.
 
-    Both signals are filtered to a band; the cosine of what is left is 1 where
-    they rise and fall together, 0 where they have nothing in common, -1 where
-    one rises as the other falls. It depends on where attention goes, not on how
-    much: scaling a signal changes nothing.
+    Both signals are filtered to a band. The cosine of the filtered signals is 1
+    where they rise and fall together, 0 where they have nothing in common, and
+    -1 where one rises as the other falls. It depends on where attention goes,
+    not on how much there is: scaling a signal changes nothing.
 
     Args:
-        one: Array of shape `(..., distances)`.
-        other: Array of a shape that broadcasts to it, with as many distances.
+        one: Array of shape `(..., distances)`, the first signal.
+        other: Array of shape `(..., distances)`, the second signal. It has as
+            many distances as `one`; the other axes broadcast.
         bands: Increasing sequence of frequencies in `[0, 0.5]`. Band `i` is
-            `bands[i] < frequency <= bands[i + 1]`; so frequency 0 is in none.
+            `bands[i] < frequency <= bands[i + 1]`, so frequency 0 is in no
+            band.
 
     Returns:
         A float array of shape `(..., len(bands) - 1)` in `[-1, 1]`; NaN where a
         signal has no energy in the band.
 
     Raises:
-        ValueError: If the signals differ in length, or a band holds no
-            frequency of theirs, or if there are fewer than two distances.
+        ValueError: If the signals differ in length, if a band holds no
+            frequency of the signals, or if there are fewer than two distances.
     """
     check_increasing("bands", bands, "[0, 0.5]")
     if np.shape(one)[-1:] != np.shape(other)[-1:]:
@@ -153,30 +155,40 @@ def band_agreement(
 ) -> np.ndarray:
     """How the attention of two models agrees over distance, band by band.
 
-    `signal_agreement` of their `attention_by_distance`, one number for each
-    example. The models may differ in heads: by `"mean"`, the means over heads
-    and layers are compared, in which sharp heads count most; by `"best"`, each
-    teacher head is compared with the one student head whose signal is most like
-    its own over the batch, and the mean over teacher heads is taken. A match is
-    made once for all examples and bands: made for each, chance would raise it.
+    This is `signal_agreement` of the models' `attention_by_distance`, for each
+    example. The models may have different numbers of heads. With
+    `heads="mean"`, the means over heads and layers are compared; sharp heads
+    count most in these. With `heads="best"`, each teacher head is compared with
+    the student head whose signal is most similar over the batch, and the mean
+    over teacher heads is returned. Heads are matched once for all examples and
+    bands: a match for each of them would raise the agreement by chance.
 
     Args:
-        teacher: A model, as in `attention_by_distance`.
-        student: Another, with the same image tokens.
-        inputs: One batch of inputs of both, without `"positions"`.
-        bands: As in `signal_agreement`, in cycles per token or image.
-        teacher_layers: Indices of decoder layers with full attention.
-        student_layers: The same.
-        per: `"token"` or `"image"`. Defaults to `"token"`.
-        heads: `"mean"` or `"best"`. Defaults to `"mean"`.
+        teacher: A `keras_laid.MultiImagePaliGemmaCausalLM` or
+            `keras_hub.models.PaliGemmaCausalLM`.
+        student: A model of one of these classes, with as many tokens for an
+            image as the teacher.
+        inputs: Dictionary of tensors, one batch of inputs for both models,
+            without `"positions"`.
+        bands: Increasing sequence of frequencies in `[0, 0.5]`, in cycles per
+            token or image (see `per`). Band `i` is
+            `bands[i] < frequency <= bands[i + 1]`.
+        teacher_layers: Sequence of integers, indices of the teacher's decoder
+            layers with full attention. Defaults to `(-1,)`, the last layer.
+        student_layers: Sequence of integers, indices of the student's decoder
+            layers with full attention. Defaults to `(-1,)`, the last layer.
+        per: `"token"` or `"image"`, the unit of distance. Defaults to
+            `"token"`.
+        heads: `"mean"` to compare the models as a whole, or `"best"` to compare
+            single heads, which the mean hides. Defaults to `"mean"`.
 
     Returns:
         A float array of shape `(batch, len(bands) - 1)` in `[-1, 1]`; NaN where
         attention has no energy in the band.
 
     Raises:
-        ValueError: As `attention_by_distance` and `signal_agreement`, or if
-            `heads` is another word.
+        ValueError: In the cases of `attention_by_distance` and
+            `signal_agreement`, or if `heads` is another word.
     """
     check_choice("heads", heads, HEADS)
     one, other = (
@@ -198,7 +210,7 @@ def _heads_of_layers(signal: np.ndarray) -> np.ndarray:
 
 
 def _best_match(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """For each head of `one`, the index of the most similar of `other`."""
+    """For each head of `one`, the index of the most similar head of `other`."""
     whole = signal_agreement(one[:, :, None], other[:, None], (0.0, 0.5))
     return np.nan_to_num(whole[..., 0], nan=-1.0).mean(axis=0).argmax(axis=1)
 
@@ -219,7 +231,7 @@ def _coefficients(signal: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
             "not"
         )
     frequency = np.fft.rfftfreq(count)
-    # Each frequency but 0 and 0.5 stands for its negative too.
+    # Each frequency except 0 and 0.5 stands for its negative too.
     sides = np.where((frequency == 0) | (frequency == 0.5), 1, 2)
     return frequency, np.fft.rfft(signal) * np.sqrt(sides / count)
 

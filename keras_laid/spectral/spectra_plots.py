@@ -1,6 +1,6 @@
 """Pictures of spectra, heads, mixtures and gains. Nothing is computed here.
 
-Where values come with an interval, they are those of `mean_with_interval`.
+Values with an interval are results of `mean_with_interval`.
 """
 
 from collections.abc import Iterable
@@ -36,11 +36,13 @@ def plot_spectra(
 
     Args:
         path: File to write.
-        frequency: Array of shape `(frequencies,)`, of `power_spectrum`.
+        frequency: Array of shape `(frequencies,)`, from `power_spectrum`.
         powers: Dictionary from names of models to an `Interval` of arrays of
-            that shape.
-        per: `"token"` or `"image"`, the unit of distance.
-        cutoff: Optional float; frequencies up to it are shaded as low.
+            shape `(frequencies,)`.
+        per: `"token"` or `"image"`, the unit of distance. Defaults to
+            `"token"`.
+        cutoff: Optional float, in cycles per unit of distance; frequencies up
+            to it are shaded as low. Defaults to `None`, no shading.
     """
     check_some("powers", powers)
     figure, axes = plt.subplots(figsize=(7, 3.8), layout="constrained")
@@ -71,14 +73,14 @@ def plot_intervals(
     ylabel: str,
     reference: tuple[float, str] | None = None,
 ) -> None:
-    """One number a model, with its interval.
+    """One number for each model, with its interval.
 
     Args:
         path: File to write.
         values: Dictionary from names of models to an `Interval` of scalars.
         ylabel: String, what the number is.
-        reference: Optional pair of a number and what it stands for, drawn as a
-            line.
+        reference: Optional pair of a number, drawn as a line, and a string that
+            says what it stands for. Defaults to `None`, no line.
     """
     check_some("values", values)
     figure, axes = plt.subplots(figsize=(5, 3.4), layout="constrained")
@@ -111,11 +113,12 @@ def plot_frequency_shares(
 
     Args:
         path: File to write.
-        wavelengths: Array of shape `(frequencies,)`, of `rotary_wavelengths`.
+        wavelengths: Array of shape `(frequencies,)`, from `rotary_wavelengths`.
         shares: Dictionary from names of models to an `Interval` of arrays of
-            that shape.
-        window: Optional number of tokens; longer wavelengths, which do not turn
-            once within it, are shaded.
+            shape `(frequencies,)`.
+        window: Optional integer, the window in tokens. Longer wavelengths,
+            which do not complete a turn within it, are shaded. Defaults to
+            `None`, no shading.
     """
     check_some("shares", shares)
     figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
@@ -151,10 +154,12 @@ def plot_band_agreement(
 
     Args:
         path: File to write.
-        bands: Edges of the bands, as in `band_agreement`.
+        bands: Increasing sequence of frequencies, the edges of the bands, as
+            passed to `band_agreement`.
         agreements: Dictionary from names of students to an `Interval` of arrays
             of shape `(len(bands) - 1,)`.
-        per: `"token"` or `"image"`, the unit of distance.
+        per: `"token"` or `"image"`, the unit of distance. Defaults to
+            `"token"`.
     """
     check_some("agreements", agreements)
     figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
@@ -194,14 +199,14 @@ def plot_head_activations(
     activations: dict[str, dict[int, np.ndarray]],
     kinds: Mapping[str, np.ndarray],
 ) -> None:
-    """Figure 4: the activation of each head over haystack size.
+    """Figure 4 of the paper: activation of each head over haystack size.
 
     Args:
         path: File to write.
         activations: Dictionary from names of models to dictionaries from size,
             in images, to arrays of shape `(layers, heads)`, means over
             examples.
-        kinds: Dictionary from the same names to what `classify_heads` returned.
+        kinds: Dictionary from names of models to results of `classify_heads`.
     """
     check_some("activations", activations)
     figure, panels = plt.subplots(
@@ -244,12 +249,14 @@ def plot_head_activations(
 def plot_head_mixtures(
     path: PathLike, mixtures: dict[tuple[int, int], np.ndarray]
 ) -> None:
-    """Weights of the teacher's heads in each student head, a panel a layer.
+    """Weights of the teacher's heads in each student head.
+
+    There is one panel for each pair of layers.
 
     Args:
         path: File to write.
         mixtures: Dictionary from pairs `(student_layer, teacher_layer)` to
-            arrays of shape `(student_heads, teacher_heads)`, of
+            arrays of shape `(student_heads, teacher_heads)`, from
             `head_mixtures`.
     """
     check_some("mixtures", mixtures)
@@ -291,9 +298,9 @@ def plot_gains(
 
     Args:
         path: File to write.
-        wavelengths: Array of shape `(frequencies,)`, of `rotary_wavelengths`.
+        wavelengths: Array of shape `(frequencies,)`, from `rotary_wavelengths`.
         gains: Dictionary from indices of layers to arrays of shape
-            `(frequencies,)` or `(heads, frequencies)`, of `rotary_gains`.
+            `(frequencies,)` or `(heads, frequencies)`, from `rotary_gains`.
     """
     check_some("gains", gains)
     figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")

@@ -37,7 +37,7 @@ def make_distiller(student, family, teacher=None):
 
 
 def fit(distiller):
-    """One step; returns the terms and the student's weights."""
+    """Runs one step; returns the terms and the student's weights."""
     inputs = make_inputs(distiller.student)
     history = distiller.fit(inputs, inputs["token_ids"], verbose=0)
     return history.history, [to_numpy(v) for v in distiller.trainable_variables]

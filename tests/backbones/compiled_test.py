@@ -1,4 +1,4 @@
-"""What is compiled follows scopes and gains, whichever model it is of."""
+"""Compiled functions of any model follow the scopes and gains in use."""
 
 import contextlib
 import functools
@@ -103,7 +103,7 @@ GENERATE = ("task", "multi_image", "student")
 
 
 def compile_model(model, learning_rate=0.0):
-    """Losses tell all with a learning rate of 0."""
+    """By default, training changes no weights, so losses can be compared."""
     model.compile(
         optimizer=keras.optimizers.SGD(learning_rate),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -152,9 +152,9 @@ ENTRIES = {
 
 
 def check(scope, wrapper, entries, orders, monkeypatch):
-    """Compares a model with new ones, inside of a scope and outside.
+    """Compares a model with new ones, inside and outside of a scope.
 
-    Each order is a tuple of booleans: whether the model is inside, run by run.
+    Each order is a tuple of booleans: whether each run is inside of the scope.
     """
     task, batch = make_task(), batch_for(wrapper)
     linear = []
@@ -187,7 +187,7 @@ def check(scope, wrapper, entries, orders, monkeypatch):
                 np.testing.assert_allclose(
                     one, right, rtol=2e-4, atol=2e-4, err_msg=message
                 )
-            if scope == "linear_memory":  # With the same outputs.
+            if scope == "linear_memory":  # Outputs are equal.
                 assert bool(linear) == inside, message
     if scope != "linear_memory":
         for entry, one, other in zip(entries, *expected.values(), strict=True):
@@ -225,7 +225,7 @@ def test_a_scope(scope, wrapper, entries, order, monkeypatch):
 @pytest.mark.parametrize("scope", SCOPES)
 def test_every_scope(scope, wrapper, monkeypatch):
     entries = list(ENTRIES)
-    # A token at a time cannot be given the positions of all.
+    # Generation runs one token at a time and cannot take all positions.
     if wrapper not in GENERATE or scope == "positions":
         entries.remove("generate")
     orders = OUTSIDE_FIRST, INSIDE_FIRST
@@ -236,7 +236,7 @@ def test_models_are_found_wherever_they_are():
     task = make_task()
     models = [task, task.backbone, WRAPPERS["subclassed"](task)]
     models.append(keras.Sequential([models[-1]]))
-    functional(make_task())  # Of another backbone.
+    functional(make_task())  # Has another backbone.
 
     def assert_found():
         found = compiled.models_around(task)
@@ -343,7 +343,7 @@ def test_gains_attached_late_train_as_early_ones(wrapper):
         if late:
             loss_of_batch(model, *batch)
             gains = attach_gain_modulation(task)
-            if wrapper == "student":  # Keras's own lose their weights on JAX.
+            if wrapper == "student":  # Keras's own models lose weights on JAX.
                 with pytest.raises(ValueError, match="optimizer"):
                     loss_of_batch(model, *batch)
         compile_model(model, learning_rate=0.1)

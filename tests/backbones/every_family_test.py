@@ -1,4 +1,4 @@
-"""What holds for every family: a row each, with small models."""
+"""Properties of every model family, checked with small models."""
 
 import keras
 import numpy as np
@@ -187,7 +187,7 @@ def generate(model, inputs, prompt):
 def test_generation_with_a_cache_is_that_without(family):
     changes = {}
     if family is small_models.gemma_4:
-        # With a cache KerasHub leaves it out.
+        # KerasHub ignores this option with a cache.
         changes["use_vision_bidirectional_attention"] = False
     model = make_model(family, **changes)
     model.compile(sampler="greedy", **NO_XLA)
@@ -212,7 +212,7 @@ def test_generation_with_a_cache_is_that_without(family):
 @EACH_COMPILED
 def test_positions_given_take_the_place_of_the_models_own(family):
     model = make_model(family)
-    randomize(attach_gain_modulation(model))  # They commute with rotation.
+    randomize(attach_gain_modulation(model))  # Gains commute with rotation.
     inputs = make_inputs(model)
     plain = outputs_of(model, inputs)
     length = small_models.LENGTH
@@ -221,7 +221,7 @@ def test_positions_given_take_the_place_of_the_models_own(family):
     own = np.arange(length)
     with rotary_positions(model, own):
         np.testing.assert_allclose(outputs_of(model, inputs), plain, atol=1e-5)
-    # Only differences count.
+    # Only differences between positions count.
     with rotary_positions(model, own + 7):
         np.testing.assert_allclose(outputs_of(model, inputs), plain, atol=2e-4)
     with rotary_positions(model, 3 * own):
@@ -342,7 +342,7 @@ def test_text_rows_are_all_but_images():
     np.testing.assert_array_equal(
         rows, np.tile(small_models.IS_IMAGE == 0, (2, 1))
     )
-    # Qwen 3.5 counts through the batch.
+    # Qwen 3.5's indices count through the tokens of the whole batch.
     inputs = {"token_ids": np.zeros((2, 4)), "vision_indices": [1, 2, 7]}
     rows = to_numpy(text_rows(inputs))
     np.testing.assert_array_equal(rows, [[1, 0, 0, 1], [1, 1, 1, 0]])

@@ -1,4 +1,4 @@
-"""What tests of untrained extensions share: an oracle, and ways to run."""
+"""Shared by tests of untrained extensions: an oracle, and ways to run."""
 
 import numpy as np
 from keras import ops
@@ -9,7 +9,7 @@ from tests.support import attention_of
 from tests.support import make_multi_image
 from tests.support import to_numpy
 
-# One with a soft cap, several key heads and another scale.
+# The second has a soft cap, several key heads and another scale.
 CONFIGS = [PALI_GEMMA, dict(PALI_GEMMA_2, query_head_dim_normalize=False)]
 
 
@@ -44,7 +44,7 @@ def logits_of(model, inputs):
 
 
 def decoded(model, inputs, prompt=6):
-    """Logits for all text, of which the response comes a token at a time."""
+    """Logits for all text; the response is decoded one token at a time."""
     backbone = model.backbone
     batch, length = inputs["token_ids"].shape
     images = model.encode_images(ops.convert_to_tensor(inputs["images"]))
@@ -80,7 +80,7 @@ def decoded(model, inputs, prompt=6):
 def random_layer_inputs(layer, batch=2, length=21):
     rng = np.random.default_rng(1)
     x = rng.normal(size=(batch, length, layer.hidden_dim)).astype("float32")
-    # Everyone sees the first two thirds; the last third is causal.
+    # All queries see the first two thirds of the keys; the rest is causal.
     row, column = np.indices((length, length))
     mask = (column < 2 * length // 3) | (column <= row)
     mask[:, 1] = False
@@ -89,17 +89,18 @@ def random_layer_inputs(layer, batch=2, length=21):
 
 
 def oracle(layer, x, mask, distance, frequency, scale=1.0, gain=1.0):
-    """The output of an attention layer in float64, each pair by itself.
+    """The output of an attention layer, by plain formulas in float64.
 
-    `distance` is `(batch or 1, length, length)`, of query and key in tokens;
-    `frequency` and `gain` are `(features / 2,)`; `scale` is on the logits.
+    `distance` is `(batch or 1, length, length)`, in tokens between query and
+    key. `frequency` and `gain` are `(features / 2,)`. `scale` multiplies the
+    logits.
     """
 
     def projected(dense):
         return np.einsum("btd,ndh->btnh", x, kernel_of(dense))
 
     def phasors(features):
-        # Halves are paired, as real and imaginary part.
+        # The two halves of the features are real and imaginary parts.
         first, second = np.split(features, 2, axis=-1)
         return first + 1j * second
 

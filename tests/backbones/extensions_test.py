@@ -1,4 +1,4 @@
-"""What holds for YaRN and SelfExtend alike."""
+"""Properties that YaRN and SelfExtend share."""
 
 import contextlib
 import functools
@@ -74,7 +74,7 @@ def test_model_is_left_as_it_was_also_after_an_error(extension):
 @pytest.mark.extra_large_but_on("jax", "torch")
 @EXTENSIONS
 def test_compiled_functions_follow(extension):
-    """`predict` and `generate` are those of the scope inside it alone."""
+    """`predict` and `generate` follow the scope only inside of it."""
     model, inputs = support.make_model(), support.make_inputs()
     model.compile(sampler="greedy", **NO_XLA)
     prompts = {

@@ -1,4 +1,4 @@
-"""What is known of each family, against what its backbone was made with."""
+"""Layers found in each family, against the arguments of its backbone."""
 
 import dataclasses
 
@@ -25,7 +25,7 @@ HEADS = dict(num_query_heads=4, num_key_value_heads=2)
 
 
 def expected(*kinds, **attributes):
-    """One layer for each kind; those with maps have the same attributes."""
+    """One layer for each kind; attention layers have the same attributes."""
     return [
         LinearLayer(index)
         if kind == "linear"
@@ -42,7 +42,7 @@ def with_head_dim(head_dim, **attributes):
         wavelength=1e4,
     )
     found = defaults | attributes
-    # Halves of what is turned make pairs, where nothing else is said.
+    # By default, the two halves of the rotated features make pairs.
     return {"pair_distance": found["rotary_dim"] // 2} | found
 
 

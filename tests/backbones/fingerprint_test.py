@@ -1,4 +1,4 @@
-"""All that answers depend on is in a model's fingerprint."""
+"""A model's fingerprint covers everything that its answers depend on."""
 
 import contextlib
 
@@ -118,7 +118,7 @@ def test_models_made_otherwise_differ(model, kwargs):
 
 
 def test_lengths_do_not_count(model):
-    """They are set for each batch."""
+    """Sequence lengths are set for each batch."""
     other = make()
     other.preprocessor.sequence_length = 99
     assert fingerprint(other) == fingerprint(model)

@@ -1,4 +1,4 @@
-"""One run of a model, with all that may be asked of it at once."""
+"""One run of a model that returns all values requested at once."""
 
 import keras
 import numpy as np

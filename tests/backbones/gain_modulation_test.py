@@ -28,7 +28,7 @@ PALI_GEMMA_2 = dict(
     query_head_dim_normalize=False,
     sliding_window_size=3,
 )
-# As many key heads as query heads: nothing tells them apart by their shape.
+# As many key heads as query heads: their shapes do not tell them apart.
 EQUAL_HEADS = dict(PALI_GEMMA, num_key_value_heads=4)
 CONFIGS = pytest.mark.parametrize(
     "config",
@@ -139,7 +139,7 @@ def test_compiled_functions_follow(per_head):
 
 
 def attention_logits(attention, x):
-    """What the attention gets as queries and keys, multiplied out."""
+    """Products of the queries and keys that the attention gets."""
     query = attention._apply_rope(attention.query_dense(x), 0)
     key = attention._apply_rope(attention.key_dense(x), 0)
     key = ops.repeat(key, attention.num_key_value_groups, axis=2)
@@ -244,7 +244,7 @@ def test_gains_alone_are_trained_where_the_rest_is_frozen():
 
 
 @pytest.mark.skipif(
-    keras.backend.backend() != "torch", reason="About torch's own parameters."
+    keras.backend.backend() != "torch", reason="Checks torch's own parameters."
 )
 @PER_HEAD
 def test_gains_are_parameters_of_the_module(per_head):
@@ -289,7 +289,7 @@ def test_cached_generation_uses_the_gains(per_head):
     np.testing.assert_array_equal(generate(model), plain)
     randomize(gains)
     tokens = generate(model)
-    # Every token is the one the whole sequence, without a cache, predicts.
+    # The whole sequence, run without a cache, predicts the same tokens.
     inputs = dict(make_inputs(10), token_ids=tokens)
     logits = outputs_of(model, inputs)
     np.testing.assert_array_equal(
@@ -409,7 +409,7 @@ def test_gains_of_each_head_do_not_fold_into_lora(tmp_path):
     for path, value in weights_of(model).items():
         np.testing.assert_array_equal(value, weights[path])
     assert len(gain_layers(model)) == 2
-    # What the refusal says to do.
+    # The remedy that the error message names.
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     fold_gain_modulation(loaded)
@@ -428,7 +428,7 @@ def test_quantized_kernels_are_refused(tmp_path, per_head):
     ):
         fold_gain_modulation(model)
     np.testing.assert_array_equal(outputs_of(model), gained)
-    # What the refusal says to do.
+    # The remedy that the error message names.
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     np.testing.assert_allclose(outputs_of(loaded), gained, atol=1e-5)

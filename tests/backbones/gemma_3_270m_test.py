@@ -58,8 +58,8 @@ def test_known_text_is_likely(model):
 
 
 def test_retrieval_heads_of_two_batches_are_the_same(model):
-    # Without instructions it seldom answers such questions, so that its answers
-    # without these heads would show little.
+    # Without instructions, the model seldom answers such questions. Its answers
+    # without these heads would therefore show little.
     tokenizer = model.preprocessor.tokenizer
     found = []
     for seed in (1, 2):

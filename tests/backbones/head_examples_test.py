@@ -1,4 +1,4 @@
-"""Which examples and rows count, whatever batches are made of."""
+"""Which examples and rows count in the statistics of heads."""
 
 import keras
 import numpy as np
@@ -21,7 +21,7 @@ def test_examples_without_two_segments_do_not_count():
     model, batches = several_texts()
     batches[0]["segments"][1] = 0
     batches[1]["segments"][0] = np.minimum(batches[1]["segments"][0], 1)
-    # Segments of padding, and one with no row behind it.
+    # Segments that are padding, and a segment that no row follows.
     batches[2]["segments"][0, -3:] = 7
     batches[2]["segments"][1, -2] = 2
     found = find_retrieval_heads(model, batches)

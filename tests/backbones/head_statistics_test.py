@@ -1,4 +1,4 @@
-"""Statistics of heads are those of plain loops in NumPy."""
+"""Statistics of heads agree with plain loops in NumPy."""
 
 import numpy as np
 import pytest
@@ -66,7 +66,7 @@ def test_a_head_that_always_looks_at_the_same_place_does_not_retrieve():
 def test_examples_without_a_needle_count_in_all_but_needle():
     model, batches = several_texts()
     batches[0]["needle"] = np.array([-1, 2])
-    batches[1]["needle"] = np.array([3, 4])  # There are four segments.
+    batches[1]["needle"] = np.array([3, 4])  # Segments are 0 to 3.
     batches[2]["needle"] = np.array([-1, -1])
     found = find_retrieval_heads(model, batches)
     examples = retrieval_support.examples(model, batches)
@@ -107,7 +107,7 @@ def test_batches_of_one_example_are_pooled():
     found = find_retrieval_heads(model, ones)
     examples = retrieval_support.examples(model, batches)
     assert_statistics(found.by_rows["text"], examples)
-    with pytest.raises(ValueError, match="two examples or more must have as"):
+    with pytest.raises(ValueError, match="two examples or more must have the"):
         find_retrieval_heads(model, ones[:1])
 
 
@@ -127,7 +127,7 @@ def test_layers_may_have_different_numbers_of_heads():
         np.testing.assert_array_equal(
             np.isfinite(table), [[0] * 4, [1, 1, 0, 0], [1] * 4]
         )
-        # The best of heads that there are; needles 0, 1 and 2 are known.
+        # `ranked` skips heads that do not exist. Needles 0, 1 and 2 are known.
         assert {layer for layer, _ in ranked(table)} == {1, 2}
     of_layer = examples.rows[1]
     attention = of_layer.shares * of_layer.mass[..., None]

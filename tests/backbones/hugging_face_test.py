@@ -1,4 +1,4 @@
-"""A model in a folder as Hugging Face writes them, through all the tools."""
+"""A model folder in Hugging Face's format, used with all the tools."""
 
 import json
 
@@ -78,7 +78,7 @@ def test_gains_capture_and_distillation(tmp_path):
     gains = attach_gain_modulation(student)
     with captured_attention(student, [0]) as captured:
         np.testing.assert_array_equal(to_numpy(student(inputs)), plain)
-    # The first query is not turned yet.
+    # Rotation leaves the query at position 0 unchanged.
     x = tensors["model.embed_tokens.weight"][inputs["token_ids"][:, 0]]
     x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
     x = x * tensors["model.layers.0.input_layernorm.weight"]

@@ -1,4 +1,4 @@
-"""The same attention as KerasHub's, without tensors of length squared."""
+"""KerasHub's attention without tensors whose size is length squared."""
 
 import keras
 import numpy as np
@@ -30,7 +30,7 @@ FAMILIES = [
 FAMILIES.append(small_models.mistral_sliding)
 TRAINED = [family for family in FAMILIES if family in small_models.FAMILIES]
 REMATERIALIZE = (False, True)
-if BACKEND != "torch":  # Compilers take their time.
+if BACKEND != "torch":  # Compiling takes long.
     FAMILIES = [
         small_models.pali_gemma_2,
         small_models.gemma_3,
@@ -43,7 +43,7 @@ if BACKEND != "torch":  # Compilers take their time.
 
 @pytest.fixture(autouse=True, scope="module")
 def small_blocks():
-    """So that small tests have several blocks, the last one not full."""
+    """Gives small tests several blocks, the last one not full."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(row_blocks, "ROWS", 7)
         yield
@@ -56,7 +56,7 @@ def test_outputs_are_the_models_own(family):
     expected = to_numpy(model(inputs))
     with linear_memory_attention(model):
         found = to_numpy(model(inputs))
-    assert np.abs(found - expected).max() > 0  # It was computed otherwise.
+    assert np.abs(found - expected).max() > 0  # Another computation ran.
     # Padding may attend nothing, where windows are short.
     present = inputs["padding_mask"] > 0
     np.testing.assert_allclose(found[present], expected[present], atol=2e-5)
@@ -92,7 +92,7 @@ def test_prefix_masks_that_are_not_given(missing):
 
 
 def one_step(family, **kwargs):
-    """The terms and the student's weights."""
+    """Runs one step; returns the terms and the student's weights."""
     student = make_model(family)
     keras_laid.attach_gain_modulation(student)
     distiller = keras_laid.DistanceWeightedAttentionDistillation(
@@ -138,7 +138,7 @@ def test_a_named_implementation_computes_both_models(
         linear_memory="definition",
         rematerialize=rematerialize,
     )
-    assert len(names) >= 4  # Two layers of each.
+    assert len(names) >= 4  # Two layers of each model.
     assert set(names) == {"definition"}
 
 
@@ -163,7 +163,7 @@ def test_generation_is_the_same():
 
 
 @pytest.mark.skipif(
-    BACKEND != "jax", reason="Only JAX tells a compiled program's memory."
+    BACKEND != "jax", reason="Only JAX reports a compiled program's memory."
 )
 def test_memory_is_linear_in_length(monkeypatch):
     import jax

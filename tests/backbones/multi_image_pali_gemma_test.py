@@ -1,4 +1,4 @@
-"""Several images, one image, positions, and what is caught on the way."""
+"""Several images, one image, positions, and captured attention."""
 
 import keras
 import keras_hub
@@ -216,7 +216,7 @@ def test_saved_and_loaded(tmp_path):
 
 @CONFIGS
 def test_captured_attention_is_the_layers_own(config):
-    """Attention from what is caught equals what the layer computed."""
+    """Attention from captured queries and keys equals the layer's own."""
     model = MultiImagePaliGemmaCausalLM(make_pali_gemma(config).backbone)
     inputs = make_inputs(images=2)
     layer = attention_of(model)[-1]

@@ -1,4 +1,4 @@
-"""Prompts that tell the passwords of ten people and ask for that of one."""
+"""Prompts that tell the passwords of ten people and ask for one of them."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ PEOPLE = (
     "Anna Bob Clara David Emma Frank George Helen Ivan Julia Kevin Laura Mark "
     "Nina Oscar Paul Rosa Steve Tom Vera"
 ).split()
-# Each is one token.
+# Each password is one token.
 PASSWORDS = (
     "tiger dog cat horse fish bear wolf lion bird snake mouse cow sheep frog "
     "duck goat fox eagle whale rabbit"
@@ -19,9 +19,10 @@ def passwords(tokenizer, seed, batch=16, start=()):
 
     Args:
         tokenizer: `keras_hub.tokenizers.Tokenizer`.
-        seed: Integer. Draws people, passwords, and whose is asked for.
-        batch: Integer, the number of prompts.
-        start: Sequence of ids, tokens that a prompt of the model begins with.
+        seed: Integer, the seed of people, passwords and the person asked about.
+        batch: Integer, the number of prompts. Defaults to `16`.
+        start: Sequence of integers, ids of the tokens that begin each prompt.
+            Defaults to `()`.
     """
     rng = np.random.default_rng(seed)
     prompts, needles, answers = [], [], []

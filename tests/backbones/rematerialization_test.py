@@ -1,4 +1,4 @@
-"""A student whose blocks run twice learns the same and keeps less."""
+"""A student whose blocks run twice learns the same and stores less."""
 
 import keras
 import numpy as np
@@ -18,14 +18,14 @@ from tests.support import make_terms
 from tests.support import to_numpy
 
 BACKEND = keras.backend.backend()
-# Compilers take their time.
+# Compiling takes long.
 FAMILIES = [small_models.pali_gemma]
 if BACKEND == "torch":
     FAMILIES = small_models.FAMILIES
 
 
 def one_step(family, rematerialize):
-    """The terms and the student's weights."""
+    """Runs one step; returns the terms and the student's weights."""
     student = make_model(family)
     keras_laid.attach_gain_modulation(student)
     distiller = keras_laid.DistanceWeightedAttentionDistillation(
@@ -37,7 +37,7 @@ def one_step(family, rematerialize):
         keras.optimizers.SGD(0.1), rematerialize=rematerialize, **NO_XLA
     )
     inputs = make_inputs(student)
-    if family is not small_models.phi_3:  # It takes one set for a batch.
+    if family is not small_models.phi_3:  # Takes one set of positions.
         length = LENGTH + (
             4 if "images" in inputs and "response_mask" in inputs else 0
         )
@@ -49,7 +49,7 @@ def one_step(family, rematerialize):
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
 def test_learns_the_same(family):
-    # Also at given positions, although blocks run again outside of all scopes.
+    # Given positions apply even though blocks rerun outside of all scopes.
     terms, weights = one_step(family, rematerialize=False)
     same_terms, same_weights = one_step(family, rematerialize=True)
     for name, values in terms.items():
@@ -72,7 +72,7 @@ def test_vision_blocks_are_found(family):
     assert len(vision_blocks(backbone)) == 1
 
 
-@pytest.mark.skipif(BACKEND != "jax", reason="Only JAX tells what is kept.")
+@pytest.mark.skipif(BACKEND != "jax", reason="Only JAX shows stored values.")
 def test_keeps_less():
     import jax
 

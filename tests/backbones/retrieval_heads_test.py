@@ -23,7 +23,7 @@ from tests.support import to_numpy
 
 
 def with_needles(batches, examples, head):
-    """The needle is where that head looks; the batches with it, too."""
+    """Batches with needles where a head looks most, and these needles."""
     needles = []
     for each in examples:
         _, _, shares = retrieval_support.sharpest(
@@ -99,7 +99,7 @@ def test_no_head_is_chosen_where_none_finds_the_needle():
     examples = retrieval_support.examples(model, [inputs])
 
     def best_score(example, needle):
-        """Of all heads, in one example."""
+        """The best score of all heads, in one example."""
         return max(
             retrieval_support.statistics(
                 [of_layer[example]._replace(needle=needle)]
@@ -163,7 +163,7 @@ def test_others_are_the_worst_that_are_not_chosen(chosen, others, monkeypatch):
 
 
 def answers_kept_without(model, batches, heads, marks):
-    """Whether each marked answer stays without some rows of kernels."""
+    """Whether each marked answer stays the same without some heads."""
     whole = [answers(model, x) for x in batches]
     kernels = [
         layer.layer._output_dense.kernel for layer in attention_layers(model)

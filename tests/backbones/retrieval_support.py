@@ -18,7 +18,7 @@ from tests.backbones.small_models import make_model
 from tests.support import to_numpy
 
 STATISTICS = ("mass", "sharpness", "selectivity", "needle")
-# Of a prompt without images: four segments, text before, between and after.
+# A prompt without images: four segments with text around them.
 TEXT_SEGMENTS = np.array([0, 1, 1, 2, 2, 2, 0, 3, 3, 4, 0, 0, 0, 0, 0, 0])
 
 
@@ -31,10 +31,10 @@ def prompts(family, model, batches=4):
 
 
 def with_segments(family, inputs):
-    """The images where a model takes several, else some numbered tokens."""
+    """Inputs with segments: images of the model, or numbered tokens."""
     batch = len(inputs["token_ids"])
     if family in (small_models.pali_gemma, small_models.pali_gemma_2):
-        # One image alone: its tokens and the first ones of text are segments.
+        # A single image: its tokens and the first text token make segments.
         numbers = [1, 1, 2, 2, 3] + [0] * (small_models.LENGTH - 1)
         return dict(inputs, segments=np.tile(numbers, (batch, 1)))
     if "vision_mask" in inputs:
@@ -44,7 +44,7 @@ def with_segments(family, inputs):
 
 
 def numbers_of(inputs, length):
-    """The segment of each of so many keys, from 1."""
+    """The segment of each of `length` keys, counted from 1."""
     if "segments" in inputs:
         return np.asarray(inputs["segments"])
     if "vision_mask" in inputs:
@@ -107,7 +107,7 @@ def capture(model, inputs):
 
 
 def rows_of_kind(inputs, allowed, kind, sample_weight=None):
-    """For each example a list of the rows that count."""
+    """For each example, a list of the rows that count."""
     batch, length, _ = allowed.shape
     numbers = numbers_of(inputs, length)
     text_length = inputs["token_ids"].shape[1]
@@ -155,13 +155,13 @@ def sharpest(maps, numbers, rows):
 
 
 class Example(NamedTuple):
-    """Of one example: the maps of a layer, segments of keys, rows and needle.
+    """Attention maps of one layer for one example, with segments and needle.
 
     Attributes:
         maps: Array of shape `(heads, rows, keys)`.
-        numbers: Integer array of shape `(keys,)`, from 1.
-        rows: List of integers, those that count.
-        needle: Integer from 0, or `None`.
+        numbers: Integer array of shape `(keys,)`, segments counted from 1.
+        rows: List of integers, the rows that count.
+        needle: Integer, the segment with the needle counted from 0, or `None`.
     """
 
     maps: np.ndarray
@@ -210,7 +210,10 @@ def statistics(examples):
 
 
 def mutual_information(shares):
-    """Between examples and segments, in units of its bound, by group."""
+    """Mutual information of example and segment, as a share of its bound.
+
+    Examples are compared only if they have equally many segments.
+    """
     total = compared = 0
     for size in {len(each) for each in shares}:
         alike = [each for each in shares if len(each) == size]
@@ -238,7 +241,7 @@ def plant(model, layer, head, gain=6.0):
 
 
 def assert_statistics(found, examples, atol=1e-4):
-    """Statistics of every layer are those in NumPy, NaN in other layers."""
+    """Asserts statistics as in NumPy, and NaN in layers without examples."""
     expected = {
         layer: statistics(of_layer) for layer, of_layer in examples.items()
     }
@@ -274,7 +277,7 @@ def several_texts(batches=4):
 
 
 def weights(batches, marked=(8, 13)):
-    """Sample weights of each batch, one marked token an example."""
+    """Sample weights of each batch, with one marked token per example."""
     found = np.zeros((len(batches), 2, small_models.LENGTH), "float32")
     found[:, [0, 1], marked] = 0.5
     return list(found)

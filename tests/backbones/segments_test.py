@@ -82,7 +82,7 @@ def test_images_of_qwen_are_numbered_in_each_prompt():
     model = make_model(small_models.qwen_3_5)
     numbers = [[0, 1, 1, 0, 0, 2, 2, 0], [0, 0, 0, 1, 1, 0, 0, 0]]
     assert_segments(segments_of(model, qwen_inputs(), 8, 2), numbers, 2)
-    # How many images each prompt has is not said.
+    # The inputs do not say how many images each prompt has.
     with pytest.raises(ValueError, match="number of segments must be known"):
         segments_of(model, qwen_inputs(), 8)
 

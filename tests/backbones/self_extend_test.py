@@ -25,13 +25,13 @@ from tests.support import to_numpy
 CONFIGS = pytest.mark.parametrize(
     "config", support.CONFIGS, ids=["pali_gemma", "pali_gemma_2"]
 )
-# A window that groups do not divide.
+# The group size does not divide the window.
 SETTINGS = dict(group_size=3, neighbor_window=5)
 FREQUENCY = 10000 ** (-np.arange(0, 8, 2) / 8)
 
 
 def paper_distances(positions, group_size, neighbor_window):
-    """Pair by pair, of positions `(length,)`: algorithm 1 of the paper.
+    """Distances by algorithm 1 of the paper, for positions `(length,)`.
 
     A key after the query is at the mirrored pair's distance, negated.
     """

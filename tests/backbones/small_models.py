@@ -20,7 +20,7 @@ DECODER = dict(
     hidden_dim=16,
     intermediate_dim=16,
 )
-# What a larger model of the family has more of.
+# Arguments of a larger model of the same family.
 LARGER = dict(num_layers=2, num_query_heads=8, hidden_dim=32)
 
 
@@ -207,12 +207,12 @@ SLIDING = {
     qwen_sliding: keras_hub.models.QwenCausalLM,
 }
 FAMILIES = tuple(TASKS)
-# Of those that compile: a prefix and soft caps, images among text, and neither.
+# A prefix and soft caps, images among text, and neither of them.
 FEW = (pali_gemma_2, gemma_3, llama)
 
 
 def families(*backends):
-    """Parameters of a test; most are extra large but on some backends."""
+    """Parameters of a test; most are extra large except on some backends."""
     mark = pytest.mark.extra_large_but_on(*backends)
     return [
         family if family in FEW else pytest.param(family, marks=mark)

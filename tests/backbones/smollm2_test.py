@@ -29,7 +29,7 @@ pytestmark = [
 ]
 PROMPT = "The capital of France is"
 IM_END = 2  # Ends an answer.
-# What the model has read often.
+# Text that the model has often read.
 TEXT = (
     "The quick brown fox jumps over the lazy dog. To be, or not to be, that is "
     "the question. We hold these truths to be self-evident, that all men are "
@@ -40,7 +40,7 @@ TEXT = (
 
 @pytest.fixture(scope="module")
 def model():
-    """With the file's weights; each test leaves them as they were."""
+    """A model with the file's weights, which each test leaves unchanged."""
     from benchmarks.real_models.models import make_task
 
     model = make_task("smollm2_135m_instruct")
@@ -119,7 +119,7 @@ def test_retrieval_heads_find_facts(model, tokenizer):
     assert 1 < len(chosen) < 20
     assert len(chosen & again) >= max(len(chosen), len(again)) / 2
     assert all(each.score.max() > 0.7 for each in found)
-    # Chosen on some prompts, left out on others.
+    # Heads are chosen on one batch and silenced on another one.
     inputs, answers = batches[1]
     whole = accuracy(model, inputs, answers)
     rest = [head for head in ranked(found[0].score) if head not in chosen]

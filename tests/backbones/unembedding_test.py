@@ -1,4 +1,4 @@
-"""Hidden states and what makes logits of them, against a model's logits."""
+"""Hidden states and their unembedding, against a model's logits."""
 
 import numpy as np
 import pytest
@@ -57,7 +57,7 @@ def test_makes_the_models_own_logits(family, change):
     ids=lambda family: family.__name__,
 )
 def test_the_gradient_of_rounded_hidden_states(family, mode):
-    """Goes straight through: that of rounding itself is 0."""
+    """The gradient skips the rounding, whose own gradient is 0."""
     model = make_model(family)
     rng = np.random.default_rng(0)
     hidden, slope = (

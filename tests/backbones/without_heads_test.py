@@ -14,7 +14,7 @@ from tests.support import to_numpy
 
 
 def output_kernel(layer):
-    """Of shape `(heads, head_dim, hidden_dim)`."""
+    """The output kernel, of shape `(heads, head_dim, hidden_dim)`."""
     attention = layer.layer
     for name in ("output_dense", "_output_dense"):
         if hasattr(attention, name):
@@ -38,7 +38,7 @@ def test_as_without_rows_of_the_output_kernel(family):
     model = make_model(family)
     inputs = make_inputs(model)
     layers = [x for x in attention_layers(model) if x.kind != "linear"]
-    # The first may have a sliding window.
+    # The first layer may have a sliding window.
     heads = [(layers[-1].index, 2), (layers[0].index, 3), (layers[0].index, 0)]
     plain = to_numpy(model(inputs))
     with unchanged(model):

@@ -1,4 +1,4 @@
-"""What is read ahead is of its own epoch, and comes once."""
+"""Batches that workers read ahead belong to their epoch and come once."""
 
 import time
 
@@ -31,12 +31,12 @@ class Numbered(keras.utils.PyDataset):
 
 
 class Reader(keras.Sequential):
-    """Notes what it is trained on, or evaluated."""
+    """Records the batches that it is trained or evaluated on."""
 
     def __init__(self, layers):
         super().__init__(layers)
         self.read = []
-        # Never built, as preprocessors: Keras builds in each `fit`.
+        # Never built, like a preprocessor: Keras builds in each `fit`.
         self.unused = keras.layers.Dense(1)
 
     def fit(self, x, **kwargs):
@@ -57,7 +57,7 @@ class Reader(keras.Sequential):
         return super().test_step(*arguments)
 
     def note(self, arguments):
-        x, _ = arguments[-1]  # JAX gives a state first.
+        x, _ = arguments[-1]  # JAX passes a state first.
         x = keras.ops.convert_to_numpy(x)
         self.read.append(tuple(x[0].astype(int).tolist()))
 

@@ -20,7 +20,7 @@ from tests.support import to_numpy
 CONFIGS = pytest.mark.parametrize(
     "config", support.CONFIGS, ids=["pali_gemma", "pali_gemma_2"]
 )
-# In the range where frequencies of 8 features are kept, mixed and divided.
+# With these, frequencies of 8 features are kept, mixed and divided.
 PAPER = dict(factor=6.0, original_length=40, beta_fast=4.0, beta_slow=0.3)
 SETTINGS = dict(PAPER, ramp="turns")
 
@@ -28,7 +28,7 @@ SETTINGS = dict(PAPER, ramp="turns")
 def paper_frequencies(
     features, factor, original_length, beta_fast=32.0, beta_slow=1.0
 ):
-    """One by one: section 3.2 of the paper, wavelengths and all."""
+    """Frequencies one by one, as in section 3.2 of the paper."""
     found = []
     for d in range(features // 2):
         theta = 10000 ** (-2 * d / features)
@@ -151,7 +151,7 @@ def test_captured_queries_are_interpolated():
     with yarn(model, **SETTINGS), captured_attention(model, [0]) as captured:
         support.logits_of(model, inputs)
     found, before = (to_numpy(c[0].query) for c in (captured, plain))
-    # At position 0 there is no rotation, but the temperature.
+    # At position 0, only the temperature changes the query.
     np.testing.assert_allclose(
         found[:, 0], before[:, 0] * (0.1 * np.log(6.0) + 1), atol=1e-5
     )

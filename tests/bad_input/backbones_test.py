@@ -1,6 +1,6 @@
-"""What reads a KerasHub model, changes it for a while, or plans for it.
+"""Wrong calls that read or change a KerasHub model, or plan for it.
 
-After each refused call the model is as it was.
+Each refused call leaves the model unchanged.
 """
 
 import types
@@ -63,7 +63,7 @@ def at(model, positions):
 
 
 def nested(outer, inner, model):
-    """`inner` of a model inside of a scope of it."""
+    """Calls `inner(model)` inside of the scope `outer(model)`."""
     with outer(model):
         inner(model)
 
@@ -287,7 +287,7 @@ ROWS = [
             rule,
         )
         for kind, positions, error, rule in (
-            ("in a list", [0, 1, 2], ValueError, "Make an array of a list"),
+            ("in a list", [0, 1, 2], ValueError, "Convert lists to arrays"),
             ("of one number", np.array(3), ValueError, "must be a tensor of"),
             ("of floats", np.ones(3), TypeError, "tensor of dtype int"),
             ("of M-RoPE", np.ones((1, 4, 3), int), ValueError, "with M-RoPE"),
@@ -540,7 +540,7 @@ ROWS = [
             m.several, data=[{k: v[:1] for k, v in prompts().items()}]
         ),
         ValueError,
-        "two examples or more must have as many segments",
+        "two examples or more must have the same number",
         "1 batches",
         "Pass more batches",
     ),

@@ -1,6 +1,6 @@
-"""The distiller, its data, a teacher's store, and resumed training.
+"""Wrong calls of distillers, stored teachers and resumable training.
 
-After each refused call models, and files in the folder, are as they were.
+Each refused call leaves models and files unchanged.
 """
 
 import json
@@ -90,7 +90,7 @@ def compiled(g, **changes):
 
 
 def fit(g, x=None, y=None, sample_weight=None, through="fit"):
-    """Runs a batch of which some is replaced, through a method."""
+    """Runs the batch with some parts replaced, through a method."""
     batch = [
         own if other is None else other
         for own, other in zip(g.batch, (x, y, sample_weight), strict=True)
@@ -99,7 +99,7 @@ def fit(g, x=None, y=None, sample_weight=None, through="fit"):
 
 
 def fit_arrays(g, x=None, y=None, **kwargs):
-    """Runs a batch of which some is replaced, not from a dataset."""
+    """Runs the batch with some parts replaced, as arrays."""
     x, y = x or g.batch[0], g.batch[1] if y is None else y
     weights = {} if kwargs else {"sample_weight": marks(g)}
     g.distiller.fit(x, y, verbose=0, **kwargs, **weights)
@@ -130,7 +130,7 @@ def size_of(g):
 
 
 def replaced(g, part, token):
-    """Labels or token ids of the batch, with another one in the first row."""
+    """Token ids or labels of the batch, with one replaced in the first row."""
     tokens = np.array((g.batch[0]["token_ids"], g.batch[1])[part])
     tokens[0, 12] = token
     return tokens
@@ -199,7 +199,7 @@ CONSTRUCTOR = [
         "a teacher of one image",
         lambda g: make(g, teacher=make_pali_gemma(None, g.preprocessor)),
         ValueError,
-        "several images a prompt, or both one",
+        "several images in a prompt, or both one",
     ),
     refused(
         "another vocabulary",

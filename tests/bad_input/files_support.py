@@ -1,4 +1,4 @@
-"""What the tables of wrong calls share."""
+"""Shared by the tables of wrong calls."""
 
 import pytest
 
@@ -11,7 +11,7 @@ def wrong(name, call, words, error=ValueError):
 
 
 def snapshot(folder):
-    """All that is below a folder: from path to bytes, `None` for a folder."""
+    """A dictionary from paths below a folder to bytes; `None` for folders."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         if path.is_file()

@@ -1,4 +1,4 @@
-"""Wrong files: what is read is checked, and a refused call leaves it alone."""
+"""Wrong files are refused, and a refused call leaves them unchanged."""
 
 import json
 import os
@@ -339,7 +339,7 @@ def output(answered, tmp_path):
 
 
 def line(change):
-    """A change of the first record of the answers."""
+    """An edit that changes the first record of the answers."""
 
     def edit(output):
         path = output / "answers.jsonl"
@@ -436,7 +436,7 @@ def test_a_refused_call_does_not_begin_an_evaluation(tmp_path):
     with pytest.raises(TypeError, match="list of strings"):
         evaluate(tmp_path, function=lambda images, prompts: None)
     assert snapshot(tmp_path) == {}
-    evaluate(tmp_path, max_answer_tokens=9)  # Other settings, all the same.
+    evaluate(tmp_path, max_answer_tokens=9)  # With other settings.
 
 
 def test_a_torn_line_is_replaced(output):
@@ -516,7 +516,7 @@ def test_sizes_in_a_list_are_the_same_dataset():
     assert config(sizes=[1, 2]).name == config(sizes=(1, 2)).name
 
 
-# Presets. Nothing in one may run.
+# Presets. Code in a preset must not run.
 
 
 def code(path):
@@ -584,7 +584,7 @@ def plan(preset):
 @pytest.mark.parametrize(
     "name, load",
     [(name, from_preset) for name in POISONED]
-    # A plan has dtypes of its own.
+    # A plan does not use a preset's dtype.
     + [(name, plan) for name in POISONED if "dtype" not in name],
 )
 def test_poisoned_presets_run_nothing(tmp_path, name, load):
@@ -600,7 +600,7 @@ EMBEDDING = "layers/reversible_embedding/vars/0"
 
 
 def of_weights(change):
-    """An edit that makes one dataset of a preset's weights again."""
+    """An edit that replaces one dataset of a preset's weights."""
 
     def edit(preset, path):
         with h5py.File(preset / "model.weights.h5", "a") as file:
@@ -661,7 +661,7 @@ def test_poisoned_weights_run_nothing(tmp_path, edit, words):
 
 
 def test_archives_write_nowhere_else(tmp_path, monkeypatch):
-    """A `.keras` file is a zip: what else it holds is not unpacked."""
+    """A `.keras` file is a zip: its other entries are not unpacked."""
     folder = tmp_path / "folder"
     folder.mkdir()
     monkeypatch.chdir(folder)

@@ -29,7 +29,7 @@ IMAGES = np.zeros((2, 16, 16, 3), "uint8")
 
 
 class Blank(PairSource):
-    """A source of blank images, or of what `make` makes."""
+    """A source of blank images, or of the values that `make` returns."""
 
     image_size = 16
 
@@ -223,12 +223,12 @@ ASKED = [
     wrong(
         "a blank question",
         lambda: haystack(question=" "),
-        "a question that is not empty",
+        "options that are not empty",
     ),
     wrong(
         "an answer in capitals",
         lambda: haystack(answer="Yes"),
-        r"an answer in \('yes', 'no'\). .*answer='Yes'",
+        "answer must be one of `options`.*answer='Yes'",
     ),
     wrong(
         "a haystack of nothing",

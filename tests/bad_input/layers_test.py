@@ -1,4 +1,4 @@
-"""Layers, and what is made of numbers alone."""
+"""Wrong calls of layers, and of objects made only from numbers."""
 
 import keras
 import numpy as np
@@ -17,7 +17,7 @@ NAN, INFINITY = float("nan"), float("inf")
 
 
 def numbers(name, make, right, integer, wrong):
-    """Rows for an argument that is a number: other kinds, and out of range."""
+    """Rows for a numeric argument: wrong types, and values out of range."""
     kind = "an integer" if integer else "a number"
     for value in ("1", True, None, *([2.5] if integer else [])):
         if value is None and right is None:

@@ -1,4 +1,4 @@
-"""Ops and what describes their inputs."""
+"""Wrong calls of ops, and of the classes that describe their inputs."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The form of a table of wrong calls, and what they may not do."""
+"""Tables of wrong calls, and checks that these calls change nothing."""
 
 import contextlib
 import pathlib
@@ -11,9 +11,9 @@ from keras_laid.backbones.decoder import backbone_of
 
 
 def refused(name, call, error, *words):
-    """A row: a call, what it raises, and what the message says in order.
+    """A row: a call, its exception, and parts of the message in order.
 
-    A message tells the rule, then what was received, then what to do.
+    A message tells the rule, then the value received, then the remedy.
     """
     return pytest.param(call, error, words, id=name)
 
@@ -51,7 +51,7 @@ def state_of(model):
     )
 
 
-# What Keras itself puts into a layer that is called.
+# Attributes that Keras itself adds to a layer when it is called.
 BY_CALLS = {"_losses", "_loss_ids"}
 
 

@@ -1,4 +1,4 @@
-"""What rows of mutation testing say of each mutant."""
+"""Outcomes of mutants, as read from the rows of mutation testing."""
 
 import pytest
 

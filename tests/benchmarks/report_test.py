@@ -1,4 +1,4 @@
-"""Every number in the project's texts is one that rows or settings give."""
+"""Every number in the project's texts comes from rows or settings."""
 
 import re
 
@@ -19,7 +19,7 @@ from benchmarks.window_extension import tables as study
 NUMBER = re.compile(r"\d+\.\d+")
 TABLE = re.compile(r"<!-- (\w+) -->(.*?)<!-- /\1 -->", re.DOTALL)
 NO_PROSE = re.compile(r"```.*?```|`[^`]*`|\]\([^)]*\)", re.DOTALL)
-# Numbers that no run gives: settings, the paper's, versions and licences.
+# Numbers from no run: settings, the paper's numbers, versions and licences.
 SETTINGS = {
     "README.md": "2.0 3.11 0.5",
     "benchmarks/window_extension.md": "0.5 3.2 0.3 0.1 0.05 0.03 0.01",
@@ -122,7 +122,7 @@ def what_attention_matching_costs():
     )
 
 
-# What a text says beside its tables, and the numbers that go in.
+# Sentences outside of the tables, and functions that give their numbers.
 SENTENCES = [
     (
         "benchmarks/window_extension.md",

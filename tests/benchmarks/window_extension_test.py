@@ -1,4 +1,4 @@
-"""The study: what its data hide, and what its tables say."""
+"""The window extension study: the hidden labels, and the tables."""
 
 import csv
 
@@ -44,7 +44,7 @@ def test_unlabelled_questions_do_not_tell_their_answers():
         assert (weight.sum(axis=1) == 1).all()
         response = x["response_mask"] > 0
         assert len(np.unique(x["token_ids"][response])) == 1
-        # Of the two answers, both are there to be hidden.
+        # The hidden answers include both possible ones.
         first = weight.argmax(axis=1)
         assert len(np.unique(answers[np.arange(len(first)), first])) == 2
 
@@ -183,7 +183,7 @@ def test_after_steps_variables_have_their_values():
         assert trained is model
         seen[done] = to_numpy(kernel).item()
 
-    # The gradient is -1 until the kernel is 10: 0.1 more a step.
+    # The gradient is -1 until the kernel is 10, so each step adds 0.1.
     model.fit(
         np.ones((12, 1)),
         np.full((12, 1), 10.0),
@@ -223,7 +223,8 @@ def test_tables_have_means_intervals_and_ratios(tmp_path, monkeypatch):
     _, _, untouched, sft = table.split("\n")
     assert untouched.startswith("| untouched | 2 | 1.000 ± 0.000 |")
     assert untouched.endswith("| 1.0 (1.0 to 1.0) |")
-    # At 10 images .9 and .8: t of 12.7 with one degree of freedom.
+    # Accuracies at 10 images are 0.9 and 0.8. With one degree of freedom,
+    # t is 12.7.
     assert "| 0.850 ± 0.635 |" in sft
     # Windows of 10 ** 0.75 and 10 ** 0.375: ratios of 10 ** 0.375 and 1.
     assert f"| {10 ** (0.375 / 2):.1f} (" in sft

@@ -1,4 +1,4 @@
-"""What `model_parallel_test.py` runs in a process with eight devices."""
+"""Run by `model_parallel_test.py` in a process with eight devices."""
 
 import collections
 import json
@@ -8,7 +8,7 @@ import sys
 
 os.environ["XLA_FLAGS"] = " ".join(
     [
-        os.environ.get("XLA_FLAGS", ""),  # The tests' own.
+        os.environ.get("XLA_FLAGS", ""),  # Set by the tests.
         "--xla_force_host_platform_device_count=8",
     ]
 )
@@ -41,7 +41,7 @@ def mesh(*shape):
 
 
 def losses(distribution):
-    """Those of ten steps of the distiller, and its variables' layouts."""
+    """Losses of ten steps of the distiller, and layouts of split variables."""
     keras.distribution.set_distribution(distribution)
     keras.utils.set_random_seed(0)
     preprocessor = make_preprocessor()
@@ -76,7 +76,7 @@ def losses(distribution):
 
 
 def losses_of_family(name, distribution):
-    """Those of three steps on one batch, and how many variables are split."""
+    """Losses of three steps on one batch, and the count of split variables."""
     keras.distribution.set_distribution(distribution)
     keras.utils.set_random_seed(0)
     family = getattr(small_models, name)
@@ -99,9 +99,9 @@ def losses_of_family(name, distribution):
 
 
 def most_bytes_while_loading(folder):
-    """The most that a device holds at any assignment, and the whole model.
+    """The most bytes that a device holds while loading, and the model's bytes.
 
-    The last device stands for the host, where weights are read to.
+    The last device stands for the host, into which weights are read.
     """
     host = jax.devices()[-1]
     most = collections.Counter()

@@ -1,4 +1,4 @@
-"""The memory plan against real variables, and against sums by hand."""
+"""The memory plan, against real variables and sums computed by hand."""
 
 import keras
 import keras_hub
@@ -71,7 +71,7 @@ def test_activations_by_hand():
     decoder, vision = 2 * 16 * (8 + 14), 1 * 8 * 8  # Layers, width, tokens.
     assert parts["student: what blocks are given"] == 2 * 4 * (decoder + vision)
     heads = (8 + 1) * 8
-    # Of Gemma's `intermediate_dim`, half are the gate's.
+    # Half of Gemma's `intermediate_dim` belongs to the gate.
     inside = 22 * (2 * 16 + 2 * heads + 3 * 24 // 2)
     assert parts["one block at work"] == 2 * 2 * 4 * inside
     assert parts["queries and keys that are matched"] == 2 * 22 * 2 * heads * 4
@@ -95,7 +95,7 @@ def test_nothing_is_allocated():
         return keras_hub.models.PaliGemmaBackbone(**wide)
 
     found = plan(teacher, mesh_shape=(1, 8), memory=80e9)
-    assert found.teacher_parameters > 4e11  # A terabyte and a half.
+    assert found.teacher_parameters > 4e11  # 0.8 TB in bfloat16.
     assert not found.fits
     before = keras.config.dtype_policy().name
     assert before == "float32"
@@ -110,7 +110,7 @@ def test_the_table():
 
 @pytest.mark.skipif(
     keras.backend.backend() != "jax",
-    reason="Only JAX tells a compiled program's memory.",
+    reason="Only JAX reports a compiled program's memory.",
 )
 def test_total_is_near_what_a_compiled_step_takes():
     import jax

@@ -20,7 +20,7 @@ needs_jax = pytest.mark.skipif(
 
 
 def on_eight_devices(*arguments):
-    """Simulated ones: JAX must be told before it starts."""
+    """Starts a process, because JAX must know its devices before it starts."""
     done = subprocess.run(
         [
             sys.executable,
@@ -62,7 +62,7 @@ def test_losses_of_ten_steps_are_those_of_one_device():
 def test_losses_of_other_families_are_those_of_one_device(family):
     results = on_eight_devices("family", family)
     one, split = results["one"]
-    # The weights of distances, which grow, may let the loss rise.
+    # The loss may rise, because the distance weights grow.
     assert len(set(one)) == 3 and not split
     np.testing.assert_allclose(results["model"][0], one, rtol=1e-5)
     assert results["model"][1] > 10
@@ -103,7 +103,7 @@ def test_which_axis_is_split_over_four_devices(path, shape, axis):
 
 
 @pytest.mark.skipif(
-    keras.backend.backend() == "jax", reason="JAX is what is needed."
+    keras.backend.backend() == "jax", reason="Checks backends other than JAX."
 )
 def test_other_backends_are_refused():
     with pytest.raises(ValueError, match="only on JAX"):

@@ -1,4 +1,4 @@
-"""Callbacks with a state are in a resumed run as in a whole one."""
+"""Callbacks with a state act in a resumed run as in a whole one."""
 
 import h5py
 import keras
@@ -19,7 +19,7 @@ C = keras.callbacks
 
 
 class Kill(C.Callback):
-    """At the beginning of an epoch, or at its end, before it is saved."""
+    """Kills a run at the beginning or end of an epoch, before it is saved."""
 
     def __init__(self, epoch, at_end):
         super().__init__()
@@ -35,7 +35,7 @@ class Kill(C.Callback):
 
 
 class Falls(C.Callback):
-    """A user's own: the learning rate follows how often the loss fell."""
+    """A user's callback: the learning rate follows how often the loss fell."""
 
     def __init__(self):
         super().__init__()
@@ -106,7 +106,7 @@ CALLBACKS = {
 
 
 def train(folder, name, kill=None, first=True):
-    """Runs, and says how: what was trained, the logs, and all files."""
+    """Trains; returns variables, logs and files, and the number of epochs."""
     keras.utils.set_random_seed(1)
     model = keras.Sequential(
         [keras.Input((3,)), keras.layers.Dropout(0.5), keras.layers.Dense(2)]
@@ -135,7 +135,7 @@ def train(folder, name, kill=None, first=True):
 
 
 def arrays_in(path):
-    """Their bytes; those of the file hold the names of layers too."""
+    """The bytes of each array, without the names of layers in the file."""
     found = {}
     with h5py.File(path) as file:
         file.visititems(
@@ -243,7 +243,7 @@ def test_other_callbacks_and_data_are_refused(tmp_path):
         fit(tmp_path, plateau(), data=Noise())
     after = [path.read_bytes() for path in sorted(tmp_path.rglob("*.*"))]
     assert after == before
-    fit(tmp_path, plateau())  # What has no state may be left out.
+    fit(tmp_path, plateau())  # A stateless callback may be left out.
 
 
 class Half(C.Callback):

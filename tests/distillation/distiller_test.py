@@ -53,8 +53,8 @@ def make_pair(preprocessor, gains=True):
 def make_distiller(preprocessor, optimizer=None, gains=True, **kwargs):
     compile_kwargs = kwargs.pop("compile_kwargs", {})
     compile_kwargs = FEW_STEPS | NO_XLA | compile_kwargs
-    kwargs.setdefault("attention_weight", 1.0)  # So that it shows.
-    # Not those that are found, which may differ between dtypes and batches.
+    kwargs.setdefault("attention_weight", 1.0)  # So that it matters.
+    # Fixed, because heads that are found may differ by dtype and batch.
     kwargs.setdefault("teacher_heads", [(0, 1), (1, 2)])
     weighting = kwargs.pop("distance_weighting", None)
     teacher, student = make_pair(preprocessor, gains)
@@ -101,7 +101,7 @@ def test_one_pass_of_each_model_a_step(preprocessor, monkeypatch):
     batch = make_haystacks(preprocessor, sizes=(2,))[0]
     student_calls = Calls(distiller.student, monkeypatch)
     teacher_calls = Calls(distiller.teacher, monkeypatch)
-    # JAX and TensorFlow call the models while they trace the one step.
+    # JAX and TensorFlow call the models only while they trace a step.
     distiller.optimizer.build(distiller.trainable_variables)
     distiller.train_on_batch(*batch)
     assert (len(student_calls), len(teacher_calls)) == (1, 1)
@@ -148,7 +148,7 @@ def test_teacher_is_left_alone(preprocessor):
 
 
 def test_loss_curve_is_the_same_on_every_backend(preprocessor):
-    # The curve was written by this test on JAX: delete the file to do it again.
+    # This test wrote the curve on JAX. Delete the file to write it again.
     distiller = make_distiller(
         preprocessor,
         keras.optimizers.SGD(0.05, momentum=0.9),
@@ -208,7 +208,7 @@ def test_loss_is_the_weighted_sum_of_its_terms(preprocessor):
 
 @pytest.mark.extra_large_but_on("tensorflow", "torch")
 def test_loss_without_logits_is_the_loss_with_them(preprocessor, monkeypatch):
-    """One step from hidden states, in blocks, and others from whole logits."""
+    """Compares a step that computes logits in blocks with whole logits."""
     monkeypatch.setattr(chunked, "ELEMENTS", 2**8)
     haystacks = make_haystacks(preprocessor, 4)
     cross_entropy = keras.losses.SparseCategoricalCrossentropy(
@@ -391,9 +391,9 @@ def losses_in_float32(preprocessor):
 def test_mixed_precision(preprocessor, policy, roundoff, losses_in_float32):
     losses = losses_in(policy, preprocessor)
     assert losses[-1] < losses[0]
-    # Some 30 roundings one after another, from a pixel to a logit, that add up
-    # as random numbers do, in two standard deviations. Later losses part: at
-    # first Adam's steps are signs, of gradients near 0 too.
+    # About 30 roundings follow each other from a pixel to a logit. The bound is
+    # two standard deviations of their sum. Later losses diverge: Adam's first
+    # steps are the signs of gradients, even of those near 0.
     share = 2 * 30**0.5 * roundoff
     np.testing.assert_allclose(losses[:2], losses_in_float32[:2], share)
     assert (np.array(losses) != losses_in_float32).all()
@@ -447,7 +447,7 @@ def test_progress_reaches_one_at_the_end(preprocessor):
     haystacks = make_haystacks(preprocessor, sizes=(2,))
     distiller.fit(haystacks, epochs=2, verbose=0)
     assert (int(distiller.step), int(distiller.total_steps)) == (4, 4)
-    distiller.fit(haystacks, epochs=3, verbose=0)  # Goes on from there.
+    distiller.fit(haystacks, epochs=3, verbose=0)  # Continues from there.
     assert (int(distiller.step), int(distiller.total_steps)) == (10, 10)
 
 
@@ -457,7 +457,7 @@ def test_schedule_needs_a_length(preprocessor):
         haystacks = make_haystacks(preprocessor, sizes=(2,))
 
         def __len__(self):
-            raise TypeError  # What a `PyDataset` without a length does.
+            raise TypeError  # As a `PyDataset` without a length does.
 
         @property
         def num_batches(self):
@@ -482,7 +482,7 @@ def test_schedule_needs_a_length(preprocessor):
         with pytest.raises(ValueError, match="number of training steps must"):
             step()
     distiller.fit(Endless(), steps_per_epoch=2, verbose=0)
-    # A compiled step knows no better, nor does an earlier training.
+    # Neither a compiled step nor earlier training makes the number known.
     for step in steps:
         with pytest.raises(ValueError, match="number of training steps must"):
             step()
@@ -517,7 +517,7 @@ def test_progress_follows_the_steps_that_are_given(preprocessor, entry):
 
 
 def test_a_model_is_run_between_two_steps(preprocessor):
-    """On JAX, `fit` has the values of its variables."""
+    """On JAX, `fit` holds its variables' values; `self.model` sees them."""
     haystacks = make_haystacks(preprocessor, num_questions=12, sizes=(2,))
     x = haystacks[0][0]
 

@@ -1,4 +1,4 @@
-"""What `val_loss` weighs, and which labels a loss takes."""
+"""The weights of terms in `val_loss`, and the labels that a loss takes."""
 
 import keras
 import numpy as np
@@ -14,7 +14,7 @@ from tests.backbones.small_models import make_inputs
 from tests.backbones.small_models import make_model
 from tests.support import make_terms
 
-# At the last of 6 steps, this one has just faded out.
+# After 6 steps, this weight has reached its end, 0.5.
 FADE = PolynomialDecay(2.0, 6, end_learning_rate=0.5)
 
 
@@ -73,7 +73,7 @@ def test_val_loss_is_that_of_the_end_of_training(weights):
         validation_batch_size=2,
         verbose=0,
     ).history
-    # No weight has moved.
+    # Only the weights of terms change the loss: no variable moves.
     assert max(history["loss"]) - min(history["loss"]) > 1e-3
     np.testing.assert_allclose(history["val_loss"], history["val_loss"][0])
     assert history["val_progress"] == [1.0] * 3

@@ -22,13 +22,13 @@ from tests.support import to_numpy
 FORMATS = {
     "bfloat16": ("bfloat16", None, False, 0.95),
     "mixed_float16": ("mixed_float16", None, False, 0.95),
-    # Its gradients have two bits after the point.
+    # Float8 gradients have two bits after the point.
     "float8": ("float32", "float8", False, 0.7),
     "LoRA": ("float32", None, True, 0.999),
     "int8 and LoRA": ("float32", "int8", True, 0.95),
     "int4 and LoRA": ("float32", "int4", True, 0.8),
 }
-# For the attention of all others, JAX has no product in float16 on CPUs.
+# On CPUs, JAX lacks the float16 products in the attention of other families.
 FLOAT16_ON_JAX = (
     small_models.pali_gemma,
     small_models.pali_gemma_2,
@@ -41,11 +41,11 @@ FLOAT16_ON_JAX = (
 def make_distiller(
     family, dtype="float32", quantization=None, lora=False, **kwargs
 ):
-    """One that trains gains, and all weights or low-rank adapters."""
+    """A distiller of gains, and of all weights or low-rank adapters."""
     student = make_model(family, dtype=dtype)
     for variable in student.backbone.trainable_variables:
         if len(variable.shape) > 1:
-            # Less sharp: int4's rounding would change where it looks.
+            # Else int4's rounding would change where sharp attention looks.
             variable.assign(variable / 3)
     if quantization:
         quantize(student, quantization)
@@ -70,7 +70,7 @@ def make_distiller(
 
 
 def formats_of(family):
-    """Those of the table that a family can be in here."""
+    """Names in `FORMATS` that a family supports on this backend."""
     left_out = set()
     if (
         family is not small_models.gemma_2
@@ -111,16 +111,16 @@ def gradients_in(family, *form, **kwargs):
     """Gradients of the student by path, and the student."""
     distiller = make_distiller(family, *form)
     student = distiller.student
-    # At the usual scale, 2 ** 15, the first steps would only lower it.
+    # At the default loss scale, 2 ** 15, the first steps would only lower it.
     found = gradients_of(distiller, make_batch(student), scale=2.0**8, **kwargs)
     trained = {each.path for each in student.trainable_variables}
     return {k: found[k] for k in found if k in trained}, student
 
 
 def for_adapters(gradients, student):
-    """What the chain rule makes of a kernel's gradient for the factor `b`.
+    """Gradients of the factors `b`, by the chain rule from those of kernels.
 
-    That of the factor `a` is 0 at first, as `b` is.
+    The gradient of the factor `a` is 0 at first, because `b` is 0.
     """
     found = {k: v for k, v in gradients.items() if k.endswith("log_gain")}
     for a, b, kernel in adapters(student):
@@ -159,7 +159,7 @@ def check(family, names):
 @pytest.mark.extra_large_but_on("torch")
 @pytest.mark.parametrize("family", small_models.FEW, ids=small_models.name_of)
 def test_int4_gradients_are_derivatives_of_the_loss(family):
-    # What the rounding of weights changes is not an error of the gradient.
+    # Slopes are those of the loss with rounded weights, as gradients are.
     distiller = make_distiller(family, *FORMATS["int4 and LoRA"][:3])
     batch = make_batch(distiller.student)
     gradients = gradients_of(distiller, batch, scale=2.0**8)

@@ -37,7 +37,7 @@ def batch_for(distiller):
 
 
 def compiled(optimizer, dtype="mixed_float16", quantize=None, **kwargs):
-    """The optimizer that a distiller makes of one."""
+    """The optimizer that a distiller makes from the given one."""
     distiller = make_distiller(dtype, quantize)
     distiller.compile(optimizer, **FEW_STEPS, **kwargs)
     return distiller.optimizer

@@ -27,11 +27,11 @@ from tests.support import make_terms
 from tests.support import to_numpy
 
 EPOCHS = 4
-LONG = 80  # Epochs that ten kills do not use up.
+LONG = 80  # More epochs than ten killed runs reach.
 
 
 class Noise(keras.utils.PyDataset):
-    """Other numbers in each epoch."""
+    """Data with other numbers in each epoch."""
 
     epoch = 0
 
@@ -82,7 +82,7 @@ def whole(tmp_path_factory):
 
 
 def kill_at(monkeypatch, owner, name, call):
-    """Makes a function raise `Killed` at one of its calls, half done or not."""
+    """Makes a function raise `Killed` at one of its calls."""
     function = getattr(owner, name)
     calls = []
 
@@ -114,7 +114,7 @@ def test_killed_anywhere_it_goes_on(tmp_path, monkeypatch, whole, owner, name):
         kill_at(patch, owner, name, call)
         train(tmp_path)
     assert list(tmp_path.glob("epoch_*"))  # There is something to resume from.
-    random.random()  # What another process does with its own is no matter.
+    random.random()  # Another process may have another state.
     assert_same_run(train(tmp_path), whole)
 
 
@@ -122,7 +122,7 @@ def test_killed_anywhere_it_goes_on(tmp_path, monkeypatch, whole, owner, name):
 def test_what_comes_after_a_run_is_trained(tmp_path, killed):
     model, _ = train(tmp_path / "one")
     if killed:
-        model, _ = train(tmp_path / "one")  # Goes on from its end.
+        model, _ = train(tmp_path / "one")  # Resumes at its end.
     data = Noise()
     assert model.fit(data, epochs=2, verbose=0).epoch == [0, 1]
     model._initial_epoch = 3  # As an interrupted `fit` leaves it.
@@ -201,7 +201,7 @@ def distill(folder, epochs=EPOCHS):
     distiller = DistanceWeightedAttentionDistillation(
         teacher,
         student,
-        # Its threads add up this term's gradient in another order each time.
+        # TensorFlow's threads sum this term's gradient in a varying order.
         terms=make_terms(0.0 if on_tensorflow else 1.0, query_key_weight=0.1),
     )
     schedule = keras.optimizers.schedules.CosineDecay(1e-2, 2 * epochs)
@@ -228,7 +228,7 @@ def test_the_distiller_goes_on(tmp_path, monkeypatch):
 @pytest.mark.extra_large
 @pytest.mark.skipif(
     keras.backend.backend() == "tensorflow",
-    reason="Its threads add up in another order each time.",
+    reason="TensorFlow's threads sum in a varying order.",
 )
 def test_ten_kills_at_random_moments(tmp_path):
     """`SIGKILL` of a process; its moment differs from run to run."""

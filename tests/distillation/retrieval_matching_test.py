@@ -266,7 +266,7 @@ def test_weight_files_hold_the_heads(preprocessor, tmp_path):
     distiller = make_distiller(preprocessor)
     distiller.fit(haystacks, verbose=0)
     matching = distiller.term(RetrievalMatching)
-    distiller.set_heads(matching, ((0, 2),))  # None that would be found.
+    distiller.set_heads(matching, ((0, 2),))  # Heads that would not be found.
     path = str(tmp_path / "state.weights.h5")
     distiller.save_weights(path)
     other = make_distiller(preprocessor)
@@ -312,7 +312,7 @@ def test_a_stored_teacher_has_the_same_heads(preprocessor, tmp_path):
         "others",
     }
     for name, array in stored.items():
-        if "shares" in name:  # Of each example, row and image.
+        if "shares" in name:  # For each example, row and image.
             assert array.shape == (8, 14, 3) and array.dtype == "float16"
     with pytest.raises(ValueError, match="must have the retrieval heads"):
         DistanceWeightedAttentionDistillation(

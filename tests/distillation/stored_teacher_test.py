@@ -32,7 +32,7 @@ def preprocessor():
 
 @pytest.fixture(scope="module")
 def teacher(preprocessor):
-    """One with soft caps, more heads and width than the student."""
+    """A teacher with soft caps, and more heads and width than the student."""
     return make_multi_image(PALI_GEMMA_2, preprocessor, seed=1, hidden_dim=24)
 
 
@@ -45,7 +45,7 @@ def written(teacher, preprocessor, tmp_path_factory):
 
 
 def in_turn(data):
-    """The same data, whose second epoch is followed by the first."""
+    """Makes the first epoch of the data follow the second one again."""
 
     class InTurn(type(data)):
         def on_epoch_end(self):
@@ -97,7 +97,7 @@ def assert_same_losses(found, expected, rtol):
 
 @pytest.mark.extra_large_but_on("torch")
 def test_a_store_has_whole_questions(teacher, tmp_path):
-    """Of names that take more tokens than the preprocessor was set to."""
+    """Questions may have more tokens than the preprocessor's length."""
     short = make_preprocessor()
     short.sequence_length = 4
     data = make_haystacks(short, **QUESTIONS)
@@ -113,7 +113,7 @@ def test_inputs_that_are_not_finite_are_refused(
     teacher, preprocessor, tmp_path
 ):
     data = make_haystacks(preprocessor, **QUESTIONS)
-    data._offset = float("nan")  # As a photograph that was read wrongly.
+    data._offset = float("nan")  # Like a photograph that was read wrongly.
     with pytest.raises(ValueError, match="infinity in 'images' of batch 0"):
         store(teacher, data, tmp_path)
 
@@ -189,7 +189,7 @@ def test_size_is_the_documented_one(teacher, written):
     query = sum(8 * each.num_query_heads for each in layers)
     marked = 2 * (8 * stored.settings["top_k"] + 8)  # "yes" and its end.
     expected = 4 * key + (14 * 4 * query + marked) / (2 * 4 + 14)
-    # Names, checksums and blocks of these small records come on top.
+    # Names, checksums and blocks add to these small records.
     assert expected < stored.bytes_per_token < 3 * expected
 
 

@@ -1,4 +1,4 @@
-"""Terms of the loss: hidden states, and one of a user's own."""
+"""Terms of the loss: hidden states, and a user's own term."""
 
 import keras
 import numpy as np
@@ -81,7 +81,7 @@ def test_hidden_states_are_the_plain_computation(preprocessor, haystacks, rows):
     )
     x, y, sample_weight = haystacks[0]
     logs = distiller.test_on_batch(x, y, sample_weight, return_dict=True)
-    # An example counts by its most weighty token, padding not at all.
+    # An example's weight is the largest of its tokens. Padding does not count.
     weight = np.max(sample_weight, axis=1, keepdims=True)
     length = x["padding_mask"].shape[1]
     losses = []

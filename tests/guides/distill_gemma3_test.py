@@ -30,7 +30,7 @@ def test_quick_run_leaves_everything(tmp_path):
     assert (tmp_path / "accuracy.png").stat().st_size > 5000
     for name in ("teacher", "student", "student_long"):
         assert (tmp_path / name / "config.json").exists()
-    # The tokenizer knows every word, and where an image is.
+    # The tokenizer knows every word and the placeholders of images.
     preprocessor = keras_hub.models.Gemma3CausalLMPreprocessor.from_preset(
         str(tmp_path / "student_long")
     )

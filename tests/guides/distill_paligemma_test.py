@@ -1,4 +1,4 @@
-"""The main job, as a stranger would run it."""
+"""The guide on PaliGemma, as a stranger would run it."""
 
 import json
 import os
@@ -14,7 +14,7 @@ GUIDE = pathlib.Path(__file__).parents[2] / "guides" / "distill_paligemma.py"
 def run_guide(output, *arguments):
     environment = dict(os.environ)
     if "--quick" not in arguments:
-        # It runs for minutes, and those of the tests are for short runs.
+        # The guide runs for minutes; the tests' settings suit short runs.
         for name in (
             "XLA_FLAGS",
             "OMP_NUM_THREADS",

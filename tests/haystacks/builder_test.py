@@ -227,7 +227,7 @@ def run_python(code):
     "imports",
     [
         "import keras_laid.haystacks\n"
-        # It takes a while to import, so it is left to whoever needs it.
+        # It takes long to import, so only those who need it import it.
         "assert 'tensorflow_datasets' not in sys.modules\n"
         "import tensorflow_datasets as tfds\n",
         "import tensorflow_datasets as tfds\nimport keras_laid.haystacks\n",

@@ -16,7 +16,7 @@ def preprocessor():
 
 
 class Labels:
-    """A source whose images are their labels, to look into haystacks."""
+    """A source whose images are their labels, so that tests can read them."""
 
     names = tuple("abcdefghijklmnopqrst")
     image_size = 16
@@ -63,7 +63,7 @@ def test_question_is_a_sentence(preprocessor):
 
 @pytest.mark.parametrize("length", [4, 11, 12, 20])
 def test_no_question_is_cut(preprocessor, length):
-    """Inputs are of 12 tokens: a start, ten words and an answer."""
+    """Inputs have 12 tokens: a start, ten words and an answer."""
     whole = make_haystacks(with_length(preprocessor, 30))[0]
     x, y, sample_weight = make_haystacks(with_length(preprocessor, length))[0]
     expected = max(length, 12)

@@ -14,7 +14,7 @@ def test_splits_share_no_drawing():
     for one, other in itertools.combinations(drawings.values(), 2):
         assert not set(one) & set(other)
     counts = np.array([len(of) for of in drawings.values()])
-    assert counts.sum() == 1797  # All there are.
+    assert counts.sum() == 1797  # The whole data set.
     np.testing.assert_allclose(counts / 1797, [0.8, 0.05, 0.15], atol=0.01)
 
 

@@ -172,7 +172,7 @@ def test_order_of_sizes_does_not_matter(arguments, accuracy, order):
 @pytest.mark.parametrize("arguments", RULES)
 @given(low=accuracies(0.51), more=accuracies())
 def test_window_grows_with_accuracy(arguments, low, more):
-    # With the base's accuracy, a relative rule's threshold grows too.
+    # A relative rule's threshold would grow with the base's accuracy.
     is_relative = arguments["rule"] in ("relative", "nolima")
     high = {
         size: value
@@ -200,8 +200,8 @@ def test_interval_holds_the_window(arguments, accuracy, questions):
 
 
 def test_interval_is_that_of_the_binomial_distribution():
-    # The window is 100 ** (0.1 / (1 - p)). Of 100 questions at p = 0.5, 95 of
-    # 100 times 40 to 60 are right.
+    # The window is 100 ** (0.1 / (1 - p)) for an accuracy of p at 100 images.
+    # At p = 0.5, 40 to 60 of 100 questions are right in 95% of cases.
     low, high = effective_window_interval(
         {1: 1.0, 100: 0.5}, 100, rule="absolute", threshold=0.9
     )
@@ -216,7 +216,7 @@ def test_interval_shrinks_with_questions_and_grows_with_confidence():
 
     assert 0 < width(10_000) < width(1000) < width(100)
     assert width(1000, 0.5) < width(1000) < width(1000, 0.99)
-    # All draws are in an interval as confident as that.
+    # At a confidence of 0.9999, the interval spans all draws.
     assert width(1000, 0.99) < width(1000, 0.9999)
 
 
@@ -250,7 +250,7 @@ def test_questions_may_differ_by_size():
     assert interval != effective_window_interval(FALLING, by_size)
 
 
-# What means nothing is refused.
+# Meaningless arguments are refused.
 
 
 @pytest.mark.parametrize(

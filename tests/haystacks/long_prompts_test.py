@@ -3,7 +3,6 @@
 import json
 
 import keras
-import keras_hub
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,90 +13,13 @@ from keras_laid import PositionStretching
 from keras_laid.haystacks import Example
 from keras_laid.haystacks import read_examples
 from tests.backbones import small_models
+from tests.haystacks.families import COLOURS
+from tests.haystacks.families import PREPROCESSORS
+from tests.haystacks.families import make_pair
 from tests.support import FEW_STEPS
-from tests.support import make_preprocessor
 from tests.support import make_terms
-from tests.support import sentence_piece
 from tests.support import to_numpy
 
-GEMMA_3_TOKENS = [
-    "<start_of_image>",
-    "<end_of_image>",
-    "<img>",
-    "<start_of_turn>",
-    "<end_of_turn>",
-    "\n\n",
-]
-GEMMA_4_TOKENS = ["<|image>", "<|image|>", "<image|>"]
-COLOURS = ["red", "green", "blue", "white", "black", "pink", "grey", "brown"]
-
-
-def train_tokenizer(symbols):
-    sentences = [f"Is there a {c} page among these? yes no" for c in COLOURS]
-    return sentence_piece(
-        sentences * 20,
-        model_type="bpe",
-        vocab_size=90,
-        user_defined_symbols=symbols,
-    )
-
-
-def gemma_3():
-    return keras_hub.models.Gemma3CausalLMPreprocessor(
-        tokenizer=keras_hub.models.Gemma3Tokenizer(
-            proto=train_tokenizer(GEMMA_3_TOKENS)
-        ),
-        image_converter=keras_hub.layers.Gemma3ImageConverter(
-            image_size=(16, 16), scale=1 / 127.5, offset=-1.0
-        ),
-        num_vision_tokens_per_image=4,
-    )
-
-
-def gemma_4():
-    return keras_hub.models.Gemma4CausalLMPreprocessor(
-        tokenizer=keras_hub.models.Gemma4Tokenizer(
-            proto=train_tokenizer(GEMMA_4_TOKENS), has_video_tokens=False
-        ),
-        image_converter=keras_hub.layers.Gemma4ImageConverter(
-            patch_size=4,
-            max_soft_tokens=4,
-            pooling_kernel_size=2,
-            scale=1 / 255,
-        ),
-        num_vision_tokens_per_image=4,
-        audio_input_feat_size=0,
-    )
-
-
-def llama():
-    class Tokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
-        def __init__(self, **kwargs):
-            self._add_special_token("<bos>", "start_token")
-            self._add_special_token("<eos>", "end_token")
-            self._add_special_token("<pad>", "pad_token")
-            super().__init__(**kwargs)
-
-    return keras_hub.models.CausalLMPreprocessor(
-        tokenizer=Tokenizer(proto=train_tokenizer(["\n\n"]))
-    )
-
-
-def pali_gemma():
-    return keras_hub.models.PaliGemmaCausalLMPreprocessor(
-        tokenizer=make_preprocessor().tokenizer,
-        image_converter=keras_hub.layers.PaliGemmaImageConverter(
-            image_size=(16, 16), scale=1 / 127.5, offset=-1.0
-        ),
-    )
-
-
-PREPROCESSORS = {
-    small_models.pali_gemma: pali_gemma,
-    small_models.gemma_3: gemma_3,
-    small_models.gemma_4: gemma_4,
-    small_models.llama: llama,
-}
 WITH_IMAGES = [
     small_models.pali_gemma,
     small_models.gemma_3,
@@ -112,7 +34,7 @@ EACH_WITH_IMAGES = pytest.mark.parametrize(
 
 
 def make_examples(family, count=8, responses=True):
-    """Each with an image, or a page, of another colour."""
+    """Examples with a random image, or a page of text that names a colour."""
     rng = np.random.default_rng(0)
     examples = []
     for number in range(count):
@@ -161,7 +83,7 @@ def test_prompts_are_those_that_kerashub_makes_itself(family):
             preprocessor.max_images_per_prompt = 3
             prompt = prompts.form.placeholder * 3 + prompt
         else:
-            images = image  # Its tokens are not among those of the text.
+            images = image  # Its tokens are not part of the text.
         expected = preprocessor(
             {
                 "images": images[None],
@@ -235,7 +157,7 @@ def test_without_responses_the_token_after_the_prompt_is_marked(family):
     for row in range(4):
         (place,) = np.flatnonzero(sample_weight[row])
         assert y[row, place] == -1
-        # That of the first token of a response.
+        # The marked token is the first one of the response.
         assert place == np.flatnonzero(marks[row])[0]
         np.testing.assert_array_equal(
             x["token_ids"][row, : place + 1],
@@ -281,18 +203,6 @@ def test_each_example_comes_once_in_a_round():
     assert len(prompts) == 5
     assert sorted(prompts.order[:8]) == [*range(8)]
     assert sorted(prompts.order[8:16]) == [*range(8)]
-
-
-def make_pair(family, preprocessor):
-    vocabulary = preprocessor.tokenizer.vocabulary_size()
-    models = [
-        small_models.make_model(family, seed, vocabulary_size=vocabulary)
-        for seed in (5, 0)
-    ]
-    if family is small_models.pali_gemma:
-        several = keras_laid.MultiImagePaliGemmaCausalLM
-        models = [several(model.backbone) for model in models]
-    return models
 
 
 @pytest.mark.extra_large_but_on("torch")
@@ -353,7 +263,9 @@ def test_a_folder_of_images_with_a_table(tmp_path, kind):
     assert [len(example.images) for example in examples] == [1, 1, 1, 1, 2]
     assert examples[0].prompt == "Is it red, or not?"
     assert [e.response for e in examples] == ["yes"] * 4 + [None]
-    prompts = LongPrompts(examples, pali_gemma(), (2, 6), batch_size=5)
+    prompts = LongPrompts(
+        examples, PREPROCESSORS[small_models.pali_gemma](), (2, 6), batch_size=5
+    )
     x, _, _ = prompts[0]
     assert x["images"].shape == (5, prompts.batch_images[0], 16, 16, 3)
     # The one on its side is turned.
@@ -435,7 +347,7 @@ IMAGE = np.zeros((16, 16, 3), "uint8")
 def test_wrong_arguments_are_refused(changes, error, words):
     arguments = dict(
         examples=make_examples(small_models.pali_gemma),
-        preprocessor=pali_gemma(),
+        preprocessor=PREPROCESSORS[small_models.pali_gemma](),
         sizes=(2,),
     )
     with pytest.raises(error, match=words):
@@ -461,7 +373,7 @@ def test_examples_of_several_kinds():
         (IMAGE, "Is it red?"),
         ([IMAGE, IMAGE], "Is it red?", "no"),
     ]
-    prompts = LongPrompts(kinds, pali_gemma(), (2,))
+    prompts = LongPrompts(kinds, PREPROCESSORS[small_models.pali_gemma](), (2,))
     found = [(len(e.images), e.prompt, e.response) for e in prompts.examples]
     assert found == [
         (1, "Is it red?", None),

@@ -83,7 +83,7 @@ def test_icons_are_drawn_once(cache_dir, sources, monkeypatch):
     again = OpenMoji("train", image_size=64, cache_dir=cache_dir)
     np.testing.assert_array_equal(again._icons, sources[0]._icons)
     with pytest.raises(AssertionError, match="drawn again"):
-        # Another size is another file.
+        # Another size needs another file.
         OpenMoji("train", image_size=32, cache_dir=cache_dir)
 
 

@@ -230,6 +230,6 @@ def test_missing_images_are_named(tmp_path):
     there, missing = coco_entry(), coco_entry(neg_image=["val2017/9.jpg"])
     read_questions(write(tmp_path, there), root=tmp_path)
     path = write(tmp_path, there, missing)
-    read_questions(path)  # Without images, all is well.
+    read_questions(path)  # This reads no images.
     with pytest.raises(FileNotFoundError, match=re.escape("val2017/9.jpg")):
         read_questions(path, root=tmp_path)

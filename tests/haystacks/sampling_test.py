@@ -1,4 +1,4 @@
-"""Haystacks of images that are their labels, checked from the images alone."""
+"""Haystacks of images that are their labels, checked only from the images."""
 
 import collections
 import dataclasses
@@ -21,7 +21,7 @@ WORDING = (
 
 
 class Labels(PairSource):
-    """A source whose images have two pixels: the numbers of what they show."""
+    """A source of images with two pixels, the numbers of the things shown."""
 
     def __init__(self, kinds):
         self.names = tuple(f"n{i}" for i in range(kinds))
@@ -37,7 +37,7 @@ def numbers(image):
 
 
 def read(haystack):
-    """What a question asks, and which images show the anchor."""
+    """Parses a question; finds the images that show anchor and target."""
     match = re.fullmatch(WORDING, haystack.question)
     anchor = match["anchor"] or match["anchors"]
     target = match["target"] or match["targets"]
@@ -102,7 +102,7 @@ def test_some_or_all_but_one_needle_may_show_the_target():
 
 
 def test_straws_show_the_target_whatever_the_answer():
-    # Else, with many names, to see the target anywhere would be to know.
+    # Otherwise, any image with the target would give the answer away.
     share = collections.defaultdict(list)
     for haystack in draw_haystacks(Labels(500), 400, (10,)):
         (needle,) = haystack.needles

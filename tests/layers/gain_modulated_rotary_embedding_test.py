@@ -1,4 +1,4 @@
-"""What is true of any rotary embedding with gains."""
+"""Properties of any rotary embedding with gains."""
 
 import keras
 import numpy as np
@@ -181,7 +181,7 @@ def test_contribution_of_a_frequency_to_the_logits_is_multiplied_by_its_gain():
     parts = contributions(to_numpy(query)[0], to_numpy(key)[0])
     expected = (parts * to_numpy(layer.gains()).astype("float64")).sum(-1)
     np.testing.assert_allclose(to_numpy(logits)[0], expected, atol=2e-5)
-    assert np.abs(expected - parts.sum(-1)).max() > 0.5  # It does something.
+    assert np.abs(expected - parts.sum(-1)).max() > 0.5  # Gains matter.
 
 
 def test_contribution_for_each_head_with_shared_keys():

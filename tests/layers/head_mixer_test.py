@@ -1,4 +1,4 @@
-"""What is true of any mixture of heads."""
+"""Properties of any mixture of heads."""
 
 import keras
 import numpy as np
@@ -34,7 +34,7 @@ def test_starts_as_the_mean_of_all_heads():
 
 
 def test_is_built_from_the_start():
-    # In a distiller no one calls it: its mixture is asked for.
+    # A distiller never calls the layer. It only reads its mixture.
     assert HeadMixer(student_heads=2, teacher_heads=5).count_params() == 10
 
 

@@ -86,7 +86,7 @@ class Case:
         mixture = mixture / mixture.sum(axis=1, keepdims=True)
         self.mixture = mixture.astype("float32") if mixed else None
         kind = rng.integers(0, 3, size=(2, keys))  # 0 is padding
-        if prefix is not None:  # As in a prompt with its response.
+        if prefix is not None:  # A prompt with its response.
             kind[:] = np.where(np.arange(keys) < prefix, 1, 2)
             kind[1, keys - 3 :] = 0
         self.bidirectional, self.causal = kind == 1, kind == 2
@@ -98,7 +98,7 @@ class Case:
         self.soft_caps = soft_caps
         self.window = window
         self.block = None
-        if blocks:  # Of up to five keys; 0 is none.
+        if blocks:  # Blocks of up to five keys; 0 is no block.
             self.block = np.tile(np.arange(keys) // 5, (2, 1))
 
     def tensors(self):
@@ -233,7 +233,7 @@ def test_oracles_gradients_are_slopes_of_its_values():
 
 
 def assert_is_the_oracles(implementation, case):
-    """At most twice the error of the plain form in the same dtype."""
+    """Allows twice the error of the plain form in the same dtype."""
     exact = oracle(case)
     plain = case.value_and_grads("definition")
     found = case.value_and_grads(implementation)
@@ -263,7 +263,7 @@ def test_a_row_of_one_key_is_the_oracles(implementation):
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("window", [None, 40])
 def test_tiles_that_are_whole_are_the_oracles(implementation, window, mixed):
-    # Where every row of a tile attends every key, kernels look at no mask.
+    # Kernels skip the mask in tiles where every row attends every key.
     heads = (2, 1, 8)
     shape = Shape(rows=61, keys=70, student=heads, teacher=heads)
     case = Case(shape, mixed=mixed, window=window, prefix=20)
@@ -330,8 +330,8 @@ def test_tiles_of_any_form_are_the_oracles(
 
 @needs_jax
 def test_each_tile_of_rows_has_a_program(monkeypatch):
-    # In the interpreter a wrong one may pass: it counts those below 0 from the
-    # end, and a GPU does not.
+    # The interpreter may accept a wrong index: it counts negative ones from the
+    # end, which a GPU does not.
     from keras_laid.ops.fused_attention import pallas
 
     grid = 3, 2, 5  # Tiles, examples, heads.
@@ -348,7 +348,7 @@ def test_each_tile_of_rows_has_a_program(monkeypatch):
 def test_a_tile_that_pallas_keeps_takes_a_stages_place(
     monkeypatch, stages, left
 ):
-    # GPUs' compilers refuse 0, and the interpreter does not look.
+    # Compilers for GPUs refuse 0 stages, which the interpreter does not check.
     from keras_laid.ops.fused_attention import pallas
 
     kept = tiles.Tiles(32, 16, 4, stages, in_registers=True)
@@ -371,7 +371,7 @@ def test_tiles_are_chosen_by_rows_or_keys_of_all_heads(
 ):
     case = Case("odd")
     case.value_and_grads(implementation)
-    # The wider head dim; examples, rows or keys, heads.
+    # The wider head dim, and examples times rows or keys times heads.
     rows, keys = (8, 2 * 7 * 2), (8, 2 * 19 * 1)
     assert chosen_by == {"forward": rows, "query": rows, "key": keys}
 
@@ -415,7 +415,7 @@ def test_is_plain_divergence_without_distance(implementation):
     case = Case("odd")
     case.strength = 0.0
     divergence = to_numpy(case.run(implementation, *case.tensors()))
-    # The last two terms of each row cancel.
+    # Without distance weights, the sums of p and q over a row cancel.
     plain, *_ = oracle(case)
     np.testing.assert_allclose(divergence, plain, rtol=2e-5, atol=2e-6)
 
@@ -462,7 +462,7 @@ def test_mask_from_lengths():
 
 
 @pytest.mark.skipif(
-    BACKEND != "jax", reason="Only JAX tells a compiled program's memory."
+    BACKEND != "jax", reason="Only JAX reports a compiled program's memory."
 )
 def test_memory_of_chunked_is_linear_in_length(monkeypatch):
     monkeypatch.setattr(row_blocks, "ROWS", 128)
@@ -478,7 +478,7 @@ def test_memory_of_chunked_is_linear_in_length(monkeypatch):
 
 
 @pytest.mark.extra_large
-@pytest.mark.skipif(BACKEND == "jax", reason="A default test on JAX.")
+@pytest.mark.skipif(BACKEND == "jax", reason="JAX has the test above.")
 def test_peak_memory_of_a_process_is_linear_in_length():
     def peak_mib(implementation, length):
         args = argparse.Namespace(
@@ -493,7 +493,7 @@ def test_peak_memory_of_a_process_is_linear_in_length():
 
 
 def arguments(case):
-    """Those of the op, for a teacher that is the student."""
+    """Arguments of the op, for a teacher that equals the student."""
     query, key, mixture = case.tensors()
     attention = Attention(query, key, 1.0)
     rows, keys = query.shape[1], key.shape[1]
@@ -509,7 +509,7 @@ def test_unknown_implementation_is_refused():
         run("fast", *arguments(Case("odd")))
 
 
-@pytest.mark.skipif(has_gpu(), reason="One can run on this GPU.")
+@pytest.mark.skipif(has_gpu(), reason="A kernel can run on this GPU.")
 @pytest.mark.parametrize("implementation", ["pallas", "triton"])
 def test_kernels_are_refused_where_they_cannot_run(implementation):
     with pytest.raises(NotImplementedError, match="it (needs|runs on)"):

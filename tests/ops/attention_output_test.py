@@ -60,14 +60,14 @@ class Case:
         upstream = rng.standard_normal((2, rows, heads[0], value_width))
         self.upstream = upstream.astype("float32")
         kind = rng.integers(0, 3, (2, keys))
-        if prefix is not None:  # As in a prompt with its response.
+        if prefix is not None:  # A prompt with its response.
             kind[:] = np.where(np.arange(keys) < prefix, 1, 2)
             kind[1, keys - 3 :] = 0
         self.bidirectional, self.causal = kind == 1, kind == 2
         self.row_index = np.sort(rng.permutation(keys)[:rows])
         self.soft_cap, self.window = soft_cap, window
         self.block = None
-        if blocks:  # Of up to five keys; 0 is none.
+        if blocks:  # Blocks of up to five keys; 0 is no block.
             self.block = np.tile(np.arange(keys) // 5, (2, 1))
 
     def run(self, implementation, query, key, value):
@@ -108,7 +108,7 @@ class Case:
 
 
 def output_of_rounded_maps(attention, value, mask):
-    """As KerasHub's layers: maps are rounded to the dtype of values."""
+    """Like KerasHub's layers, rounds attention maps to the dtype of values."""
     allowed = mask.allowed()
     p = ops.where(allowed, ops.exp(log_attention(attention, allowed)), 0.0)
     value_of_each_head = attention.of_each_head(value)
@@ -181,7 +181,7 @@ KINDS = pytest.mark.parametrize(
 @IMPLEMENTATION
 def test_is_the_oracles_in_float32(implementation, kind):
     if "blocks" in kind and implementation in KERNELS:
-        pytest.skip("Kernels know no blocks.")
+        pytest.skip("Kernels do not support blocks.")
     case = Case(**kind)
     found = case.output_and_grads(implementation)
     for name, one, other in zip(NAMES, found, oracle(case), strict=True):
@@ -191,9 +191,9 @@ def test_is_the_oracles_in_float32(implementation, kind):
 
 
 def assert_is_as_good(implementation, case):
-    """At most twice the error of the plain form in the same dtype.
+    """Allows twice the error of the plain form in the same dtype.
 
-    Kernels round maps, and so does their plain form.
+    Kernels round attention maps, and so does their plain form.
     """
     plain = "rounded" if implementation in KERNELS else "definition"
     plain = case.output_and_grads(plain)
@@ -226,7 +226,7 @@ def test_rows_without_keys_put_out_zeros(implementation):
 @FAST
 @pytest.mark.parametrize("window", [None, 40])
 def test_tiles_that_are_whole_are_as_good(implementation, window):
-    # Where every row of a tile attends every key, kernels look at no mask.
+    # Kernels skip the mask in tiles where every row attends every key.
     case = Case(61, 70, (2, 1), window=window, prefix=20)
     assert_is_as_good(implementation, case)
 
@@ -254,7 +254,7 @@ def test_tiles_are_chosen_by_rows_or_keys_of_all_heads(
 ):
     case = Case(rows=7, keys=19, heads=(4, 2), widths=(8, 4))
     case.output_and_grads(implementation)
-    # The wider head dim; examples, rows or keys, heads.
+    # The wider head dim, and examples times rows or keys times heads.
     rows, keys = (8, 2 * 7 * 4), (8, 2 * 19 * 2)
     assert chosen_by == {"forward": rows, "query": rows, "key_value": keys}
 
@@ -306,7 +306,7 @@ def test_is_as_good_on_any_case(implementation, case):
 
 @pytest.mark.skipif(
     keras.backend.backend() != "jax",
-    reason="Only JAX tells a compiled program's memory.",
+    reason="Only JAX reports a compiled program's memory.",
 )
 def test_memory_is_linear_in_length(monkeypatch):
     import jax
@@ -331,7 +331,7 @@ def test_memory_is_linear_in_length(monkeypatch):
     assert short < 0.25 * temporary_bytes(2048, "definition")
 
 
-@pytest.mark.skipif(has_gpu(), reason="One can run on this GPU.")
+@pytest.mark.skipif(has_gpu(), reason="A kernel can run on this GPU.")
 @pytest.mark.parametrize("implementation", KERNELS)
 def test_kernels_are_refused_where_they_cannot_run(implementation):
     query, key, value = Case().tensors()

@@ -1,4 +1,4 @@
-"""What fused kernels refuse."""
+"""Devices and arguments that fused kernels refuse."""
 
 import importlib.util
 import re
@@ -26,7 +26,7 @@ def test_kernels_are_refused_on_chips_without_room(capability, fits):
 
 @pytest.fixture
 def why_not(monkeypatch):
-    """Why a GPU like that, and arguments like those, are refused, if so."""
+    """A function that tells why a kernel refuses a device and arguments."""
 
     def ask(
         device="gpu", capability="9.0", dtype="float16", width=64, block=None
@@ -41,7 +41,7 @@ def why_not(monkeypatch):
         if BACKEND == "jax":
             import jax
 
-            # It computes on the first, whatever the others are.
+            # JAX computes on the first device, whatever the others are.
             devices = [
                 SimpleNamespace(compute_capability=each)
                 for each in (capability, "8.0")

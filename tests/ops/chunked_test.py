@@ -1,4 +1,4 @@
-"""How chunked ops choose their blocks, also for sizes known only later."""
+"""How chunked ops choose their blocks, also for sizes unknown at tracing."""
 
 import functools
 
@@ -83,7 +83,7 @@ def test_sizes_may_be_known_only_later(
 
 
 def spec_of_any_size(tensor):
-    """Batch and length are unknown; kernels and mixtures have neither."""
+    """Leaves batch and length open; kernels and mixtures have neither."""
     import tensorflow as tf
 
     shape = list(tensor.shape)

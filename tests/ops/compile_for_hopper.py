@@ -1,7 +1,7 @@
-"""Compiles Triton's kernels for an H100, where there may be none.
+"""Compiles Triton's kernels for an H100, which need not be present.
 
 `compiled_test.py` runs it in a process of its own, without the interpreter.
-Prints what each kernel takes of the chip, as JSON.
+Prints the resources that each kernel takes, as JSON.
 """
 
 import functools
@@ -26,11 +26,11 @@ from keras_laid.ops.attention_output.triton import attention_output
 from keras_laid.ops.fused_attention import triton as kernels
 
 BIN = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
-LENGTHS = 2**14, 2**14 - 1  # By the second, addresses are not aligned.
+LENGTHS = 2**14, 2**14 - 1  # The second makes addresses unaligned.
 
 
 class Hopper:
-    """As much of a driver as compiling asks for."""
+    """The parts of a driver that compiling needs."""
 
     def get_current_target(self):
         return GPUTarget("cuda", 90, 32)
@@ -70,9 +70,10 @@ def compile_only(kernel, form, grid, *arguments):
 
 
 def assembled(ptx):
-    """What the assembler makes of a kernel.
+    """Resources of a kernel, as the assembler reports them.
 
-    A thread's registers, the bytes of what finds none, and instructions.
+    They are a thread's registers, the bytes spilled from them, and the number
+    of instructions.
     """
     with tempfile.TemporaryDirectory() as folder:
         path, cubin = (

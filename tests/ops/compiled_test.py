@@ -1,4 +1,4 @@
-"""What compilers say of the kernels for an H100, where there may be none."""
+"""Compilers accept the kernels for an H100, which need not be present."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def test_triton_compiles_for_an_h100():
     assert len(kernels) == 48
     for kernel in kernels:
         assert kernel["shared_bytes"] <= H100, kernel
-        # The most of what was fastest.
+        # The fastest tiles spill no more than this.
         assert kernel["spilled_bytes"] <= 440, kernel
 
 
@@ -61,7 +61,7 @@ def test_pallas_lowers_to_a_gpus_kernels(op):
 
     call = "__gpu$xla.gpu.triton"
     shapes = [(1, length, heads, 128) for heads in (8, 1, 1)]
-    # Later than JAX 0.10, lowering asks which GPU.
+    # After JAX 0.10, lowering needs to know the GPU.
     device = jax.sharding.AbstractDevice("NVIDIA H100", None, "gpu")
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):

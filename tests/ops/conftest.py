@@ -8,7 +8,7 @@ from tests.support import has_gpu
 
 @pytest.fixture(scope="module")
 def small_tiles():
-    """So that small tests have several tiles, the last ones not full."""
+    """Gives small tests several tiles, the last ones not full."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(row_blocks, "ROWS", 5)
         patch.setattr(
@@ -27,7 +27,7 @@ def small_tiles():
 
 @pytest.fixture
 def chosen_by(monkeypatch, small_tiles):
-    """By what width and count each kernel's tiles were chosen."""
+    """The width and count by which each kernel's tiles were chosen."""
     found, choose = {}, tiles.choose_tiles
 
     def note(kernel, width, count, *_, **__):

@@ -1,4 +1,4 @@
-"""What tests of ops with fused kernels share."""
+"""Shared by tests of ops with fused kernels."""
 
 import importlib
 import importlib.util
@@ -10,14 +10,14 @@ import pytest
 BACKEND = keras.backend.backend()
 HAS_TRITON = BACKEND == "torch" and importlib.util.find_spec("triton")
 KERNEL = {"jax": "pallas", "torch": "triton"}.get(BACKEND)  # On a GPU.
-H100 = 227 * 1024  # Bytes that a program may have of the memory for operands.
+H100 = 227 * 1024  # Bytes of shared memory that a program may use.
 needs_jax = pytest.mark.skipif(BACKEND != "jax", reason="A kernel for JAX.")
 needs_triton = pytest.mark.skipif(
     not HAS_TRITON,
     reason="A kernel for torch, where Triton is installed.",
 )
 needs_kernel = pytest.mark.skipif(
-    BACKEND != "jax" and not HAS_TRITON, reason="There is no kernel."
+    BACKEND != "jax" and not HAS_TRITON, reason="Needs JAX or Triton."
 )
 FUSED = [
     pytest.param("pallas", marks=needs_jax),
@@ -38,7 +38,7 @@ def run(op, implementation, *arguments):
 
 
 def is_interpretable(implementation, dtype):
-    """Triton's interpreter multiplies bfloat16 as if it were integers."""
+    """False for bfloat16, which Triton's interpreter multiplies wrongly."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     return not (
         implementation == "triton" and dtype == "bfloat16" and interpreted

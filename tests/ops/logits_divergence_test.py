@@ -26,7 +26,7 @@ ELEMENTS, ROWS = chunked.ELEMENTS, chunked.ROWS
 
 @pytest.fixture(autouse=True, scope="module")
 def small_blocks():
-    """So that small tests have several blocks, the last one not full."""
+    """Gives small tests several blocks, the last one not full."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunked, "ROWS", 4)
         patch.setattr(chunked, "ELEMENTS", 4)
@@ -57,13 +57,13 @@ class Case:
                     rng.standard_normal(shape).astype("f4"), dtype
                 )
                 self.arrays.append(to_numpy(tensor))  # Rounded to the dtype.
-        # A label of -1 is none.
+        # -1 is no label.
         self.labels = rng.integers(-1, vocabularies[0], (2, length))
         weights = rng.random((2, length)) * (rng.random((2, length)) < counted)
         self.weights = weights.astype("f4")
         self.soft_caps, self.temperature = soft_caps, temperature
         self.of = of
-        self.top = top  # How many of the teacher's logits are known.
+        self.top = top  # The number of known logits of the teacher.
 
     def run(self, implementation, hidden, kernel):
         teacher = [
@@ -108,7 +108,8 @@ def oracle(case, arrays=None):
     """The losses in NumPy float64, token by token, and their gradients.
 
     Returns:
-        Loss, gradients of hidden states and kernel, and the losses alone.
+        A tuple of the loss and the gradients of hidden states and kernel, and a
+        dictionary of the separate losses.
     """
     hidden, kernel, targets, unembed = (
         np.asarray(a, "float64") for a in (arrays or case.arrays)
@@ -125,7 +126,7 @@ def oracle(case, arrays=None):
         return e / e.sum()
 
     def known(p, q):
-        """Of the teacher's: the largest; the others share as the student's."""
+        """Keeps the largest of `p` and splits the rest as in `q`."""
         if not case.top:
             return p
         others = np.argsort(p)[: -case.top]
@@ -166,7 +167,7 @@ def oracle(case, arrays=None):
 
 @pytest.mark.parametrize("top", [None, 3])
 def test_oracles_gradients_are_slopes_of_its_values(top):
-    # The tokens that are not known count as one.
+    # Tokens without a known logit count as one token.
     case = Case(top=top)
     (_, *gradients), _ = oracle(case)
     rng = np.random.default_rng(1)
@@ -184,7 +185,7 @@ def test_oracles_gradients_are_slopes_of_its_values(top):
 
 
 def assert_is_as_good(case):
-    """At most twice the error of the plain form in the same dtype."""
+    """Allows twice the error of the plain form in the same dtype."""
     exact, _ = oracle(case)
     plain = case.value_and_grads("definition")
     found = case.value_and_grads("chunked")
@@ -271,7 +272,7 @@ def test_a_scaled_loss_has_scaled_gradients(implementation):
 
 @IMPLEMENTATION
 def test_float16_keeps_the_gradients_of_small_shares(implementation):
-    # Scaled up, they are those of large shares to the bit.
+    # Divided by the share, gradients of both shares are the same to the bit.
     case = Case(dtype="float16")
     unembed = ops.convert_to_tensor(case.arrays[3], "float16")
     targets = ops.convert_to_tensor(case.arrays[2], "float16")
@@ -336,7 +337,7 @@ def test_equal_distributions_have_no_divergence(implementation):
 def test_tokens_without_weight_are_not_looked_at(implementation):
     case = Case(counted=0.3)
     expected = case.value_and_grads(implementation)
-    case.arrays[2][case.weights == 0] = 7.0  # Of the teacher.
+    case.arrays[2][case.weights == 0] = 7.0  # The teacher's.
     found = case.value_and_grads(implementation)
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_array_equal(to_numpy(one), to_numpy(other))
@@ -377,7 +378,7 @@ def test_logits_themselves_are_taken():
 
 @pytest.mark.skipif(
     keras.backend.backend() != "jax",
-    reason="Only JAX tells a compiled program's memory.",
+    reason="Only JAX reports a compiled program's memory.",
 )
 def test_no_tensor_of_all_logits(monkeypatch):
     import jax
@@ -418,7 +419,7 @@ def test_labels_of_weight_0_may_be_any(implementation):
 
 @IMPLEMENTATION
 def test_labels_beyond_the_vocabulary_are_seen(implementation, monkeypatch):
-    """Compiled code cannot refuse them: they give NaN, and no gradient."""
+    """Compiled code cannot raise: they give a NaN loss, and no gradient."""
     monkeypatch.setattr(arguments, "at_hand", lambda tensor: False)
     case = Case()
     row, column = np.argwhere(case.weights > 0)[0]

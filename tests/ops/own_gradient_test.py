@@ -1,4 +1,4 @@
-"""Ops with a gradient of their own, where JAX differentiates later."""
+"""Ops with a custom gradient, also in functions that JAX compiles."""
 
 import copy
 import functools
@@ -68,7 +68,7 @@ def test_tensors_may_come_from_outside(op, monkeypatch):
     known = CASES[op]()
 
     def loss(implementation, zero, *tensors):
-        """`zero` makes every tensor of the case one that is computed."""
+        """Adds `zero` to every array of the case, so that JAX traces it."""
         case = copy.copy(known)
         for name, value in vars(known).items():
             setattr(

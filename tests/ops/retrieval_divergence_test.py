@@ -1,4 +1,4 @@
-"""Divergence of where rows look, against an oracle in float64."""
+"""The retrieval divergence, against an oracle in float64."""
 
 import hypothesis
 import numpy as np
@@ -44,7 +44,7 @@ class Case:
         student = 2 * rng.standard_normal(shape) - 3
         student[rng.random(shape) < masked] = MASKED
         tensor = ops.convert_to_tensor(student.astype("float32"))
-        self.student = to_numpy(ops.cast(tensor, dtype))  # Rounded to it.
+        self.student = to_numpy(ops.cast(tensor, dtype))  # In the dtype.
         shares = rng.dirichlet(np.ones(segments), (batch, rows))
         self.shares = shares.astype("float32")
         self.mass, self.sharpness, self.row_mask = rng.random(
@@ -104,7 +104,7 @@ class Case:
 
 
 def weights_of(case, b, i):
-    """Of each segment, by its distance from a row."""
+    """The weight of each segment, by its distance from a row."""
     if case.exponent is None:
         return np.ones(case.shares.shape[-1])
     positions = case.segment_positions[b]
@@ -122,7 +122,7 @@ def divergence(p, q, w):
 
 
 def divergences(case, student, head_weight):
-    """Of each example, row by row, in NumPy float64."""
+    """The divergence of each example, row by row, in NumPy float64."""
     batch, heads, rows, segments = student.shape
     found = np.zeros(batch)
     for b in range(batch):
@@ -182,7 +182,7 @@ def test_is_the_oracles(pooling, exponent, masked):
 
 
 def assert_is_as_good(case):
-    """At most twice the error of what is right, rounded to the dtype once."""
+    """Allows twice the error of the exact value, rounded to the dtype once."""
     found, exact = case.divergence_and_grads(), oracle(case)
     for name, one, other in zip(NAMES, found, exact, strict=True):
         rounded = ops.cast(ops.convert_to_tensor(other), one.dtype)
@@ -238,7 +238,7 @@ def test_second_value_is_how_much_the_teacher_retrieves(pooling):
 
 @POOLING
 def test_is_zero_where_the_student_looks_like_its_teacher(pooling):
-    # Of 50 examples, rounding would make some negative.
+    # Without a bound at 0, rounding would make some of 50 examples negative.
     case = Case(pooling, batch=50, heads=1, rows=1, masked=0.0)
     case.row_mask[:] = 1.0
     case.student[:] = np.log(case.shares)[:, None] - 2.0
@@ -282,7 +282,7 @@ def test_segments_with_tiny_shares_still_learn():
 
 
 def oracle_of_tiny(case):
-    """By logarithms: a share of e^-2000 is 0 in float64 too."""
+    """Uses logarithms, because a share of e^-2000 is 0 even in float64."""
     student = case.student.astype("float64")
     log_q = student - np.logaddexp.reduce(student, axis=-1, keepdims=True)
     p = case.shares[:, None].astype("float64")
@@ -331,7 +331,7 @@ def test_no_gradient_reaches_the_teacher(pooling):
 
     _, gradients = value_and_grads(loss, case.tensors()[0], *case.teacher())
     assert (to_numpy(gradients[0]) != 0).any()
-    for each in gradients[1:]:  # `None` where nothing leads there.
+    for each in gradients[1:]:  # `None` if the loss does not depend on it.
         assert each is None or (to_numpy(each) == 0).all()
 
 
@@ -352,7 +352,7 @@ def retrieval_oracle(log_shares, head_weight):
 
 
 def log_shares_of(shape, masked=0.3, seed=0):
-    """Random ones whose sum over segments is less than 1."""
+    """Logarithms of random shares, whose sum over segments is below 1."""
     rng = np.random.default_rng(seed)
     log_shares = np.log(rng.dirichlet(np.ones(shape[-1] + 1), shape[:-1]))
     log_shares = log_shares[..., :-1].astype("float32")
@@ -364,10 +364,10 @@ def log_shares_of(shape, masked=0.3, seed=0):
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_retrieval_is_the_oracles(weighted, dtype):
     log_shares = log_shares_of((2, 3, 7, 4))
-    log_shares[0, :, 0] = MASKED  # No segment,
-    log_shares[0, :, 1, 1:] = MASKED  # one,
-    log_shares[0, :, 2, 2:] = MASKED  # two,
-    log_shares[1, :, 0] = -3.0  # even shares.
+    log_shares[0, :, 0] = MASKED  # No segment.
+    log_shares[0, :, 1, 1:] = MASKED  # One segment.
+    log_shares[0, :, 2, 2:] = MASKED  # Two segments.
+    log_shares[1, :, 0] = -3.0  # Even shares.
     tensor = ops.cast(ops.convert_to_tensor(log_shares), dtype)
     weight = np.array([0.5, 0.3, 0.2] if weighted else [1 / 3] * 3)
     found = retrieval(
@@ -401,7 +401,7 @@ def test_retrieval_in_bounds_and_gradients_finite(scale):
     tensor = ops.convert_to_tensor(log_shares)
     found = [to_numpy(each) for each in retrieval(tensor)]
     assert all((each >= 0).all() and (each <= 1).all() for each in found)
-    # Also of rows whose attention to segments is less than float32 has.
+    # Also in rows whose attention to segments is too small for float32.
     np.testing.assert_allclose(found[0][:, 1:].sum(-1), 1.0, rtol=1e-5)
     _, (gradient,) = value_and_grads(total, tensor)
     gradient = to_numpy(gradient)

@@ -28,7 +28,7 @@ IMPLEMENTATION = pytest.mark.parametrize(
 class Case:
     """Random arguments as NumPy arrays; a third of the keys is padding.
 
-    Numbers of segments go beyond the largest that is asked for, and some have
+    Segment numbers go beyond the largest one requested, and some segments have
     no key.
     """
 
@@ -62,7 +62,7 @@ class Case:
         self.num_segments = num_segments
         self.scale, self.soft_cap, self.window = 0.7, soft_cap, window
         self.block = None
-        if blocks:  # Of up to five keys; 0 is none.
+        if blocks:  # Blocks of up to five keys; 0 is no block.
             self.block = np.tile(np.arange(keys) // 5, (2, 1))
 
     def run(self, implementation, query, key):
@@ -136,7 +136,7 @@ def oracle(case, arrays=None):
 
 
 def without_masked(log_shares):
-    """What is attended, and 0 elsewhere, where it must be exactly -1e30."""
+    """Log shares with 0 for masked ones, which must be exactly -1e30."""
     masked = log_shares < -1e29
     assert (log_shares[masked] == MASKED).all()
     return np.where(masked, 0.0, log_shares)
@@ -197,7 +197,7 @@ def test_is_the_oracles(implementation, kind, dtype):
 
 
 def assert_is_as_good(case):
-    """At most twice the error of the plain form in the same dtype."""
+    """Allows twice the error of the plain form in the same dtype."""
     plain, found = (
         list(case.output_and_grads(name)) for name in ("definition", "chunked")
     )
@@ -278,7 +278,7 @@ def test_rows_that_attend_no_segment_have_no_gradient(implementation, without):
 
 @IMPLEMENTATION
 def test_tiny_shares_are_exact(implementation):
-    # Whole numbers and a power of two: float32 has every logit exactly.
+    # Whole numbers and a power of two make every logit exact in float32.
     case = Case(soft_cap=None)
     rng = np.random.default_rng(3)
     case.arrays = [
@@ -343,4 +343,4 @@ def test_memory_of_few_rows_is_linear_in_keys(monkeypatch):
 
     short, long = map(temporary_mebibytes, (8192, 16384))
     assert long < 2.2 * short
-    assert long < 48  # A fifth of one number a row, key and segment.
+    assert long < 48  # Half a number per row, key and segment.

@@ -39,7 +39,7 @@ def pairs(kinds, row_index, window):
 
 
 def by_tile(allowed):
-    """Of each tile of rows and keys: some are allowed; all are."""
+    """Whether some and all pairs of each tile of rows and keys are allowed."""
     rows, keys = (
         -(-size // tile)
         for size, tile in zip(allowed.shape[1:], TILES[:2], strict=True)
@@ -58,7 +58,7 @@ def by_tile(allowed):
 
 
 def visited(bounds, number):
-    """Of each tile and each of the others: it is visited; as a full one."""
+    """For each tile, whether it visits each other tile, and as a full one."""
     start, full_start, full_end, end = np.moveaxis(to_numpy(bounds), -1, 0)
     number = np.arange(number)
 
@@ -80,7 +80,7 @@ def of_arrays(kinds, row_index, window):
 
 
 def of_triton(kinds, row_index, window):
-    """The same, found within its kernels."""
+    """Bounds for tiles of rows and of keys, found within Triton's kernels."""
     from tests.ops.triton_bounds import find_bounds
 
     mask = AttentionMask(
@@ -111,7 +111,7 @@ BOUNDS = pytest.mark.parametrize(
 
 
 def both_ways(find, kinds, row_index, window):
-    """What is allowed, and what is visited by tiles of rows and of keys."""
+    """The allowed tiles, and those that tiles of rows and of keys visit."""
     some, every = by_tile(pairs(kinds, row_index, window))
     of_rows, of_keys = find(kinds, row_index, window)
     by_row = visited(of_rows, some.shape[2])
@@ -173,7 +173,7 @@ def test_wider_heads_get_no_larger_tiles(kernel):
     assert size(64) >= size(128) >= size(256)
     assert size(64, item_size=4) >= size(256, item_size=4)
     assert size(256, item_size=4) <= size(256)
-    if kernel != "key_value":  # Where mixtures are.
+    if kernel != "key_value":  # The others take mixtures.
         assert size(256, mixed=True) <= size(256)
         assert size(128, mixed=True) == size(128)
 
@@ -194,7 +194,7 @@ def test_tiles_are_what_kernels_can_run():
             assert size.bit_count() == 1  # A power of 2.
         # Tensor cores multiply matrices that are at least 16 wide.
         assert min(tiles.rows, tiles.keys) >= 16
-        # The others sum over the keys of a tile along its last axis.
+        # The other kernels sum over the keys of a tile along its last axis.
         assert kernel.startswith("key") or not tiles.by_key
 
 
@@ -204,7 +204,7 @@ def test_what_kernels_multiply_fits_a_gpu():
         if kernel.startswith("key"):
             own, visited = visited, own
         numbers = tiles.stages * visited + own * (not tiles.in_registers)
-        # Of both models, or queries and keys beside values and slopes.
+        # For both models, or queries and keys as well as values and slopes.
         assert 2 * numbers * width * item_size <= H100
 
 
@@ -232,7 +232,7 @@ def test_a_head_dim_gets_the_tiles_of_what_it_is_filled_up_to(
 
 @pytest.mark.parametrize("table", [*CHOICES.values(), SMALL])
 def test_tables_go_up_to_widths_that_fill_a_tile(table):
-    # A head dim is filled up to a power of 2: no other limit is of use.
+    # A head dim is padded to a power of 2, so other limits are useless.
     limits = [limit for limit, *_ in table]
     assert limits == sorted(limits)
     assert all(limit.bit_count() == 1 for limit in limits)

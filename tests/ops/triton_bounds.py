@@ -34,7 +34,7 @@ def bounds_of_keys(bounds, places, first_rows, rows, keys, form: tl.constexpr):
 
 
 def find_bounds(mask, distance, tiles, batch):
-    """For tiles of rows and of keys, as from `tiles.row_bounds`."""
+    """Bounds for tiles of rows and of keys, as from `tiles.row_bounds`."""
     places = kernels.find_places(mask, distance, batch)
     rows, keys = (
         positions.shape[1]

@@ -80,7 +80,7 @@ def test_presets_of_one_image_and_of_several(tmp_path):
 
 
 def test_plain_presets_are_not_taken_over():
-    # Of those that name a backbone, KerasHub takes any.
+    # KerasHub may load a preset with any class that names its backbone.
     assert {
         kind.__module__.split(".")[0]
         for kind in keras.saving.get_custom_objects().values()
@@ -108,7 +108,7 @@ def test_a_file_with_code_is_refused(tmp_path, code):
         keras.saving.load_model(tmp_path / "model.keras")
     assert not ran.exists()
     keras.saving.load_model(tmp_path / "model.keras", safe_mode=False)
-    assert ran.exists()  # It would have run.
+    assert ran.exists()  # It runs if allowed.
 
 
 def test_code_in_a_config_is_refused(code):

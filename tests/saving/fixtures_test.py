@@ -22,7 +22,7 @@ FLOAT32 = dict(rtol=1e-5, atol=200 * np.finfo("float32").eps)
     scope="module", params=ARCHIVES, ids=lambda p: f"{p.parent.name}-{p.stem}"
 )
 def folder(request, tmp_path_factory):
-    """What `make_fixtures` has written."""
+    """A folder that `make_fixtures` has written."""
     folder = tmp_path_factory.mktemp("fixtures")
     shutil.unpack_archive(request.param, folder)
     return folder
@@ -74,12 +74,12 @@ def test_state_of_training_beside_a_store(
     folder, student, arrays, tmp_path, monkeypatch
 ):
     if keras.backend.backend() != "torch":
-        # What was written with it is read without.
+        # Files written with torch must be readable without it.
         monkeypatch.setitem(sys.modules, "torch", None)
     shutil.copytree(folder / "training", tmp_path / "training")
     store = keras_laid.StoredTeacher(folder / "store")
     distiller = make_fixtures.make_distiller(store, student)
-    # Restored; a run that has ended takes no step.
+    # This only restores the state: a completed run takes no more steps.
     make_fixtures.train(distiller, arrays, tmp_path / "training")
     state = make_fixtures.state_of(distiller, arrays)
     assert state["steps"] == 2

@@ -2,17 +2,17 @@
 
     KERAS_BACKEND=jax python -m tests.saving.make_fixtures
 
-Run it once for each backend, at a release, and commit what it writes,
-`fixtures/<version>/<backend>.zip`. Those of released versions stay as they are:
-that they can still be read, on every backend, is what the test says. In one are
+Run it once for each backend at a release, and commit the file that it writes,
+`fixtures/<version>/<backend>.zip`. Never change the files of released versions:
+the test checks that every backend can still read them. A file holds
 
 - `layers.keras`, a functional model of the library's layers;
 - `student.keras`, a model for several images, with gains;
 - `folded/`, a preset of it after training, its gains folded;
 - `store/`, a teacher's targets;
-- `training/`, the state of a distiller that has trained that student by that
-  store, with a learning rate for each group;
-- `arrays.npz`, the inputs, and what was made of them.
+- `training/`, the state of a distiller that has trained that student from
+  that store, with a learning rate for each group;
+- `arrays.npz`, the inputs, and the arrays computed from them.
 """
 
 import pathlib
@@ -30,7 +30,7 @@ from tests.support import make_preprocessor
 from tests.support import to_numpy
 
 FOLDER = pathlib.Path(__file__).parent / "fixtures"
-# The fewest layers: most bytes of a file are names.
+# As few layers as possible: most bytes of a file are names.
 CONFIG = dict(
     image_size=8,
     num_layers=1,
@@ -110,13 +110,13 @@ def make_distiller(teacher, student):
         mixer=keras.optimizers.SGD(1.0),
         gains=keras.optimizers.Adam(0.1),
     )
-    # A few steps: to compile them takes longer.
+    # Compiling would take longer than the few steps.
     distiller.compile(optimizer, run_eagerly=keras.backend.backend() != "jax")
     return distiller
 
 
 def train(distiller, arrays, folder):
-    """Trains for an epoch, or restores what such a call has left."""
+    """Trains for an epoch, or restores the state of an earlier call."""
     distiller.fit(
         distiller.teacher.targets_for(Batches(arrays)),
         shuffle=False,
@@ -147,7 +147,7 @@ def randomize(variables, rng):
 
 
 def write(folder):
-    # The usual rules would be most of a tokenizer's bytes.
+    # The default normalization rules would be most of a tokenizer's bytes.
     preprocessor = make_preprocessor(normalization_rule_name="identity")
     arrays = make_arrays(preprocessor.tokenizer.vocabulary_size())
     data = Batches(arrays)

@@ -38,7 +38,7 @@ def test_shares_add_up_to_one():
 
 @pytest.mark.parametrize("pair", [0, 2])
 def test_pair_that_carries_all_logits_has_the_whole_share(pair):
-    """Planted in the weights: what is captured has another order."""
+    """Plants the pair in the weights: captured features are reordered."""
     model = make_multi_image(vocabulary_size=60)
     only = np.zeros(8, "float32")
     only[[pair, pair + 4]] = 1.0
@@ -69,7 +69,7 @@ def test_wavelengths_are_those_of_the_rotation():
         to_numpy(layer._apply_rope(content, 0, positions=np.array([position])))
         for position in (0, wavelengths[1])
     )
-    # The second pair has turned once; as captured, it is side by side.
+    # The second pair has turned once. Captured pairs are adjacent features.
     np.testing.assert_allclose(turned[..., 2:4], start[..., 2:4], atol=1e-4)
     assert np.abs(turned - start).max() > 0.1
 
@@ -91,7 +91,7 @@ def test_wavelengths_of_other_families(family):
     content = np.ones((1, 2, 1, layer.rotary_dim), "float32")
     one, other = np.split(to_numpy(layer.rotary(content))[0, 1, 0], 2)
     turns = np.arctan2(other - one, one + other) / (2 * np.pi)
-    found = 1 / spectral.rotary_wavelengths(model)  # In turns a token.
+    found = 1 / spectral.rotary_wavelengths(model)  # In turns per token.
     np.testing.assert_allclose(found, turns, atol=1e-5)
 
 

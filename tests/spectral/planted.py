@@ -1,4 +1,4 @@
-"""Attention made to order, to be found again."""
+"""Attention with planted patterns that tests must find."""
 
 import numpy as np
 from keras import ops
@@ -10,12 +10,12 @@ ROWS = 3
 
 
 def planted(query, key, rows=ROWS):
-    """One layer's attention to images alone.
+    """One layer's attention, only to images.
 
     Args:
         query: Array of shape `(batch, heads, features)`, the same in all rows.
         key: Array of shape `(batch, keys, key_heads, features)`.
-        rows: Integer.
+        rows: Integer, the number of rows. Defaults to `3`.
     """
     query = np.repeat(np.asarray(query, "float32")[:, None], rows, axis=1)
     batch, keys = key.shape[:2]
@@ -34,7 +34,8 @@ def planted(query, key, rows=ROWS):
 def attending(shares):
     """Attention in the given shares, of shape `(batch, heads, keys)`.
 
-    Keys are unit vectors that differ from each other, one more for each head.
+    The features of a key are a large one-hot vector, so that keys differ, and
+    the logarithm of its share for each head.
     """
     batch, heads, keys = shares.shape
     logits = np.log(np.maximum(shares, 1e-12))

@@ -1,4 +1,4 @@
-"""Pictures are drawn, also where nothing has been learned yet."""
+"""Plots are drawn, also before anything has been learned."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -85,7 +85,7 @@ def test_any_models_are_drawn(tmp_path):
 
 def retrieval_heads(layers, heads):
     values = np.random.default_rng(0).uniform(-0.1, 1, size=(layers, heads))
-    values[1] = np.nan  # A sliding window.
+    values[1] = np.nan  # A layer with a sliding window.
     statistics = HeadStatistics(values, values, values, values)
     by_rows = {"text": statistics, "image": statistics}
     return RetrievalHeads(((0, 1), (2, 0)), values, 0.5, by_rows)
@@ -128,7 +128,7 @@ def test_cells_of_retrieval_heads(tmp_path, monkeypatch):
         np.testing.assert_allclose(texts, known, atol=0.00501)
         centers = [patch.get_center() for patch in axes.patches]
         np.testing.assert_allclose(centers, [(1, 0), (0, 2)])
-    # Cells have one size.
+    # All cells have the same size.
     sizes = [axes.get_position().bounds[2:] for axes in (teacher, after)]
     np.testing.assert_allclose(np.divide(*sizes), [3 / 2, 4 / 3], rtol=1e-6)
     plt.close(figure)

@@ -127,7 +127,7 @@ def test_signal_is_that_of_whole_maps():
 
 
 def test_rotary_frequency_shows_at_its_wavelength():
-    """A query and key that never change, in one pair of features alone."""
+    """The query and key are constant and use only one pair of features."""
     layer = attention_of(make_multi_image(head_dim=16))[0]
     wavelengths = spectral.rotary_wavelengths(make_multi_image(head_dim=16))
     for pair in (1, 2):

@@ -35,8 +35,8 @@ class AttentionMatching(Term):
     `attention` is `keras_laid.ops.attention_divergence` of the student's maps
     from mixed maps of the teacher, weighted by distance, averaged over heads
     and rows; `query_key` is `keras_laid.ops.query_key_distance`, averaged in
-    the same way. Both are means over the pairs of layers, and mix the teacher's
-    heads by the same learned weights.
+    the same way. Both are means over the pairs of layers, and use the same
+    learned mixtures of the teacher's heads.
 
     Args:
         weight: Float of at least 0, or a
@@ -65,7 +65,7 @@ class AttentionMatching(Term):
     Raises:
         TypeError: If an argument is of another kind.
         ValueError: If an argument is outside its range. When the distiller is
-            made, if a layer does not exist, or has no attention that fits.
+            made, if a layer does not exist, or its attention does not fit.
 
     Reference:
      - [Zhou et al., 2026](https://arxiv.org/abs/2512.21576), equations 7, 8.
@@ -143,12 +143,13 @@ class AttentionMatching(Term):
     ) -> tuple[Tensor | float, dict[str, Tensor]]:
         rows = step.rows(self.rows)
         distance = step.distance(rows.row_positions, rows.key_positions)
-        # [batch, 1]: an example counts as much as its most weighty token.
+        # [batch, 1]: the weight of an example is that of its token with the
+        # largest weight.
         example_weight = ops.max(step.sample_weight, axis=1, keepdims=True)
         row_weight = example_weight * ops.cast(rows.counted, "float32")
         by_layer: dict[str, list[Tensor]] = {name: [] for name in self.metrics}
         for mixer, (s, t) in zip(self.mixers, self.layer_pairs, strict=True):
-            # A stored teacher has no other rows.
+            # The queries of a stored teacher are those of only these rows.
             student = rows.of(step.run.attention[s])
             teacher = rows.of(targets[t])
             mixture = mixer.mixture()

@@ -1,4 +1,4 @@
-"""Hidden states: the student's blocks put out what the teacher's do."""
+"""The term of hidden states: the student's blocks learn the teacher's."""
 
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -29,14 +29,14 @@ class HiddenStates(Term):
 
     `loss = mean |P h - t|^2 / mean |t - mean(t)|^2`,
 
-    where means are over the tokens of a batch that count: 0 is equal, and 1 is
-    as good as the mean of the teacher's states. The term is the mean over the
-    pairs.
+    where means are over the tokens of a batch that count. The loss is 0 if the
+    states are equal, and 1 if `P h` is always the mean of the teacher's states.
+    The term is the mean over the pairs.
 
     Args:
         weight: Float of at least 0, or a
-            `keras.optimizers.schedules.LearningRateSchedule` of training steps.
-            Defaults to `1.0`.
+            `keras.optimizers.schedules.LearningRateSchedule` of training steps:
+            the weight of the term. Defaults to `1.0`.
         layer_map: Which layers are compared: `"last"`, the last layer of each
             model; `"uniform"`, every layer of the student with the one at the
             same relative depth; or pairs of indices `(student_layer,
@@ -45,9 +45,10 @@ class HiddenStates(Term):
             `"all"`, those of image tokens too. Defaults to `"all"`.
 
     Raises:
-        ValueError: If `rows` is another name. When the distiller is made, if
-            `layer_map` is of another kind, a layer does not exist, or the
-            teacher is a `keras_laid.StoredTeacher`, which has no hidden states.
+        ValueError: If an argument is outside its range. When the distiller is
+            made, if `layer_map` is of another kind, a layer does not exist, or
+            the teacher is a `keras_laid.StoredTeacher`, which has no hidden
+            states.
 
     Example:
 
@@ -89,8 +90,8 @@ class HiddenStates(Term):
         self.layer_pairs = resolve_layer_map(self.layer_map, student, teacher)
         if store is not None:
             raise ValueError(
-                "`HiddenStates` needs a teacher in memory: a store has none of "
-                "its hidden states. Received: a `keras_laid.StoredTeacher`. "
+                "`HiddenStates` needs a teacher in memory: a store holds no "
+                "hidden states. Received: a `keras_laid.StoredTeacher`. "
                 "Pass the teacher itself, or leave the term out."
             )
         if not self.is_used:
@@ -123,7 +124,8 @@ class HiddenStates(Term):
     ) -> tuple[Tensor | float, dict[str, Tensor]]:
         rows = step.rows(self.rows)
         counted = ops.cast(rows.counted, "float32")
-        # [batch, rows, 1]: an example counts as much as its most weighty token.
+        # [batch, rows, 1]: the weight of an example is that of its token with
+        # the largest weight.
         weight = counted * ops.max(step.sample_weight, axis=1, keepdims=True)
         weight = weight[:, :, None]
         losses = []

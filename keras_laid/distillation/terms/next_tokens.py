@@ -1,4 +1,4 @@
-"""The next tokens: the teacher's logits and the labels."""
+"""The term of next tokens, from the teacher's logits and the labels."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -27,9 +27,9 @@ class NextTokens(Term):
     """`logits` and `supervised`: the teacher's answers and the labels.
 
     `logits` is the divergence of `keras_laid.ops.logits_divergence`, averaged
-    over the tokens that `sample_weight` marks. `supervised` is its
-    cross-entropy with the labels, averaged in the same way, or the loss that
-    the distiller was compiled with.
+    over the tokens that `sample_weight` marks. `supervised` is the
+    cross-entropy of the student's logits with the labels, averaged in the same
+    way, or the loss that the distiller was compiled with.
 
     Args:
         logits_weight: Float of at least 0, or a
@@ -37,10 +37,11 @@ class NextTokens(Term):
             the weight of `logits`. Defaults to `1.0`.
         supervised_weight: Float of at least 0, or a schedule of training steps:
             the weight of `supervised`. Defaults to `1.0`.
-        temperature: Float greater than 0, of the divergence from the teacher's
-            logits. Defaults to `1.0`.
-        vocabulary: `"same"`, or `"shared"` to compare the logits of the first
-            tokens that both vocabularies have. Defaults to `"same"`.
+        temperature: Float greater than 0, by which `logits` divides both
+            models' logits. Defaults to `1.0`.
+        vocabulary: `"same"` if both models have as many tokens, or `"shared"`
+            to compare the logits of only the first tokens, which both
+            vocabularies have. Defaults to `"same"`.
 
     Attributes:
         loss: `keras.losses.Loss` of labels and logits, or `None` for the
@@ -128,7 +129,7 @@ class NextTokens(Term):
 
 
 def supervised(loss: keras.losses.Loss, step: Step) -> Tensor:
-    """A compiled loss; NaN where a marked label is not a token."""
+    """A compiled loss; NaN if a marked label is not a token."""
     value = loss(step.y, step.logits, sample_weight=step.sample_weight)
     # As in `keras_laid.ops.logits_divergence`.
     outside = ops.logical_and(

@@ -1,4 +1,4 @@
-"""Where the student looks among the images, as the teacher's heads do."""
+"""The retrieval term: the student looks at the images the teacher does."""
 
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -73,17 +73,18 @@ class RetrievalMatching(Term):
             pairs of integers `(layer, head)`, where a negative layer counts
             from the last. Defaults to `"auto"`.
         student_layers: Optional sequence of integers, the layers of the student
-            that learn from all of these heads. Defaults to `None`: without
+            that learn from all of the heads. Defaults to `None`: without
             pooling, the student's layer at the same relative depth learns from
             the heads of each layer of the teacher; with pooling, every layer
             with full attention takes part.
-        pooling: `"none"`: every head of those layers must look where the
-            teacher does. `"heads"`: a mean of the heads with learned weights
-            must. `"rows"`: the mean over heads and rows must; nothing says
-            which head or row has to do it. Defaults to `"none"`.
-        num_segments: Optional integer, the largest number of a segment, where
-            inputs have `"segments"` or the family does not tell how many
-            images a prompt has. Defaults to `None`, the number of images.
+        pooling: `"none"`: every head of the student's layers must look where
+            the teacher does. `"heads"`: only a mean of the heads, with learned
+            weights, must do so. `"rows"`: only the mean over heads and rows
+            must do so, whichever of them contribute. Defaults to `"none"`.
+        num_segments: Optional integer, the largest number of a segment. It is
+            needed if inputs have `"segments"`, or if they do not say how many
+            images a prompt has, as those of Qwen 3.5. Defaults to `None`, the
+            number of images.
 
     Attributes:
         heads: Pairs `(layer, head)` of the teacher that are matched; `None`
@@ -153,14 +154,14 @@ class RetrievalMatching(Term):
             self.head_pooling = HeadMixer(1, count, name="mixer_retrieval")
 
     def named_heads(self, teacher: Description) -> Heads | None:
-        """The teacher's heads, or `None` if the first batches tell them.
+        """The teacher's heads, or `None` if the first batches decide them.
 
         A subclass may choose others.
         """
         return resolve_heads("teacher_heads", self.teacher_heads, teacher)
 
     def pooled_layers(self, student: Description) -> list[int]:
-        """The layers that are named, or else all with full attention."""
+        """The named layers, or if none are named, all with full attention."""
         allowed = indices_of_global(student.layers, student.model)
         if self.student_layers is None:
             return allowed
@@ -240,10 +241,10 @@ class RetrievalMatching(Term):
         """Where the teacher looks; a subclass may set other targets.
 
         Args:
-            log_shares: Dictionary from layer to what `log_shares_of_heads`
-                returns.
+            log_shares: Dictionary from layer to log shares, as
+                `log_shares_of_heads` returns it.
             heads: Pairs `(layer, head)` whose mean is taken.
-            x: The batch's inputs.
+            x: Dictionary of the batch's inputs.
         """
         layers = layers_of(heads)
         counts = [sum(of == layer for of, _ in heads) for layer in layers]
@@ -254,7 +255,7 @@ class RetrievalMatching(Term):
     def compute(
         self, step: Step, targets: Any
     ) -> tuple[Tensor | float, dict[str, Tensor]]:
-        """Mean over examples of the divergence of their rows."""
+        """The mean over examples of the divergence of each example."""
         matches = self.matches
         if not matches:
             return 0.0, {"retrieval": ops.zeros(())}
@@ -262,8 +263,8 @@ class RetrievalMatching(Term):
         segments = segments_for(
             step.model, step.x, ops.shape(rows.attended)[1], self.num_segments
         )
-        # Rows between segments see some of them, and what stands after the
-        # last marked token is part of no answer.
+        # Rows between segments attend only some of them, and rows after the
+        # last marked token are part of no answer.
         counted = ops.logical_and(rows.counted, matters(step.sample_weight))
         counted = ops.logical_and(
             counted, after_segments(rows, segments.numbers)
@@ -279,7 +280,7 @@ class RetrievalMatching(Term):
                 segments, step.distance(rows.row_positions, rows.key_positions)
             ),
         )
-        # All examples count the same, except those that retrieve nothing.
+        # Examples in which the teacher retrieves nothing do not count.
         retrieves = ops.cast(weight > 0, "float32")
         mean = weighted_mean(
             divergence, retrieves * ops.max(step.sample_weight, axis=1)
@@ -296,10 +297,10 @@ class RetrievalMatching(Term):
         segments: Segments,
         distance: Distance,
     ) -> tuple[Tensor, Tensor]:
-        """The divergence of each example and its weight, as of the op.
+        """The divergence and the weight of each example, as from the op.
 
-        Without pooling, the mean over the student's layers; otherwise one
-        divergence of all their heads together.
+        Without pooling, the weighted mean over the student's layers; with
+        pooling, one divergence of all their heads together.
         """
         found = {
             match.student_layer: segment_attention(

@@ -27,7 +27,7 @@ class Step(NamedTuple):
 
     Attributes:
         model: The student.
-        x: Dictionary of its inputs.
+        x: Dictionary of the student's inputs.
         y: Integer tensor of shape `(batch, length)`, the next tokens.
         sample_weight: Float tensor of shape `(batch, length)`, 0 or more.
         run: The student's `Run`.
@@ -56,7 +56,7 @@ class Step(NamedTuple):
     def distance(
         self, row_positions: Tensor, key_positions: Tensor
     ) -> Distance:
-        """Positions, and how much more distant ones count at this step."""
+        """The distances of rows and keys, with the weighting of this step."""
         return Distance(
             row_positions, key_positions, self.strength, self.exponent
         )
@@ -74,11 +74,11 @@ class Term:
             training steps. Losses of weight 0 are not computed.
 
     Attributes:
-        has_progress: Boolean, whether its losses change with the progress of
-            training, which is a metric then.
+        has_progress: Boolean, whether the term's losses change with the
+            progress of training. If so, `progress` is a metric.
         layers: List of `keras.layers.Layer`, which are trained with the
             student.
-        is_bound: Boolean, whether a distiller has it.
+        is_bound: Boolean, whether the term belongs to a distiller.
     """
 
     has_progress = False
@@ -94,16 +94,16 @@ class Term:
         teacher: Description,
         store: StoredTeacher | None,
     ) -> None:
-        """Refuses models that do not fit, and makes what is learned.
+        """Refuses models that do not fit, and makes the term's layers.
 
         Args:
             student: The student's `Description`.
             teacher: The teacher's `Description`.
-            store: The `keras_laid.StoredTeacher` in a teacher's place, if there
-                is one.
+            store: The `keras_laid.StoredTeacher` that is used in place of a
+                teacher, or `None`.
 
         Raises:
-            ValueError: If the models or the store have not what it needs.
+            ValueError: If the models or the store lack what the term needs.
         """
 
     @property
@@ -112,7 +112,7 @@ class Term:
 
     @property
     def metrics(self) -> list[str]:
-        """Names of what `compute` returns."""
+        """Names of the scalars that `compute` returns."""
         return [name for name, weight in self.weights.items() if weight]
 
     @property
@@ -126,19 +126,19 @@ class Term:
         return self.has_progress and self.is_used
 
     def student_attention(self) -> set[int]:
-        """Layers of the student whose attention it reads."""
+        """Layers of the student whose attention the term reads."""
         return set()
 
     def teacher_attention(self) -> set[int]:
-        """Layers of the teacher whose attention it reads."""
+        """Layers of the teacher whose attention the term reads."""
         return set()
 
     def student_hidden_states(self) -> set[int]:
-        """Layers of the student whose output it reads."""
+        """Layers of the student whose output the term reads."""
         return set()
 
     def teacher_hidden_states(self) -> set[int]:
-        """Layers of the teacher whose output it reads."""
+        """Layers of the teacher whose output the term reads."""
         return set()
 
     def targets(
@@ -156,11 +156,11 @@ class Term:
     def stored_targets(
         self, store: StoredTeacher, x: Mapping[str, Tensor]
     ) -> Any:
-        """The same from a stored teacher, whose targets are inputs.
+        """The targets of this term from a stored teacher.
 
         Args:
             store: `keras_laid.StoredTeacher`.
-            x: Dictionary of the inputs.
+            x: Dictionary of the inputs, which hold the stored targets.
         """
         raise NotImplementedError
 
@@ -171,12 +171,12 @@ class Term:
 
         Args:
             step: `Step`.
-            targets: What `targets` returned, or `None` if the teacher did not
-                run.
+            targets: The result of `targets` or `stored_targets`, or `None` if
+                the teacher did not run.
 
         Returns:
-            A tuple of the weighted sum of its losses, and a dictionary of
-            scalars, its losses without their weights and further metrics.
+            A tuple of the weighted sum of the term's losses, and a dictionary
+            of scalars: each loss without its weight, and further metrics.
         """
         raise NotImplementedError
 

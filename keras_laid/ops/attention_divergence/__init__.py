@@ -61,22 +61,24 @@ def attention_divergence(
         student: `keras_laid.ops.Attention` of the student.
         teacher: `keras_laid.ops.Attention` of the teacher, with the same batch,
             rows and keys. Head dims may differ. No gradient reaches it.
-        mask: `keras_laid.ops.AttentionMask` of both.
-        distance: `keras_laid.ops.Distance`, positions and weights.
+        mask: `keras_laid.ops.AttentionMask` of both models.
+        distance: `keras_laid.ops.Distance`: the positions of rows and keys, and
+            how the weights `w_ij` depend on them.
         mixture: Optional float32 tensor of shape
             `(student_heads, teacher_heads)` whose rows sum to 1: `p` of student
-            head `s` is `sum_t mixture[s, t] * p_t`. `None` pairs equal heads.
-        implementation: `None` for the first that can, or one of `"pallas"`
-            (fused, JAX) and `"triton"` (fused, torch), both on NVIDIA GPUs of
-            compute capability 9 and 10 such as the H100, `"chunked"`
-            (anywhere, holds some rows of the maps at a time) and
-            `"definition"` (holds whole maps).
+            head `s` is `sum_t mixture[s, t] * p_t`. `None` compares head `s` of
+            the student with head `s` of the teacher.
+        implementation: One of `"pallas"` (fused, JAX) and `"triton"` (fused,
+            torch), both on NVIDIA GPUs of compute capability 9 and 10 such as
+            the H100, `"chunked"` (anywhere, holds some rows of the maps at a
+            time) and `"definition"` (anywhere, holds whole maps). `None` takes
+            the first of these that can run.
 
     Returns:
         A float32 tensor of shape `(batch, student_heads, rows)`, in nats.
 
     Raises:
-        TypeError: If an argument is of another kind.
+        TypeError: If an argument has the wrong type.
         ValueError: If shapes do not fit, a number is out of its range, or
             `implementation` is unknown.
         NotImplementedError: If the named `implementation` cannot run here.

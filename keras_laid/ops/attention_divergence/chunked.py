@@ -1,7 +1,7 @@
 """The divergence over blocks of rows: no whole map ever exists.
 
-The gradient is the one that README.md derives, from three numbers that are kept
-of each row, and maps that are computed again.
+README.md derives the gradient. The forward pass keeps three numbers of each
+row; the backward pass computes the maps again.
 """
 
 from typing import NamedTuple
@@ -31,7 +31,7 @@ class Block(NamedTuple):
     mixture: Tensor | None = None
 
     def of_rows(self, rows):
-        """The same with `rows(tensor, axis)` of every tensor that has rows."""
+        """A copy with `rows(tensor, axis)` of every tensor that has rows."""
         mask, distance = self.mask, self.distance
         return self._replace(
             student=self.student._replace(query=rows(self.student.query, 1)),
@@ -43,7 +43,7 @@ class Block(NamedTuple):
         )
 
     def logits(self):
-        """The student's and the teacher's."""
+        """Masked logits of the student and of the teacher."""
         allowed = self.mask.allowed()
         return [
             ops.where(allowed, attention.logits(), MASKED)
@@ -51,7 +51,7 @@ class Block(NamedTuple):
         ]
 
     def maps(self, logits, normalizers):
-        """Logarithms of the student's and the target map, both, and weights."""
+        """`log_q`, `log_p`, `q`, `p` and weights; `p` is the target map."""
         log_q, log_p = [
             a - b[..., None] for a, b in zip(logits, normalizers, strict=True)
         ]
@@ -64,7 +64,7 @@ class Block(NamedTuple):
         return log_q, log_p, q, p, weights
 
     def sums(self):
-        """Of each row: the divergence, both normalizers, and the center."""
+        """The divergence, both normalizers and the center of each row."""
         logits = self.logits()
         normalizers = [ops.logsumexp(each, axis=-1) for each in logits]
         log_q, log_p, q, p, weights = self.maps(logits, normalizers)
@@ -73,7 +73,7 @@ class Block(NamedTuple):
         return divergence, *normalizers, ops.sum(weights * (q - p), axis=-1)
 
     def gradients(self, upstream, normalizers, center):
-        """Of queries, keys and mixture, in float32."""
+        """Gradients of queries, keys and mixture, in float32."""
         # b = batch, s = student head, t = teacher head, i = row, j = key,
         # d = head dim
         student = self.student
@@ -132,7 +132,7 @@ def attention_divergence(student, teacher, mask, distance, mixture):
         )
 
         def gradients(upstream):
-            # Repeated rows count once.
+            # Rows that only fill up a block get a gradient of 0.
             upstream = blocks.fill_zeros(upstream, 2)
 
             def add_gradients(number, gradients):
@@ -160,7 +160,7 @@ def attention_divergence(student, teacher, mask, distance, mixture):
                 [ops.zeros(each) for each in shapes],
             )
             of_query = ops.transpose(of_query[:, :, :rows], (0, 2, 1, 3))
-            # Heads that read one key head add up.
+            # The gradient of a key head is the sum over heads that read it.
             of_key = ops.reshape(
                 of_key, (batch, key.shape[2], -1, width, ops.shape(key)[1])
             )

@@ -1,4 +1,4 @@
-"""The divergence in its plainest form. Every other file here must equal it."""
+"""The divergence in its plainest form. The other files must agree with it."""
 
 from keras import ops
 
@@ -26,5 +26,5 @@ def attention_divergence(
     log_p = ops.log(ops.maximum(p, TINY))
     terms = p * (log_p - log_q) - p + ops.exp(log_q)
     terms = ops.where(allowed, distance.weights() * terms, 0.0)
-    # What rounding takes below 0 is 0.
+    # The sum is never negative; rounding may make it so.
     return ops.maximum(ops.sum(terms, axis=-1), 0.0)

@@ -1,6 +1,7 @@
 """The divergence in fused kernels for JAX on GPUs; README.md derives the sums.
 
-What kernels share, their layout and names are in `fused_attention/pallas.py`.
+The parts that all kernels share are in `fused_attention/pallas.py`, which also
+explains their layout and names.
 """
 
 import functools
@@ -17,7 +18,7 @@ from keras_laid.ops.fused_attention import tiles
 
 
 class Side(NamedTuple):
-    """One model's attention; in a kernel, references to one example's."""
+    """One model's attention; in a kernel, references to one example of it."""
 
     query: Any  # (batch, rows, heads, width)
     key: Any  # (batch, keys, key heads, width)
@@ -25,7 +26,7 @@ class Side(NamedTuple):
 
 
 class Models(NamedTuple):
-    """The inputs of every kernel; in a kernel, references to one example's."""
+    """The inputs of every kernel; in a kernel, references to one example."""
 
     student: Side
     teacher: Side
@@ -64,7 +65,7 @@ class Form(NamedTuple):
 
 def load_numbers(models, center, upstream, tile, form):
     rows = kernels.rows_of(tile, form)
-    teacher_normalizer = None  # Mixtures have one for each head.
+    teacher_normalizer = None  # Mixtures need those of all heads.
     if models.mixture is None:
         teacher_normalizer = models.teacher.normalizer[tile.head, rows]
     return Numbers(
@@ -77,14 +78,14 @@ def load_numbers(models, center, upstream, tile, form):
 
 
 def load_teacher_query(models, tile, form):
-    """`None` where heads are mixed, which are read one by one."""
+    """The teacher's queries, or `None` for mixtures, which load each head."""
     if models.mixture is not None:
         return None
     return kernels.load_of_rows(models.teacher.query, tile, form)
 
 
 def load_teacher_key(models, tile, form):
-    """`None` where heads are mixed, which are read one by one."""
+    """The teacher's keys, or `None` for mixtures, which load each head."""
     if models.mixture is not None:
         return None
     return kernels.load_of_keys(models.teacher.key, tile, form.teacher, form)
@@ -109,7 +110,7 @@ def map_tile(pair, normalizer, allowed, form):
 
 
 def head_tile(teacher, tile, allowed, form):
-    """The same, of a head whose queries and keys are not loaded yet."""
+    """As `map_tile`, for a head whose queries and keys are not loaded yet."""
     pair = Pair(
         kernels.load_of_rows(teacher.query, tile, form),
         kernels.load_of_keys(teacher.key, tile, form.teacher, form),
@@ -119,7 +120,7 @@ def head_tile(teacher, tile, allowed, form):
 
 
 def mixed_tile(models, tile, allowed, form):
-    """The mixture of the teacher's maps that the tile's head learns."""
+    """The mixture of the teacher's maps that the student head learns from."""
 
     def add(other, p):
         other_tile = tile._replace(head=other)
@@ -157,7 +158,7 @@ def normalizer_kernel(models, bounds, normalizer, *, form):
     )
     highest, total = kernels.for_each_keys(bounds, own, step, state, form)
     total = jnp.sum(total, axis=1)
-    # Rows without keys: any number will do.
+    # The normalizer of a row without keys is not used: any number will do.
     normalizer[own.head, kernels.rows_of(own, form)] = jnp.where(
         total > 0.0, highest + kernels.log2(total), 0.0
     )
@@ -173,12 +174,12 @@ def forward_kernel(models, bounds, outputs, *, form):
     row_share = places.row_share[rows]
     least = jnp.full(form.tiles.rows, kernels.LEAST, jnp.float32)
     zeros = jnp.zeros((form.tiles.rows, kernels.PARTS), jnp.float32)
-    # Of the student the highest logit, sum e^s and sum w e^s; of the teacher
-    # the same, and sum w e^t (t - s).
+    # The student's highest logit, sum e^s and sum w e^s; the teacher's highest
+    # logit, sum e^t and sum w e^t; and sum w e^t (t - s).
     if mixture is None:
         state = (least, zeros, zeros, least, zeros, zeros, zeros)
     else:
-        # Maps are normalised: their highest logit is 0, sum e^t is 1.
+        # Mixed maps are normalised: t = log p needs no maximum, sum e^t is 1.
         one = zeros + 1.0 / kernels.PARTS
         state = (least, zeros, zeros, 0.0 * least, one, zeros, zeros)
 
@@ -212,12 +213,12 @@ def forward_kernel(models, bounds, outputs, *, form):
             exp_t = kernels.exp2(t)
             keep_t = kernels.exp2(-raise_t)[:, None]
             sum_t = sum_t * keep_t + kernels.part_sums(exp_t)
-            # Differences are those of logits below their maxima.
+            # t - s is taken between logits relative to their running maxima.
             raised = sum_wt * (raise_s - raise_t)[:, None]
             sum_wtd = (sum_wtd + raised) * keep_t
             sum_wt *= keep_t
         else:
-            # Normalised already: e^t is p itself.
+            # The mixed map is normalised: e^t is p itself.
             higher_t = highest_t
             exp_t = mixed_tile(models, tile, allowed, form)
             t = kernels.log2(jnp.maximum(exp_t, kernels.TINY))
@@ -243,7 +244,7 @@ def forward_kernel(models, bounds, outputs, *, form):
         jnp.sum(parts, axis=1)
         for parts in (sum_s, sum_ws, sum_t, sum_wt, sum_wtd)
     )
-    # Rows without keys: sums are 0, and so is the divergence.
+    # In rows without keys all sums are 0, and so is the divergence.
     sum_s = jnp.where(sum_s > 0.0, sum_s, 1.0)
     sum_t = jnp.where(sum_t > 0.0, sum_t, 1.0)
     log_s, log_t = kernels.log2(sum_s), kernels.log2(sum_t)
@@ -254,13 +255,13 @@ def forward_kernel(models, bounds, outputs, *, form):
     if mixture is None:
         outputs["teacher_normalizer"][own.head, rows] = highest_t + log_t
     outputs["center"][own.head, rows] = center
-    # What rounding takes below 0 is 0.
+    # The sum is never negative; rounding may make it so.
     divergence = jnp.maximum(divergence + center, 0.0)
     outputs["divergence"][own.head, rows] = divergence
 
 
 def slope_tile(models, student, teacher, numbers, tile, allowed, form):
-    """Slopes of divergences: in `scale * query @ key`, and in `p`.
+    """Slopes of the divergence in `scale * query @ key`, and in `p`.
 
     `student` and `teacher` are the `Pair`s of a tile.
     """

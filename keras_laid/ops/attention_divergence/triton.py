@@ -11,7 +11,7 @@ from keras_laid.ops.fused_attention import triton as kernels
 
 
 class Call(NamedTuple):
-    """All that has no gradient, but the teacher."""
+    """The arguments without a gradient, except for the teacher's."""
 
     places: kernels.Places
     student: tiles.Spec
@@ -20,10 +20,10 @@ class Call(NamedTuple):
     teacher_scale: float
     window: int | None
     exponent: float
-    item_size: int  # Bytes of a number, the wider model's.
+    item_size: int  # Bytes of a number; the larger of the two models'.
 
     def form(self, kernel, own, mixture):
-        """How a kernel is compiled, whose programs keep tiles of `own`."""
+        """The constants of a kernel whose programs keep tiles of `own`."""
         batch, length, heads, _ = own.shape
         return triton_kernels.Form(
             self.student,
@@ -158,7 +158,7 @@ class Divergence(torch.autograd.Function):
 
 
 def descriptors(form, mixture, sides):
-    """Queries and keys as a kernel reads them."""
+    """Queries and keys in the form in which a kernel reads them."""
     student_query, student_key, teacher_query, teacher_key = sides
     rows, keys = form.tiles.rows, form.tiles.keys
 
@@ -167,7 +167,7 @@ def descriptors(form, mixture, sides):
             return kernels.own_tile(tensor, size, form)
         return kernels.descriptor(tensor, size)
 
-    paired = mixture is None  # Else heads are read one after another.
+    paired = mixture is None  # Mixtures read the teacher's heads in a loop.
     return (
         read(student_query, rows, not form.over_rows),
         read(student_key, keys, form.over_rows),

@@ -1,6 +1,7 @@
 """The divergence's kernels for torch on CUDA; README.md derives the sums.
 
-What kernels share, their layout and names are in `fused_attention/triton.py`.
+The parts that all kernels share are in `fused_attention/triton.py`, which also
+explains their layout and names.
 """
 
 from typing import Any
@@ -20,17 +21,17 @@ class Inputs(NamedTuple):
     teacher: kernels.Side
     mixture: Any  # (student heads, teacher heads), or None.
     places: kernels.Places
-    # Of each row of the student, for gradients: (batch, student heads, rows).
+    # One number for each row, (batch, student heads, rows); for gradients.
     center: Any  # sum_j w_ij (q_ij - p_ij)
     upstream: Any
 
 
 class Own(NamedTuple):
-    """The data that a program keeps: its tile of both models, and of rows."""
+    """The data that a program keeps: its tile of both models, and numbers."""
 
     student: Any
-    teacher: Any  # None where heads are mixed, which are read one by one.
-    upstream: Any  # None where it keeps keys.
+    teacher: Any  # None for mixtures, which load each head.
+    upstream: Any  # Of its rows, in the kernel of query gradients; else None.
 
 
 class Pair(NamedTuple):
@@ -57,7 +58,7 @@ def weights_tile(places, tile, form: tl.constexpr, CHECK: tl.constexpr):
     row, key = tl.arange(0, form.tiles.rows), tl.arange(0, form.tiles.keys)
     of_row = places.row_share + (tile.batch * tile.rows + tile.row) + row
     of_key = places.key_share + (tile.batch * tile.keys + tile.key) + key
-    # The tile that a program keeps may be the last.
+    # A program's own tile may reach beyond the last row or key.
     if CHECK or not form.over_rows:
         of_row = tl.load(of_row, mask=tile.row + row < tile.rows, other=0.0)
     else:
@@ -91,7 +92,7 @@ def map_tile(
 
 @triton.jit
 def head_tile(teacher, tile, allowed, form: tl.constexpr, CHECK: tl.constexpr):
-    """The same, of a head whose queries and keys are not loaded yet."""
+    """As `map_tile`, for a head whose queries and keys are not loaded yet."""
     spec: tl.constexpr = form.teacher
     pair = Pair(
         kernels.load_of_rows(teacher.query, tile),
@@ -105,7 +106,7 @@ def head_tile(teacher, tile, allowed, form: tl.constexpr, CHECK: tl.constexpr):
 
 @triton.jit
 def mixed_tile(inputs, tile, allowed, form: tl.constexpr, CHECK: tl.constexpr):
-    """The mixture of the teacher's maps that the tile's head learns."""
+    """The mixture of the teacher's maps that the student head learns from."""
     heads: tl.constexpr = form.teacher.heads
     ROWS: tl.constexpr = form.tiles.rows
     KEYS: tl.constexpr = form.tiles.keys
@@ -166,7 +167,7 @@ def normalizer_kernel(
         normalizer_step, state, inputs, Own(None, own, None), tile, form
     )
     total = tl.sum(parts, 1)
-    # Rows without keys: any number will do.
+    # The normalizer of a row without keys is not used: any number will do.
     of_row = tl.where(total > 0.0, highest + tl.log2(total), 0.0)
     kernels.store_rows(normalizer, of_row, tile, spec.heads, form)
 
@@ -205,11 +206,11 @@ def forward_step(
         exp_t = tl.exp2(t)
         keep_t = tl.exp2(-raise_t)[:, None]
         sum_t = sum_t * keep_t + kernels.part_sums(exp_t)
-        # Differences are those of logits below their maxima.
+        # t - s is taken between logits relative to their running maxima.
         sum_wtd = (sum_wtd + sum_wt * (raise_s - raise_t)[:, None]) * keep_t
         sum_wt *= keep_t
     else:
-        # Normalised already: e^t is p itself.
+        # The mixed map is normalised: e^t is p itself.
         higher_t = highest_t
         exp_t = mixed_tile(inputs, tile, allowed, form, CHECK)
         t = tl.log2(tl.maximum(exp_t, kernels.TINY))
@@ -235,7 +236,7 @@ def forward_step(
 def load_own_queries(
     student_query, teacher_query, mixture, tile, rows, form: tl.constexpr
 ):
-    """A program's tiles of the student's queries, and of the teacher's."""
+    """A program's tiles of queries; the teacher's is None for mixtures."""
     spec: tl.constexpr = form.student
     teacher_spec: tl.constexpr = form.teacher
     student = kernels.load_own_rows(
@@ -269,7 +270,7 @@ def forward_kernel(
     rows,
     keys,
     divergence,  # (batch, student heads, rows)
-    center,  # Likewise: sum_j w_ij (q_ij - p_ij).
+    center,  # Of the same shape: sum_j w_ij (q_ij - p_ij).
     form: tl.constexpr,
 ):
     """Divergences and normalizers."""
@@ -291,18 +292,18 @@ def forward_kernel(
     )
     least = tl.full([ROWS], kernels.LEAST, tl.float32)
     zeros = tl.zeros([ROWS, 8], tl.float32)
-    # Of the student the highest logit, sum e^s and sum w e^s; of the teacher
-    # the same, and sum w e^t (t - s).
+    # The student's highest logit, sum e^s and sum w e^s; the teacher's highest
+    # logit, sum e^t and sum w e^t; and sum w e^t (t - s).
     if mixture is None:
         state = (least, zeros, zeros, least, zeros, zeros, zeros)
     else:
-        # Maps are normalised: their highest logit is 0, sum e^t is 1.
+        # Mixed maps are normalised: t = log p needs no maximum, sum e^t is 1.
         state = (least, zeros, zeros, least * 0, zeros + 0.125, zeros, zeros)
     state = kernels.for_each_keys(
         forward_step, state, inputs, Own(student, teacher, None), tile, form
     )
     highest_s, sum_s, sum_ws, highest_t, sum_t, sum_wt, sum_wtd = state
-    # Rows without keys: sums are 0, and so is the divergence.
+    # In rows without keys all sums are 0, and so is the divergence.
     sum_s, sum_ws = tl.sum(sum_s, 1), tl.sum(sum_ws, 1)
     sum_t, sum_wt = tl.sum(sum_t, 1), tl.sum(sum_wt, 1)
     sum_s = tl.where(sum_s > 0.0, sum_s, 1.0)
@@ -316,7 +317,7 @@ def forward_kernel(
         of_teacher = highest_t + log_t
         kernels.store_rows(teacher_normalizer, of_teacher, tile, heads, form)
     kernels.store_rows(center, of_center, tile, heads, form)
-    # What rounding takes below 0 is 0.
+    # The sum is never negative; rounding may make it so.
     of_row = tl.maximum(of_row + of_center, 0.0)
     kernels.store_rows(divergence, of_row, tile, heads, form)
 
@@ -331,7 +332,7 @@ def slope_tile(
     form: tl.constexpr,
     CHECK: tl.constexpr,
 ):
-    """Slopes of divergences: in `scale * query @ key`, and in `p`.
+    """Slopes of the divergence in `scale * query @ key`, and in `p`.
 
     `student` and `teacher` are the `Pair`s of a tile.
     """
@@ -419,7 +420,7 @@ def query_gradient_kernel(
     keys,
     center,
     upstream,  # (batch, student heads, rows)
-    gradient,  # As the student's query.
+    gradient,  # Of the shape of the student's query.
     mixture_gradient,  # (batch, student heads, row tiles, teacher heads)
     form: tl.constexpr,
 ):
@@ -506,7 +507,7 @@ def key_gradient_kernel(
     keys,
     center,
     upstream,
-    gradient,  # As the student's key.
+    gradient,  # Of the shape of the student's key.
     form: tl.constexpr,
 ):
     spec: tl.constexpr = form.student

@@ -23,8 +23,8 @@ def inputs(
     return [attention.query, value], mask
 
 
-# In order of preference. Not all tests of the kernels have run on a GPU: only
-# by name.
+# In order of preference. The kernels come last, and so run only if they are
+# named: not all of their tests have run on a GPU.
 IMPLEMENTATIONS = (
     Implementation("chunked", chunked.attention_output),
     Implementation("definition", definition.attention_output),
@@ -40,25 +40,25 @@ def attention_output(
 ) -> Tensor:
     """Mean of the values that each row attends, weighted by its attention.
 
-    `softmax(attention.logits()) @ value` over the keys that `mask` allows. A
-    row without any gets zeros.
+    This is `softmax(attention.logits()) @ value` over the keys that `mask`
+    allows. A row without allowed keys gets zeros.
 
     Args:
-        attention: `keras_laid.ops.Attention`.
+        attention: `keras_laid.ops.Attention`: queries and keys.
         value: Tensor of shape `(batch, keys, key_heads, value_dim)`.
-        mask: `keras_laid.ops.AttentionMask`.
-        implementation: `None` for `"chunked"` (holds the maps of some rows at
-            a time, in the backward pass too), or one of `"definition"` (holds
-            all of them), `"pallas"` (fused, JAX) and `"triton"` (fused, torch).
-            The kernels need an NVIDIA GPU of compute capability 9 or 10, such
-            as the H100, and a mask without `block`.
+        mask: `keras_laid.ops.AttentionMask`: which keys each row attends.
+        implementation: One of `"chunked"` (holds the maps of some rows at a
+            time, in the backward pass too), `"definition"` (holds whole maps),
+            `"pallas"` (fused, JAX) and `"triton"` (fused, torch). The last two
+            need an NVIDIA GPU of compute capability 9 or 10, such as the H100,
+            and a mask without `block`. `None` takes `"chunked"`.
 
     Returns:
         A tensor of shape `(batch, rows, heads, value_dim)`, of the dtype of
         `value`. Gradients reach queries, keys and values.
 
     Raises:
-        TypeError: If an argument is of another kind.
+        TypeError: If an argument has the wrong type.
         ValueError: If shapes do not fit, a number is out of its range, or
             `implementation` is unknown.
         NotImplementedError: If the named `implementation` cannot run here.

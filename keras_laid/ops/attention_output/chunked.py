@@ -1,6 +1,7 @@
 """Attention over blocks of rows: no whole map ever exists.
 
-Of each row its normalizer is kept; the backward pass computes maps again.
+The forward pass keeps the output and the normalizer of each row; the backward
+pass computes the maps again.
 """
 
 from typing import NamedTuple
@@ -25,7 +26,7 @@ class Block(NamedTuple):
     mask: AttentionMask
 
     def of_rows(self, rows):
-        """The same with `rows(tensor, axis)` of every tensor that has rows."""
+        """A copy with `rows(tensor, axis)` of every tensor that has rows."""
         query = rows(self.attention.query, 1)
         row_index = rows(self.mask.row_index, 0)
         return self._replace(
@@ -41,7 +42,7 @@ class Block(NamedTuple):
         return ops.where(self.mask.allowed(), self.attention.logits(), MASKED)
 
     def output(self):
-        """Of each row: the output and the normalizer."""
+        """The output and the normalizer of each row."""
         logits = self.logits()
         normalizer = ops.logsumexp(logits, axis=-1)
         p = self.map(logits, normalizer)
@@ -49,7 +50,7 @@ class Block(NamedTuple):
         return ops.einsum("bhij,bjhd->bihd", p, value), normalizer
 
     def gradients(self, upstream, output, normalizer):
-        """Of queries, keys and values, in float32."""
+        """Gradients of queries, keys and values, in float32."""
         # b = batch, h = head, i = row, j = key, d = head dim or value dim
         attention = self.attention
         logits = self.logits()
@@ -100,7 +101,7 @@ def attention_output(attention, value, mask):
 
         def gradients(upstream):
             upstream = ops.cast(upstream, "float32")
-            # Repeated rows count once.
+            # Rows that only fill up a block get a gradient of 0.
             upstream = blocks.fill_zeros(upstream, 1)
 
             def add_gradients(number, sums):
@@ -126,7 +127,7 @@ def attention_output(attention, value, mask):
                     ops.zeros((batch, keys, heads, value.shape[3])),
                 ],
             )
-            # Heads that read one key head add up.
+            # The gradient of a key head is the sum over heads that read it.
             of_key, of_value = [
                 ops.sum(
                     ops.reshape(each, (*key_shape, -1, each.shape[3])), axis=3

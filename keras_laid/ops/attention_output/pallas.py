@@ -1,6 +1,7 @@
-"""The output in fused kernels for JAX on GPUs; README.md derives it all.
+"""The output in fused kernels for JAX on GPUs; README.md derives the sums.
 
-What kernels share, their layout and names are in `fused_attention/pallas.py`.
+The parts that all kernels share are in `fused_attention/pallas.py`, which also
+explains their layout and names.
 """
 
 import functools
@@ -16,7 +17,7 @@ from keras_laid.ops.fused_attention import tiles
 
 
 class Inputs(NamedTuple):
-    """The inputs of every kernel; in a kernel, references to one example's."""
+    """The inputs of every kernel; in a kernel, references to one example."""
 
     query: Any  # (batch, rows, heads, width)
     key: Any  # (batch, keys, key heads, width)
@@ -28,7 +29,7 @@ class Slopes(NamedTuple):
     """The inputs of gradients, for each row."""
 
     normalizer: Any  # Log-sum-exp: (batch, heads, rows).
-    mean: Any  # Likewise: `upstream @ output`.
+    mean: Any  # `upstream @ output`: (batch, heads, rows).
     upstream: Any  # (batch, rows, heads, value width)
 
 
@@ -79,16 +80,16 @@ def forward_kernel(inputs, bounds, outputs, *, form):
         bounds, own, step, state, form
     )
     total = jnp.sum(total, axis=1)
-    # Rows without keys: the output is 0, and any normalizer will do.
+    # For rows without keys the output is 0, and any normalizer will do.
     total = jnp.where(total > 0.0, total, 1.0)
     outputs["output"][rows, own.head, :] = output / total[:, None]
     outputs["normalizer"][own.head, rows] = highest + kernels.log2(total)
 
 
 def slope_tile(inputs, slopes, own, tile, check, form):
-    """The map, the slope in `scale * query @ key`, and that at the output.
+    """The map, the slope in `scale * query @ key`, and that in the output.
 
-    `own` are queries, keys and values of the tile.
+    `own` holds the queries, keys and values of the tile.
     """
     query, key, value = own
     rows = kernels.rows_of(tile, form)
@@ -198,7 +199,7 @@ def forward(forms, trained, fixed):
 def backward(forms, residuals, upstream):
     inputs, bounds, outputs = residuals
     mean = jnp.einsum("bihd,bihd->bhi", upstream, outputs["output"])
-    # It was rounded to that dtype before.
+    # Exact: the caller casts the output to this dtype, so the gradient had it.
     upstream = upstream.astype(inputs.value.dtype)
     slopes = Slopes(outputs["normalizer"], mean, upstream)
     arguments = (inputs, (slopes,))

@@ -1,6 +1,7 @@
-"""The output in fused kernels for torch on CUDA; README.md derives it all.
+"""The output in fused kernels for torch on CUDA; README.md derives the sums.
 
-What kernels share, their layout and names are in `fused_attention/triton.py`.
+The parts that all kernels share are in `fused_attention/triton.py`, which also
+explains their layout and names.
 """
 
 from typing import Any
@@ -21,8 +22,8 @@ class Inputs(NamedTuple):
     side: kernels.Side
     value: Any
     places: kernels.Places
-    # For gradients: of each row `upstream @ output`, (batch, heads, rows), and
-    # the gradient at the output.
+    # For gradients: `upstream @ output` of each row, (batch, heads, rows), and
+    # `upstream`, the gradient of the output.
     mean: Any
     upstream: Any
 
@@ -110,7 +111,7 @@ def forward_kernel(
         forward_step, state, inputs, own, tile, form
     )
     total = tl.sum(total, 1)
-    # Rows without keys: the output is 0, and any normalizer will do.
+    # For rows without keys the output is 0, and any normalizer will do.
     total = tl.where(total > 0.0, total, 1.0)
     kernels.store_rows(
         normalizer, highest + tl.log2(total), tile, spec.heads, form
@@ -175,7 +176,7 @@ def query_gradient_kernel(
     places,
     rows,
     keys,
-    gradient,  # As the query.
+    gradient,  # Of the shape of the query.
     form: tl.constexpr,
 ):
     spec: tl.constexpr = form.spec
@@ -229,7 +230,7 @@ def key_gradient_kernel(
     first_rows,  # See `tiles_of_rows`.
     rows,
     keys,
-    gradient,  # As the key.
+    gradient,  # Of the shape of the key.
     value_gradient,
     form: tl.constexpr,
 ):
@@ -271,7 +272,7 @@ def key_gradient_kernel(
 
 
 class Call(NamedTuple):
-    """All that has no gradient."""
+    """The arguments without a gradient."""
 
     places: kernels.Places
     spec: tiles.Spec
@@ -280,7 +281,7 @@ class Call(NamedTuple):
     window: int | None
 
     def form(self, kernel, own):
-        """How a kernel is compiled, whose programs keep tiles of `own`."""
+        """The constants of a kernel whose programs keep tiles of `own`."""
         batch, length, heads, _ = own.shape
         return Form(
             self.spec,
@@ -333,7 +334,7 @@ class Output(torch.autograd.Function):
         batch, rows, heads, _ = query.shape
         keys, key_heads = key.shape[1:3]
         mean = torch.einsum("bihd,bihd->bhi", upstream, output)
-        # It was rounded to that dtype before.
+        # Exact: the output is cast to this dtype, so the gradient had it.
         upstream = upstream.to(value.dtype).contiguous()
         numbers = normalizer, kernels.fill(mean), call.scale, call.places
         form = call.form("query", query)
@@ -379,7 +380,7 @@ def attention_output(attention, value, mask):
         kernels.readable, (attention.query, attention.key, value)
     )
     index = mask.row_index
-    # Distances weigh nothing here.
+    # Places need positions, but no weights are used: any positions will do.
     distance = Distance(
         index[None], torch.arange(key.shape[1], device=index.device)[None]
     )

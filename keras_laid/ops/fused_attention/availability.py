@@ -1,4 +1,4 @@
-"""The inputs that fused kernels can take; README.md of the op says why."""
+"""Which inputs fused kernels can take; each op's README.md says why."""
 
 import importlib
 import importlib.util
@@ -18,12 +18,16 @@ WIDEST = 256  # Head dim that a fused kernel holds on the chip.
 def implementations(
     op: str, inputs: Callable[..., tuple[Sequence[Tensor], AttentionMask]]
 ) -> list[Implementation]:
-    """An op's kernels.
+    """The fused implementations of an op.
 
     Args:
-        op: Its name, and that of its folder.
-        inputs: What decides whether they can run, from the op's arguments:
-            queries (and values), and their mask.
+        op: String, the name of the op and of its folder.
+        inputs: Called with the op's arguments. Returns those that decide
+            whether the kernels can run: a list of queries (and values), and
+            their mask.
+
+    Returns:
+        A list of `Implementation`s.
     """
 
     def implementation(
@@ -82,12 +86,12 @@ def why_not_triton(
 
 def why_not_mask(mask: AttentionMask) -> str | None:
     if mask.block is not None:
-        return "it knows no blocks of keys."
+        return "it supports no blocks of keys (`mask.block`)."
     return None
 
 
 def why_not_capability(capability: str) -> str | None:
-    """Other chips lack memory for the tiles, or what reads them."""
+    """Other chips lack memory for the tiles, or the unit that loads them."""
     if capability.split(".")[0] not in ("9", "10"):
         return (
             "its tiles fit GPUs of compute capability 9 and 10, and this one "
@@ -102,7 +106,10 @@ def why_not_tensors(
     for tensor in tensors:
         dtype = keras.backend.standardize_dtype(tensor.dtype)
         if dtype not in dtypes:
-            return f"its inputs must be one of {dtypes}, and some are {dtype}."
+            return (
+                f"its inputs must have one of the dtypes {dtypes}, and some "
+                f"are {dtype}."
+            )
         if tensor.shape[3] > WIDEST:
             return (
                 f"head dims must be at most {WIDEST}, and one is "

@@ -17,17 +17,16 @@ from jax.experimental.pallas import triton as pltriton
 
 from keras_laid.ops.fused_attention import tiles
 
-INTERPRET = False  # Tests run the kernels on a CPU so.
-# The least that a running maximum is; and what counts as probability 0 in
-# `p * log(p)`, as in definition.py.
-LEAST = -1e30
+INTERPRET = False  # Tests set it, to run the kernels on a CPU.
+LEAST = -1e30  # Where running maxima start.
+# A probability below this counts as 0 in `p * log(p)`, as in definition.py.
 TINY = 1e-30
 LOG2_E = 1.4426950408889634
-PARTS = 8  # Sums over a tile's keys are kept in so many parts.
+PARTS = 8  # The number of parts in which sums over a tile's keys are kept.
 
 
 class Kernels(NamedTuple):
-    """One of something for each kernel: its form, or its bounds."""
+    """One value for each kernel, such as its form or its bounds."""
 
     forward: Any
     query: Any
@@ -35,7 +34,7 @@ class Kernels(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """A tile of the map of one head; the example is the program's."""
+    """A tile of the map of one head, in the example of the program."""
 
     head: Any
     row: Any  # Where its rows start.
@@ -43,7 +42,7 @@ class Tile(NamedTuple):
 
 
 def exp2(x):
-    """The chip's own, where `jnp.exp2` would spare numbers below 2**-126."""
+    """The chip's own instruction: 0 below 2**-126, unlike `jnp.exp2`."""
     if INTERPRET:
         return jnp.exp2(x)
     [power] = pltriton.elementwise_inline_asm(
@@ -67,19 +66,19 @@ def dot(a, b):
 
 
 def lift_of(dtype):
-    """The factor of slopes, of which some are too small for float16."""
+    """The factor on slopes, some of which are too small for float16."""
     return 1024.0 if dtype == jnp.float16 else 1.0
 
 
 def dot_in_two(a, b, total):
     """`total + lift * a @ b` for float32 `a`, in two parts of `b`'s dtype.
 
-    In one part, sums that cancel would lose more than the definition's.
+    In one part, sums that cancel would have larger errors than the definition.
     """
     if b.dtype == jnp.float32:
         return total + dot(a, b)
     a = a * lift_of(b.dtype)
-    # The first bits, cut and not rounded: converting back costs more.
+    # The high bits are cut, not rounded: rounding costs a conversion back.
     bits = lax.bitcast_convert_type(a, jnp.int32) & -0x10000
     high = lax.bitcast_convert_type(bits, jnp.float32)
     total += dot(high.astype(b.dtype), b)
@@ -95,18 +94,18 @@ def keys_of(tile, form):
 
 
 def load_of_rows(array, tile, form):
-    """Queries, or what has their shape."""
+    """A tile of queries, or of an array with their layout."""
     return array[rows_of(tile, form), tile.head, :]
 
 
 def load_of_keys(array, tile, spec, form):
-    """The keys, or values, that the tile's query head reads."""
+    """A tile of the keys, or values, that the tile's query head reads."""
     key_head = tile.head // (spec.heads // spec.key_heads)
     return array[keys_of(tile, form), key_head, :]
 
 
 def of_rows(values, form):
-    """Numbers of rows, as a tile has them."""
+    """Numbers of rows, in a shape that broadcasts over a tile."""
     return values[None] if form.tiles.by_key else values[:, None]
 
 
@@ -115,7 +114,7 @@ def of_keys(values, form):
 
 
 def logits_tile(query, keys, scale, cap, form):
-    """Logits over a number, and that number: their product has base 2."""
+    """Logits up to a factor, and the factor: `exp(logits) = 2 ** product`."""
     if form.tiles.by_key:
         logits = dot(keys, query.T)
     else:
@@ -157,7 +156,8 @@ def part_sums(values):
 
 def own_rows(form):
     """The tile of a program that keeps rows, before it visits any keys."""
-    number = pl.num_programs(0) - 1 - pl.program_id(0)  # The longest go first.
+    # Tiles with the most keys start first.
+    number = pl.num_programs(0) - 1 - pl.program_id(0)
     return Tile(pl.program_id(2), number * form.tiles.rows, 0)
 
 
@@ -167,9 +167,10 @@ def own_keys(form):
 
 
 def for_each_keys(bounds, tile, step, state, form):
-    """`state` after `step(state, tile, check)` of the keys that some attend.
+    """Runs `step(state, tile, check)` on each tile of keys that rows attend.
 
-    `check` is whether which rows attend which keys must be looked at.
+    It returns the last state. `check` is `False` for tiles in which every row
+    attends every key, so that no mask is needed.
     """
 
     def of_tile(number, check, state):
@@ -182,7 +183,7 @@ def for_each_keys(bounds, tile, step, state, form):
 
 
 def for_each_rows(bounds, tile, step, state, form):
-    """The same of the tiles of rows that attend some keys."""
+    """As `for_each_keys`, on each tile of rows that attend some keys."""
 
     def of_tile(number, check, state):
         visited = tile._replace(row=number * form.tiles.rows)
@@ -194,7 +195,7 @@ def for_each_rows(bounds, tile, step, state, form):
 
 
 def for_each_tile(bounds, own, parts, of_tile, state):
-    """One loop for each range of tiles: only those in the middle are full."""
+    """One loop for each range of tiles: only the middle one needs no mask."""
     for part in parts:
 
         def body(number, state, check=part != 1):
@@ -208,7 +209,7 @@ def for_each_tile(bounds, own, parts, of_tile, state):
 def launch(kernel, form, bounds, heads, models, arguments, outputs):
     """Runs a kernel for each tile, example and head, on one example's arrays.
 
-    The first axis of every array is the batch, or 1 for what examples share.
+    The first axis of every array is the batch, or 1 if all examples share it.
     """
 
     def of_example(array):
@@ -236,14 +237,14 @@ def launch(kernel, form, bounds, heads, models, arguments, outputs):
 
 
 class Padding(NamedTuple):
-    """Lengths are padded to multiples of these, whole tiles of each kernel."""
+    """Numbers of which padded lengths are multiples: whole tiles everywhere."""
 
     rows: int
     keys: int
 
     @classmethod
     def of(cls, forms):
-        # Sizes are powers of 2.
+        # Sizes of tiles are powers of 2: the largest is a multiple of each.
         return cls(
             max(form.tiles.rows for form in forms),
             max(form.tiles.keys for form in forms),
@@ -256,7 +257,7 @@ class Padding(NamedTuple):
         return of_width(pad(array, 1, self.keys))
 
     def places(self, places):
-        """Rows beyond the last are copies of it, whose gradient is 0."""
+        """Rows beyond the last get its index, and have a gradient of 0."""
         kinds, row_index, row_share, key_share = places
         return tiles.Places(
             pad(kinds, 1, self.keys),
@@ -285,7 +286,7 @@ def choose_tiles(kernel, own, width, item_size, mixed):
     count = own.size // own.shape[-1]
     chosen = tiles.choose_tiles(kernel, width, count, item_size, mixed)
     if chosen.in_registers:
-        # Pallas cannot: there the tile takes the place of a stage's.
+        # Pallas cannot do that: the tile takes the memory of one stage.
         chosen = chosen._replace(stages=max(chosen.stages - 1, 1))
     return chosen
 

@@ -12,7 +12,7 @@ from keras_laid.typing import Tensor
 
 
 class Spec(NamedTuple):
-    """The shape of one model's attention, which kernels are compiled with."""
+    """The shape of one model's attention, a constant of the kernels."""
 
     heads: int
     key_heads: int
@@ -37,7 +37,7 @@ class Places(NamedTuple):
 
     kinds: Tensor  # (batch, keys): 0 for padding, 1 bidirectional, 2 causal.
     row_index: Tensor  # (rows,)
-    # `None` where no weights are asked for.
+    # `None` for ops without weights.
     row_share: Tensor | None = None  # (batch, rows)
     key_share: Tensor | None = None  # (batch, keys)
 
@@ -72,12 +72,13 @@ class Tiles(NamedTuple):
     warps: int
     stages: int
     by_key: bool = False  # Tiles are (keys, rows), not (rows, keys).
-    # Where a program keeps its own tile of queries or keys.
+    # Whether a program keeps its own tile of queries or keys in registers.
     in_registers: bool = False
 
 
 # The fastest tiles on an H100, for numbers of 2 bytes: (largest head dim, least
-# number of rows, tiles). Rows of all heads count, and keys for "key".
+# number of rows, tiles). The number of rows is that of all heads and examples;
+# in "key" and "key_value" it is the number of keys.
 CHOICES = {
     "forward": [
         (64, 0, Tiles(64, 64, 4, 3, in_registers=True)),
@@ -103,23 +104,24 @@ CHOICES = {
         (256, 0, Tiles(32, 32, 4, 2, by_key=True)),
     ],
 }
-# For float32, and for tiles of several heads at once: rows of so many bytes.
-# Not measured: larger ones of 1,024 leave too few registers.
+# For float32, and for mixtures of wide heads: (largest bytes of a head, tiles).
+# Not measured: larger tiles for 1,024 bytes leave too few registers.
 SMALL = [(512, Tiles(64, 32, 4, 1)), (1024, Tiles(16, 32, 8, 1))]
 
 
 def choose_tiles(
     kernel: str, width: int, count: int, item_size: int, mixed: bool
 ) -> Tiles:
-    """Wider heads leave less of the chip's memory for a tile.
+    """The tiles of a kernel: smaller for wider heads.
 
     Args:
-        kernel: `"forward"`, `"query"` or `"key"` (their gradients), or
-            `"key_value"` (the gradients of both at once).
-        width: The wider head dim.
-        count: Rows of all heads and examples, or keys where a program keeps
-            those. Where there are few, small tiles keep all of a GPU busy.
-        item_size: Bytes of a number of queries and keys, the wider model's.
+        kernel: `"forward"`, `"query"` (the gradient of queries), `"key"` (that
+            of keys), or `"key_value"` (those of keys and values at once).
+        width: Integer, the largest head dim that the kernel reads.
+        count: Integer, the number of rows of all heads and examples, or of keys
+            if a program keeps a tile of keys. If it is small, small tiles keep
+            all of a GPU busy.
+        item_size: Integer, the most bytes of a number of queries and keys.
         mixed: Whether tiles of several teacher heads are in use at once.
     """
     if item_size == 2 and not (mixed and width > 128):
@@ -133,9 +135,9 @@ def row_bounds(places: Places, tiles: Tiles, window: int | None) -> Tensor:
     """The tiles of keys that each tile of rows visits, in three ranges.
 
     Returns:
-        An int32 tensor of shape `(batch, row tiles, 4)`, ascending. In tiles
-        between the two numbers in the middle every row attends every key; in
-        those between the first two and the last two some do.
+        An int32 tensor of shape `(batch, row tiles, 4)`: ascending bounds of
+        three ranges of tiles. In tiles of the second range every row attends
+        every key; in the first and the third only some may.
     """
     index = places.row_index
     rows, keys = index.shape[0], places.kinds.shape[1]
@@ -164,11 +166,11 @@ def row_bounds(places: Places, tiles: Tiles, window: int | None) -> Tensor:
 
 
 def key_bounds(places: Places, tiles: Tiles, window: int | None) -> Tensor:
-    """The tiles of rows that visit each tile of keys, in three ranges.
+    """The tiles of rows that each tile of keys visits, in three ranges.
 
     Returns:
-        An int32 tensor of shape `(batch, key tiles, 4)`, as from `row_bounds`
-        with rows and keys exchanged.
+        An int32 tensor of shape `(batch, key tiles, 4)`, like that of
+        `row_bounds` with rows and keys exchanged.
     """
     index = places.row_index
     rows, keys = index.shape[0], places.kinds.shape[1]
@@ -184,7 +186,7 @@ def key_bounds(places: Places, tiles: Tiles, window: int | None) -> Tensor:
 
     start = ops.where(ops.any(kinds == 1, axis=-1), 0, first_row(lowest))
     full_start = ops.where(most == 1, 0, first_row(highest))
-    # Keys that are padding, or beyond the last, are attended by none.
+    # No row attends padding, or keys beyond the last.
     full_start = ops.where(least == 0, rows, full_start)
     full_end = ops.full_like(start, rows)
     end = ops.where(most == 0, 0, full_end)
@@ -199,7 +201,7 @@ def key_bounds(places: Places, tiles: Tiles, window: int | None) -> Tensor:
 def in_tiles(
     start: Tensor, full_start: Tensor, full_end: Tensor, end: Tensor, size: int
 ) -> Tensor:
-    """Bounds of the tiles that hold some of a range, and of the full ones."""
+    """Bounds of the tiles that overlap a range, and of those all inside."""
     start = start // size
     end = ops.maximum((end + size - 1) // size, start)
     full_start = ops.clip((full_start + size - 1) // size, start, end)

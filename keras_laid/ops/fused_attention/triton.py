@@ -1,11 +1,11 @@
 """Parts of all fused kernels for torch on CUDA: tiles, and loops over them.
 
 Maps exist only as tiles on the chip. Queries and keys are laid out (batch,
-length, heads, width) and read through descriptors, which give 0 outside.
-Logarithms are of base 2, whose power the chip computes. Numbers of rows and
-keys are stored for multiples of 16, so that addresses are aligned at any
-length: what fills up is a row like the last, whose gradient is 0, or a key that
-is padding.
+length, heads, width) and read through descriptors, which return 0 outside a
+tensor. Logarithms are of base 2, whose power the chip computes. Arrays with one
+number for each row or key are filled up to a multiple of 16, so that addresses
+are aligned at any length: additional rows have the index of the last row and a
+gradient of 0, and additional keys are padding.
 """
 
 from typing import Any
@@ -16,18 +16,16 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# The least that a running maximum is; and what counts as probability 0 in
-# `p * log(p)`, as in definition.py.
-LEAST = tl.constexpr(-1e30)
+LEAST = tl.constexpr(-1e30)  # Where running maxima start.
+# A probability below this counts as 0 in `p * log(p)`, as in definition.py.
 TINY = tl.constexpr(1e-30)
 LOG2_E = tl.constexpr(1.4426950408889634)
 # How tensor cores multiply float32 to nearly its precision.
 FLOAT32 = tl.constexpr("tf32x3")
-# Slopes are made so many times larger for float16: those of long rows would be
-# too small for it.
+# The factor on slopes for float16: those of long rows would be too small.
 LIFT = tl.constexpr(1024.0)
-FILLED = tl.constexpr(16)  # What stored lengths are a multiple of.
-BYTES = 16  # Descriptors want rows that are multiples of so many.
+FILLED = tl.constexpr(16)  # Stored lengths are a multiple of this.
+BYTES = 16  # Descriptors need rows whose bytes are a multiple of this.
 
 
 class Side(NamedTuple):
@@ -47,8 +45,8 @@ class Places(NamedTuple):
     # Weights are `1 + |row_share - key_share| ** exponent`.
     row_share: Any  # (batch, rows)
     key_share: Any  # (batch, keys)
-    # Of an example's keys the first that is padding, the first that is causal,
-    # the one after the last bidirectional, the one after the last causal.
+    # Indices of an example's keys: the first padding, the first causal key, the
+    # one after the last bidirectional key, the one after the last causal key.
     limits: Any  # (batch, 4)
 
 
@@ -65,13 +63,13 @@ class Tile(NamedTuple):
 
 @triton.constexpr_function
 def tile_width(width):
-    """Tensor cores multiply matrices that are at least 16 wide."""
+    """A power of 2, and at least 16, as tensor cores require."""
     return max(triton.next_power_of_2(width), 16)
 
 
 @triton.jit
 def filled(length):
-    """The length that is stored; its compiler knows what divides it."""
+    """The stored length, in a form that tells the compiler what divides it."""
     return tl.cdiv(length, FILLED) * FILLED
 
 
@@ -91,7 +89,7 @@ def places_kernel(
     exponent: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """The places of one example, which the other kernels read."""
+    """Computes the places of one example, which the other kernels read."""
     batch = tl.program_id(0)
     first_padding = tl.full([SIZE], 0, tl.int32) + keys
     first_causal = first_padding
@@ -154,7 +152,7 @@ def places_kernel(
 
 @triton.jit
 def in_tiles(start, full_start, full_end, end, SIZE: tl.constexpr):
-    """Tiles that hold some of a range, and those between that are full."""
+    """Bounds of the tiles that overlap a range, and of those all inside."""
     start = tl.maximum(start, 0) // SIZE
     end = tl.maximum(tl.cdiv(end, SIZE), start)
     full_start = tl.cdiv(tl.maximum(full_start, 0), SIZE)
@@ -167,7 +165,8 @@ def in_tiles(start, full_start, full_end, end, SIZE: tl.constexpr):
 def tiles_of_keys(places, tile, form: tl.constexpr):
     """The tiles of keys that a tile of rows visits, in three ranges.
 
-    In the second, every row attends every key; in the others some do.
+    In tiles of the second range every row attends every key; in the first and
+    the third only some may.
     """
     lowest = tl.load(places.row_index + tile.row).to(tl.int32)
     last = tl.minimum(tile.row + form.tiles.rows, tile.rows) - 1
@@ -190,11 +189,12 @@ def tiles_of_keys(places, tile, form: tl.constexpr):
 
 @triton.jit
 def tiles_of_rows(places, first_rows, tile, form: tl.constexpr):
-    """The tiles of rows that visit a program's tile of keys, in such ranges.
+    """The tiles of rows that a tile of keys visits, in three ranges.
 
-    `first_rows` has, for the start of each tile and of one more, the first row
-    that stands there or later; with a window also the first for places
-    `window - 1` before and `window` after.
+    The ranges are like those of `tiles_of_keys`. `first_rows` holds the first
+    row whose index is at least that of a key: the first key of each tile, and
+    of one more tile after the last. With a window it also holds such rows for
+    the indices `window - 1` before and `window` after these keys.
     """
     number = tl.program_id(0)
     key = tile.key + tl.arange(0, form.tiles.keys)
@@ -208,7 +208,7 @@ def tiles_of_rows(places, first_rows, tile, form: tl.constexpr):
     )
     start = tl.where(for_all_rows, 0, first)
     full_start = tl.where(most == 1, 0, next_first)
-    # Keys that are padding, or beyond the last, are attended by none.
+    # No row attends padding, or keys beyond the last.
     full_start = tl.where(least == 0, tile.rows, full_start)
     end, full_end = tl.where(most == 0, 0, tile.rows), tile.rows
     if form.window is not None:
@@ -224,7 +224,8 @@ def tiles_of_rows(places, first_rows, tile, form: tl.constexpr):
 @triton.jit
 def own_rows(rows, keys, heads: tl.constexpr, form: tl.constexpr):
     """The tile of a program that keeps rows, before it visits any keys."""
-    number = tl.num_programs(0) - 1 - tl.program_id(0)  # The longest go first.
+    # Tiles with the most keys start first.
+    number = tl.num_programs(0) - 1 - tl.program_id(0)
     return Tile(
         tl.program_id(1) // heads,
         tl.program_id(1) % heads,
@@ -258,10 +259,11 @@ def at_head(tile, head):
 def for_each_keys(
     step: tl.constexpr, state, inputs, own, tile, form: tl.constexpr
 ):
-    """`state` after `step` of each tile of keys that some rows attend.
+    """Runs `step` on each tile of keys that rows attend.
 
-    `step(state, inputs, own, tile, form, CHECK)` checks which rows attend which
-    keys, unless all do.
+    It returns the last state. `step(state, inputs, own, tile, form, CHECK)`
+    returns the next state. `CHECK` is false for tiles in which every row
+    attends every key, so that no mask is needed.
     """
     visited = tiles_of_keys(inputs.places, tile, form)
     for part in tl.static_range(3):
@@ -283,7 +285,7 @@ def for_each_keys(
 def for_each_rows(
     step: tl.constexpr, state, inputs, own, tile, visited, form: tl.constexpr
 ):
-    """The same of each tile of rows, which `tiles_of_rows` gives."""
+    """As `for_each_keys`, on the tiles of rows that `tiles_of_rows` returns."""
     for part in tl.static_range(3):
         for number in range(visited[part], visited[part + 1]):
             visiting = Tile(
@@ -300,7 +302,7 @@ def for_each_rows(
 
 @triton.jit
 def load_tile(tensor, batch, head, start):
-    """A tile of one head's matrix, one of many: by its descriptor."""
+    """A tile of one head's matrix, loaded through the tensor's descriptor."""
     tile = tensor.load([batch, start, head, 0])
     return tile.reshape(tensor.block_shape[1], tensor.block_shape[3])
 
@@ -319,8 +321,8 @@ def load_own(
 ):
     """The tile that a program keeps.
 
-    Triton keeps it in registers if it was read by a descriptor, in the memory
-    that threads share if it was read by pointers.
+    Triton keeps it in registers if it was read through a descriptor, and in
+    shared memory if it was read through pointers.
     """
     if form.tiles.in_registers:
         return load_tile(tensor, batch, head, start)
@@ -375,20 +377,20 @@ def store_tile(tensor, tile, batch, head, start):
 
 @triton.jit
 def load_of_rows(tensor, tile):
-    """Queries, or what has their shape."""
+    """A tile of queries, or of a tensor with their layout."""
     return load_tile(tensor, tile.batch, tile.head, tile.row)
 
 
 @triton.jit
 def load_of_keys(tensor, tile, spec: tl.constexpr):
-    """The keys, or values, that the tile's query head reads."""
+    """A tile of the keys, or values, that the tile's query head reads."""
     key_head = tile.head // (spec.heads // spec.key_heads)
     return load_tile(tensor, tile.batch, key_head, tile.key)
 
 
 @triton.jit
 def where_rows(tensor, tile, heads: tl.constexpr, form: tl.constexpr):
-    """Where a (batch, heads, rows) has a tile's rows, and which it has."""
+    """Addresses of a tile's rows in (batch, heads, rows), and which exist."""
     index = tl.arange(0, form.tiles.rows)
     head = tile.batch.to(tl.int64) * heads + tile.head
     first = tensor + (head * tile.rows + tile.row)
@@ -405,7 +407,8 @@ def load_rows(
 ):
     """A number for each of a tile's rows."""
     where, inside = where_rows(tensor, tile, heads, form)
-    # A program's own tile of rows may be the last; those it visits are checked.
+    # A program's own tile may reach beyond the last row; a tile that it visits
+    # may do so only with CHECK.
     if CHECK or not form.over_rows:
         return tl.load(where, mask=inside, other=0.0)
     else:
@@ -420,7 +423,7 @@ def store_rows(tensor, values, tile, heads: tl.constexpr, form: tl.constexpr):
 
 @triton.jit
 def of_rows(values, form: tl.constexpr):
-    """Numbers of rows, as a tile has them."""
+    """Numbers of rows, in a shape that broadcasts over a tile."""
     return values[None] if form.tiles.by_key else values[:, None]
 
 
@@ -431,7 +434,7 @@ def of_keys(values, form: tl.constexpr):
 
 @triton.jit
 def logits_tile(query, keys, scale, cap: tl.constexpr, form: tl.constexpr):
-    """Logits over a number, and that number: their product has base 2."""
+    """Logits up to a factor, and the factor: `exp(logits) = 2 ** product`."""
     if form.tiles.by_key:
         logits = tl.dot(keys, tl.trans(query), input_precision=FLOAT32)
     else:
@@ -455,14 +458,14 @@ def lift(dtype: tl.constexpr):
 def dot_in_two(a, b, total):
     """`total + lift * a @ b` for float32 `a`, in two parts of `b`'s dtype.
 
-    In one part, sums that cancel would lose more than the definition's.
+    In one part, sums that cancel would have larger errors than the definition.
     """
     if b.dtype == tl.float32:
         return tl.dot(a, b, total, input_precision=FLOAT32)
     else:
         if b.dtype == tl.float16:
             a *= LIFT
-        # The first bits, cut and not rounded: converting back costs more.
+        # The high bits are cut, not rounded: rounding costs a conversion back.
         bits = a.to(tl.uint32, bitcast=True) & 0xFFFF0000
         high = bits.to(tl.float32, bitcast=True)
         total = tl.dot(high.to(b.dtype), b, total)
@@ -494,7 +497,7 @@ def part_sums(values):
 
 
 def first_rows(places, form, keys):
-    """The rows that `tiles_of_rows` wants."""
+    """The argument `first_rows` of `tiles_of_rows`."""
     index, size = places.row_index, form.tiles.keys
     edges = torch.arange(
         0, keys + size, size, dtype=index.dtype, device=index.device
@@ -514,12 +517,12 @@ def of_each_row(query):
 
 
 def missing(length):
-    """The number of tokens that a length lacks to be filled."""
+    """How many rows or keys are added to a length when it is stored."""
     return -length % FILLED.value
 
 
 def fill(numbers):
-    """Numbers of each row, and 0 for those that fill up."""
+    """Numbers of each row, with zeros up to the stored length."""
     extra = missing(numbers.shape[-1])
     if extra:
         numbers = torch.nn.functional.pad(numbers, (0, extra))
@@ -549,7 +552,7 @@ def launch(kernel, form, grid, *arguments):
 
 
 def find_places(mask, distance, batch):
-    """The places of all heads: one kernel instead of many small operations."""
+    """The places of all examples, by one kernel, not many small operations."""
     rows = distance.row_positions.shape[1]
     keys = distance.key_positions.shape[1]
     device = distance.key_positions.device
@@ -576,7 +579,7 @@ def find_places(mask, distance, batch):
         tensor.contiguous()
         for tensor in (*masks, distance.row_positions, distance.key_positions)
     ]
-    # Examples may share what has a batch of 1.
+    # A stride of 0 lets all examples share a tensor with a batch of 1.
     strides = [0 if len(each) == 1 else each.stride(0) for each in tensors[1:]]
     places_kernel[(batch,)](
         *tensors,
@@ -592,7 +595,7 @@ def find_places(mask, distance, batch):
 
 
 def readable(tensor):
-    """The tensor with rows as descriptors want them."""
+    """The tensor, contiguous and of a width that descriptors can read."""
     extra = -tensor.shape[-1] % (BYTES // tensor.element_size())
     if extra:
         tensor = torch.nn.functional.pad(tensor, (0, extra))

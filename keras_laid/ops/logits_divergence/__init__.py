@@ -1,4 +1,4 @@
-"""Divergence of a student's next tokens from a teacher's, and from labels."""
+"""Divergence of a student's logits from a teacher's, and from labels."""
 
 from typing import Any
 from typing import Literal
@@ -23,18 +23,20 @@ from keras_laid.ops.unembedding import Unembedding
 from keras_laid.ops.unembedding import check_unembedding
 from keras_laid.typing import Tensor
 
-TINY = 1e-7  # Of no token at all, the mean is 0.
+TINY = 1e-7  # Makes the mean over no tokens 0.
 
 
 class LogitsLosses(NamedTuple):
     """Float32 scalars, in nats: means over the tokens that count.
 
     Attributes:
-        loss: The weighted sum of the next two, the only one with a gradient.
+        loss: `divergence_weight * divergence + cross_entropy_weight *
+            cross_entropy`, the only one with a gradient.
         divergence: `temperature ** 2 * KL(teacher || student)` of softened
             distributions; 0 without a teacher.
-        cross_entropy: `-log` of what the student gives the labels; 0 without.
-        kl: The divergence at temperature 1.
+        cross_entropy: `-log` of the student's probability of the label; 0
+            without labels.
+        kl: `KL(teacher || student)` at temperature 1; 0 without a teacher.
     """
 
     loss: Tensor
@@ -47,7 +49,7 @@ def why_not_chunked(
     student: Unembedding, teacher: Unembedding | TopLogits | None, *others: Any
 ) -> str | None:
     if student.kernel is None:
-        return "the student's logits exist already."
+        return "`student.kernel` is `None`: the logits exist already."
     return None
 
 
@@ -71,42 +73,50 @@ def logits_divergence(
 ) -> LogitsLosses:
     """Divergence from a teacher and cross-entropy with labels, in one pass.
 
-    The means over tokens `i` with weights `w_i` of
+    Computes the means, over tokens `i` with weights `w_i`, of
 
     `temperature ** 2 * KL(p_i || q_i)` and `-log q_i[label_i]`,
 
-    where `q` are the student's next-token distributions and `p` the teacher's,
-    in the first one softened: logits are divided by the temperature, and the
-    factor keeps the gradient's size from depending on it.
+    where `q` are the student's next-token distributions and `p` the teacher's.
+    In the divergence both are softened: their logits are divided by the
+    temperature. The factor `temperature ** 2` keeps the size of the gradient
+    about the same at every temperature.
 
     Args:
         student: `keras_laid.ops.Unembedding` of the student, over
             `(batch, length)` tokens.
         teacher: `keras_laid.ops.Unembedding` of the teacher, over the same
-            tokens, or a `keras_laid.ops.TopLogits` of what it said, or `None`.
-            No gradient reaches it.
+            tokens, or a `keras_laid.ops.TopLogits` of its largest logits, or
+            `None` for no divergence. No gradient reaches it.
         labels: Integer tensor of shape `(batch, length)`, the next tokens, or
-            `None`. A token with a label less than 0 has none, and does not
-            count in the cross-entropy. Labels at or beyond the student's
-            vocabulary are refused where their values can be read at no cost,
-            in NumPy arrays and torch tensors of the CPU; elsewhere the
-            cross-entropy is NaN, unless their weight is 0.
-        weights: Float tensor of shape `(batch, length)`, 0 or more. Tokens of
-            weight 0 are not computed. Defaults to 1 for all.
-        divergence_weight: Float or scalar tensor. Defaults to `1.0`.
-        cross_entropy_weight: Float or scalar tensor. Defaults to `1.0`.
-        temperature: Float greater than 0. Defaults to `1.0`.
-        vocabulary: `"same"`, or `"shared"` to compare the distributions over
-            the first tokens that both have. Defaults to `"same"`.
-        implementation: `None` for the first that can, or one of `"chunked"`
-            (holds the logits of some tokens at a time) and `"definition"`
-            (holds all of them).
+            `None` for no cross-entropy. A label less than 0 means that the
+            token has no label and does not count in the cross-entropy. Labels
+            beyond the student's vocabulary raise an error if their values can
+            be read at no cost, as in NumPy arrays and torch tensors on the
+            CPU. Otherwise they make the cross-entropy NaN, unless their weight
+            is 0.
+        weights: Float tensor of shape `(batch, length)`, 0 or more: the weight
+            of each token in the means. `"chunked"` saves the computation of
+            most tokens of weight 0. Defaults to 1 for all tokens.
+        divergence_weight: Float or scalar tensor, 0 or more: the factor of the
+            divergence in the loss. Defaults to `1.0`.
+        cross_entropy_weight: Float or scalar tensor, 0 or more: the factor of
+            the cross-entropy in the loss. Defaults to `1.0`.
+        temperature: Float greater than 0 that divides logits in the divergence.
+            For a `TopLogits` teacher it must be `teacher.temperature`. Defaults
+            to `1.0`.
+        vocabulary: `"same"` requires equal vocabularies. `"shared"` computes
+            the divergence over only the first tokens, those that both models
+            have. Defaults to `"same"`.
+        implementation: `"chunked"` (holds the logits of some tokens at a time,
+            and needs a `student.kernel`) or `"definition"` (holds all logits).
+            `None` takes the first of these that can run.
 
     Returns:
         A `LogitsLosses`.
 
     Raises:
-        TypeError: If an argument is of another kind.
+        TypeError: If an argument has the wrong type.
         ValueError: If there is neither a teacher nor labels, shapes or
             vocabularies do not fit, or an argument or a label is out of range.
         NotImplementedError: If the named `implementation` cannot run here.
@@ -169,8 +179,8 @@ def check_models(
         check_top_logits("teacher", teacher)
         if temperature != teacher.temperature:
             raise ValueError(
-                "`temperature` must be the one that the largest logits were "
-                f"taken at. Received: temperature={temperature}, "
+                "`temperature` must be the one that the teacher's largest "
+                f"logits were taken for. Received: temperature={temperature}, "
                 f"teacher.temperature={teacher.temperature}"
             )
     else:
@@ -180,7 +190,7 @@ def check_models(
             "Student and teacher must have the same vocabulary. Received: "
             f"{student.vocabulary} tokens for the student, "
             f"{teacher.vocabulary} for the teacher. "
-            'Pass `vocabulary="shared"` to compare the first ones.'
+            'Pass `vocabulary="shared"` to compare only the first tokens.'
         )
 
 
@@ -193,7 +203,7 @@ def check_shapes(
     if teacher is None and labels is None:
         raise ValueError(
             "There must be something to compare the student with. Received: "
-            "teacher=None, labels=None"
+            "teacher=None, labels=None. Pass one of them or both."
         )
     batch, length, _ = student.hidden.shape
     if teacher is not None:

@@ -1,9 +1,11 @@
 """The losses over blocks of tokens: only a block's logits ever exist.
 
-A block has as many tokens of each example, so that devices that share a batch
-share the work. Tokens that do not count are in none. Losses and their gradients
-are computed at once, since the share of each token in the loss is known before:
-as many matrix products as in the plain form, and nothing is kept for later.
+A block has the same number of tokens of each example, so that the work is
+divided evenly where devices divide a batch. Tokens that count come first, and
+blocks without any of them are skipped. The share of each token in the loss is
+known beforehand, so losses and their gradients are computed together. This
+takes as many matrix products as the plain form, and keeps nothing for a
+backward pass.
 """
 
 from typing import NamedTuple
@@ -18,8 +20,8 @@ from keras_laid.ops.top_logits import TopLogits
 from keras_laid.ops.unembedding import Unembedding
 from keras_laid.typing import Tensor
 
-ELEMENTS = 2**22  # About how many logits of one model a block has.
-ROWS = 16  # The fewest tokens a block has.
+ELEMENTS = 2**22  # About the number of logits of one model in a block.
+ROWS = 16  # The fewest tokens in a block of a long sequence.
 UNITS = (2.0 ** np.arange(-100, 101)).astype("float32")
 
 
@@ -32,7 +34,7 @@ class Block(NamedTuple):
     shares: list[Tensor]
 
     def map(self, function):
-        """The same with `function` of every tensor that has tokens."""
+        """A copy with `function` applied to each tensor over tokens."""
 
         return Block(
             student=self.student.map_tokens(function),
@@ -91,7 +93,7 @@ def logits_divergence(student, teacher, labels, counted, shares, temperature):
     every = Block(student, teacher, labels, [each / unit for each in shares])
     counted = ops.cast(counted, "int32")
     count = ops.sum(counted, axis=1, keepdims=True)
-    # In each example, those that count come first.
+    # In each example, the tokens that count come first.
     order = ops.argsort(-counted, axis=1)
 
     def add_block(number, sums):
@@ -106,7 +108,7 @@ def logits_divergence(student, teacher, labels, counted, shares, temperature):
         of_hidden = ops.matmul(
             ops.cast(slope, kernel.dtype), ops.transpose(kernel)
         )
-        # In float32, since blocks add up.
+        # In float32: in a smaller dtype the sum over blocks would be rounded.
         of_kernel = ops.einsum(
             "bid,biv->dv", ops.cast(block.student.hidden, "float32"), slope
         )
@@ -132,7 +134,7 @@ def logits_divergence(student, teacher, labels, counted, shares, temperature):
             ops.zeros(kernel.shape),
         ],
     )
-    place = ops.argsort(order, axis=1)  # Of each token among the blocks.
+    place = ops.argsort(order, axis=1)  # The slot of each token.
     *of_tokens, of_hidden = [tokens_at(column, place) for column in columns]
 
     value = sum(
@@ -157,7 +159,7 @@ def loss(constants, hidden, kernel):
 
 
 def rows_of_block(batch, length, vocabulary):
-    """Tokens of each example in a block."""
+    """The number of tokens of each example in a block."""
     rows = max(ROWS, ELEMENTS // vocabulary)
     return clip(rows // clip(batch, 1, rows), 1, length)
 
@@ -165,8 +167,8 @@ def rows_of_block(batch, length, vocabulary):
 def unit_of(shares):
     """The unit that gradients of hidden states are stored in.
 
-    It is about the largest share: float16 may not hold the gradients
-    themselves. Powers of 2 round nothing.
+    It is the largest share, rounded down to a power of 2: gradients may be too
+    small for float16, and a power of 2 does not round them.
     """
     largest = ops.max(ops.stack(shares))
     units = ops.convert_to_tensor(UNITS)

@@ -42,12 +42,16 @@ def softened(
 
 
 def kl_divergence(log_q: Tensor, log_p: Tensor) -> Tensor:
-    """`KL(p || q)` of logarithms of probabilities."""
+    """`KL(p || q)`, from logarithms of probabilities."""
     return ops.sum(ops.exp(log_p) * (log_p - log_q), axis=-1)
 
 
 def of_labels(log_q: Tensor, labels: Tensor) -> Tensor:
-    """NaN for labels beyond the vocabulary; those less than 0 do not count."""
+    """Log-probabilities of labels.
+
+    They are NaN for labels beyond the vocabulary, and of no meaning for labels
+    less than 0, which do not count.
+    """
     last = log_q.shape[-1] - 1
     index = ops.clip(labels, 0, last)[..., None]
     found = ops.take_along_axis(log_q, index, axis=-1)[..., 0]

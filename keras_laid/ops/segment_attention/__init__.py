@@ -47,24 +47,23 @@ def segment_attention(
     relative to its own largest key, so that no share is rounded to 0.
 
     Args:
-        attention: `keras_laid.ops.Attention`.
-        mask: `keras_laid.ops.AttentionMask`.
+        attention: `keras_laid.ops.Attention`: queries and keys.
+        mask: `keras_laid.ops.AttentionMask`: which keys each row attends.
         segments: Integer tensor of shape `(batch, keys)`: the number of the
-            segment that each key belongs to, from 1; 0 means none.
+            segment that each key belongs to, from 1; 0 means no segment.
         num_segments: Integer, at least the largest number in `segments`; keys
             with larger numbers belong to no segment. On TensorFlow also a
             scalar tensor.
-        implementation: `None` for the first that can, or `"chunked"` (holds
-            some rows of the maps at a time) or `"definition"` (holds whole
-            maps).
+        implementation: `"chunked"` (holds some rows of the maps at a time) or
+            `"definition"` (holds whole maps). `None` takes `"chunked"`.
 
     Returns:
         A float32 tensor of shape `(batch, heads, rows, num_segments)`, at most
-        0, up to rounding. Where a row attends no key of a segment it is
-        -1e30, and its gradient is 0.
+        0, up to rounding. Where a row attends no key of a segment, the value is
+        -1e30 and has a gradient of 0.
 
     Raises:
-        TypeError: If an argument is of another kind.
+        TypeError: If an argument has the wrong type.
         ValueError: If shapes do not fit, `num_segments` is less than 1, or
             `implementation` is unknown.
 

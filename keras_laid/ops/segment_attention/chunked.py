@@ -1,6 +1,6 @@
 """Attention pooled over segments, over blocks of rows: no whole map exists.
 
-The gradient is the one that README.md derives.
+README.md derives the gradient.
 """
 
 from typing import NamedTuple
@@ -26,7 +26,7 @@ class Block(NamedTuple):
     num_segments: int | Tensor
 
     def of_rows(self, rows):
-        """The same with `rows(tensor, axis)` of every tensor that has rows."""
+        """A copy with `rows(tensor, axis)` of every tensor that has rows."""
         attention, mask = self.attention, self.mask
         return self._replace(
             attention=attention._replace(query=rows(attention.query, 1)),
@@ -34,7 +34,7 @@ class Block(NamedTuple):
         )
 
     def gradients(self, upstream, log_shares):
-        """Of queries and keys, in float32."""
+        """Gradients of queries and keys, in float32."""
         # b = batch, h = head, i = row, j = key, g = segment, d = head dim
         attention = self.attention
         allowed = self.mask.allowed()
@@ -84,7 +84,7 @@ def segment_attention(attention, mask, segments, num_segments):
         )
 
         def gradients(upstream):
-            # Repeated rows count once.
+            # Rows that only fill up a block get a gradient of 0.
             upstream = blocks.fill_zeros(upstream, 2)
 
             def add_gradients(number, gradients):
@@ -106,7 +106,7 @@ def segment_attention(attention, mask, segments, num_segments):
                     ops.zeros((batch, key_shape[1], heads, width)),
                 ],
             )
-            # Heads that read one key head add up.
+            # The gradient of a key head is the sum over heads that read it.
             of_key = ops.sum(
                 ops.reshape(of_key, (*key_shape, -1, width)), axis=3
             )

@@ -18,8 +18,8 @@ def segment_attention(
     # b = batch, h = head, i = row, j = key, g = segment
     allowed = mask.allowed()
     log_a = ops.where(allowed, log_attention(attention, allowed), MASKED)
-    # Each segment has a maximum of its own: next to keys that get almost all
-    # attention, the sums of other segments would underflow.
+    # Each segment is scaled by its own maximum: by that of the row, segments
+    # would underflow next to a key that gets almost all attention.
     largest = maxima(ops.stop_gradient(log_a), segments, num_segments)
     relative = ops.exp(log_a - of_keys(largest, segments))  # [b, h, i, j]
     is_member = ops.cast(membership(segments, num_segments), "float32")
@@ -43,7 +43,7 @@ def known(segments: Tensor, num_segments: int | Tensor) -> Tensor:
 def maxima(
     log_a: Tensor, segments: Tensor, num_segments: int | Tensor
 ) -> Tensor:
-    """The largest value in each segment, and -1e30 where there is none."""
+    """The largest value in each segment, and -1e30 for one without keys."""
     batch, heads, rows, _ = ops.shape(log_a)
     count = num_segments + 1
     # The segments of all examples are numbered together.
