@@ -47,6 +47,7 @@ class Case:
         counted=0.5,
         of="both",
         top=None,
+        beta=0.0,
     ):
         rng = np.random.default_rng(seed)
         self.dtype = dtype
@@ -63,6 +64,7 @@ class Case:
         self.weights = weights.astype("f4")
         self.soft_caps, self.temperature = soft_caps, temperature
         self.of = of
+        self.beta = beta
         self.top = top  # The number of known logits of the teacher.
 
     def run(self, implementation, hidden, kernel):
@@ -86,6 +88,7 @@ class Case:
             divergence_weight=0.5,
             cross_entropy_weight=3.0,
             temperature=self.temperature,
+            beta=self.beta,
             vocabulary="shared",
             implementation=implementation,
         )
@@ -134,6 +137,17 @@ def oracle(case, arrays=None):
         p[others] = p[others].sum() * q[others] / q[others].sum()
         return p
 
+    def divergence(p, q):
+        """A generalized Jensen-Shannon divergence, and its slope at `q`."""
+        beta = case.beta
+        if beta == 0:
+            return (p * np.log(p / q)).sum(), -p / q
+        if beta == 1:
+            return (q * np.log(q / p)).sum(), np.log(q / p) + 1
+        m = beta * p + (1 - beta) * q
+        value = beta * p * np.log(p / m) + (1 - beta) * q * np.log(q / m)
+        return value.sum(), (1 - beta) * np.log(q / m)
+
     def capped(logits, cap):
         return logits if cap is None else cap * np.tanh(logits / cap)
 
@@ -146,8 +160,9 @@ def oracle(case, arrays=None):
             w = case.weights[at] / totals[0]
             p, q = softmax(t / tau), softmax(z[:shared] / tau)
             p = known(p, q)
-            losses["divergence"] += w * tau**2 * (p * np.log(p / q)).sum()
-            slope[:shared] += 0.5 * w * tau * (q - p)
+            value, at_q = divergence(p, q)
+            losses["divergence"] += w * tau**2 * value
+            slope[:shared] += 0.5 * w * tau * q * (at_q - (q * at_q).sum())
             p, q = softmax(t), softmax(z[:shared])
             p = known(p, q)
             losses["kl"] += w * (p * np.log(p / q)).sum()
@@ -165,10 +180,14 @@ def oracle(case, arrays=None):
     return (loss, of_hidden, of_kernel), losses
 
 
+BETA = pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+
+
+@BETA
 @pytest.mark.parametrize("top", [None, 3])
-def test_oracles_gradients_are_slopes_of_its_values(top):
+def test_oracles_gradients_are_slopes_of_its_values(top, beta):
     # Tokens without a known logit count as one token.
-    case = Case(top=top)
+    case = Case(top=top, beta=beta)
     (_, *gradients), _ = oracle(case)
     rng = np.random.default_rng(1)
     for which, gradient in enumerate(gradients):
@@ -204,7 +223,17 @@ TOP = pytest.mark.parametrize("top", [None, 3, 11])
 @OF
 @IMPLEMENTATION
 def test_is_the_oracles_in_float32(implementation, of, top):
-    case = Case(of=of, top=top)
+    assert_is_the_oracles(Case(of=of, top=top), implementation)
+
+
+@pytest.mark.parametrize("beta", [0.3, 1.0])
+@pytest.mark.parametrize("top", [None, 3])
+@IMPLEMENTATION
+def test_is_the_oracles_for_each_divergence(implementation, top, beta):
+    assert_is_the_oracles(Case(top=top, beta=beta), implementation)
+
+
+def assert_is_the_oracles(case, implementation):
     exact, losses = oracle(case)
     for found, expected in zip(
         case.value_and_grads(implementation), exact, strict=True
@@ -240,6 +269,7 @@ def cases(draw):
         counted=draw(strategies.sampled_from([0.0, 0.2, 1.0])),
         of=draw(strategies.sampled_from(["both", "teacher", "labels"])),
         top=draw(strategies.sampled_from([None, 1, 2])),
+        beta=draw(strategies.sampled_from([0.0, 0.5, 0.9, 1.0])),
     )
 
 
@@ -325,12 +355,41 @@ def test_a_block_has_no_more_tokens_than_there_are(monkeypatch, known):
         assert isinstance(found, int) == known
 
 
+@BETA
 @IMPLEMENTATION
-def test_equal_distributions_have_no_divergence(implementation):
-    case = Case(of="teacher", soft_caps=(None, None))
+def test_equal_distributions_have_no_divergence(implementation, beta):
+    case = Case(of="teacher", soft_caps=(None, None), beta=beta)
     case.arrays[2:] = case.arrays[:2]
     losses = case.run(implementation, *case.tensors())
     np.testing.assert_allclose(to_numpy(losses.divergence), 0.0, atol=1e-6)
+
+
+@IMPLEMENTATION
+def test_reverse_is_forward_with_the_models_exchanged(implementation):
+    models = [
+        Unembedding(hidden, None)
+        for hidden in np.random.default_rng(0).standard_normal(
+            (2, 1, 4, 6), "float32"
+        )
+    ]
+    if implementation == "chunked":
+        kernel = ops.eye(6)
+        models = [each._replace(kernel=kernel) for each in models]
+    values = [
+        logits_divergence(
+            *pair, beta=beta, temperature=2.0, implementation=implementation
+        ).divergence
+        for pair, beta in (
+            (models, 1.0),
+            (models[::-1], 0.0),
+            (models, 0.5),
+            (models[::-1], 0.5),
+        )
+    ]
+    reverse, forward, one, other = map(to_numpy, values)
+    np.testing.assert_allclose(reverse, forward, rtol=1e-5)
+    np.testing.assert_allclose(one, other, rtol=1e-5)  # It is symmetric.
+    assert one < reverse
 
 
 @IMPLEMENTATION

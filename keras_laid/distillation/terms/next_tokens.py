@@ -39,6 +39,11 @@ class NextTokens(Term):
             the weight of `supervised`. Defaults to `1.0`.
         temperature: Float greater than 0, by which `logits` divides both
             models' logits. Defaults to `1.0`.
+        beta: Float in `[0, 1]`: `logits` is the forward Kullback-Leibler
+            divergence at 0, the reverse one at 1, and the generalized
+            Jensen-Shannon divergence in between. The forward one makes the
+            student cover every answer of the teacher, the reverse one makes it
+            avoid answers that the teacher would not give. Defaults to `0.0`.
         vocabulary: `"same"` if both models have as many tokens, or `"shared"`
             to compare the logits of only the first tokens, which both
             vocabularies have. Defaults to `"same"`.
@@ -58,14 +63,17 @@ class NextTokens(Term):
         logits_weight: Weight = 1.0,
         supervised_weight: Weight = 1.0,
         temperature: float = 1.0,
+        beta: float = 0.0,
         vocabulary: Literal["same", "shared"] = "same",
     ) -> None:
         check_weight("logits_weight", logits_weight)
         check_weight("supervised_weight", supervised_weight)
         check_number("temperature", temperature, "(0, inf)")
+        check_number("beta", beta, "[0, 1]")
         check_choice("vocabulary", vocabulary, ("same", "shared"))
         super().__init__(logits=logits_weight, supervised=supervised_weight)
         self.temperature = temperature
+        self.beta = beta
         self.vocabulary = vocabulary
         self.loss: keras.losses.Loss | None = None
 
@@ -119,6 +127,7 @@ class NextTokens(Term):
             divergence_weight=step.weights["logits"],
             cross_entropy_weight=step.weights["supervised"],
             temperature=self.temperature,
+            beta=self.beta,
             vocabulary=self.vocabulary,
         )
         if targets is not None:

@@ -32,8 +32,8 @@ class LogitsLosses(NamedTuple):
     Attributes:
         loss: `divergence_weight * divergence + cross_entropy_weight *
             cross_entropy`, the only one with a gradient.
-        divergence: `temperature ** 2 * KL(teacher || student)` of softened
-            distributions; 0 without a teacher.
+        divergence: `temperature ** 2` times the divergence of softened
+            distributions that `beta` chooses; 0 without a teacher.
         cross_entropy: `-log` of the student's probability of the label; 0
             without labels.
         kl: `KL(teacher || student)` at temperature 1; 0 without a teacher.
@@ -68,6 +68,7 @@ def logits_divergence(
     divergence_weight: float | Tensor = 1.0,
     cross_entropy_weight: float | Tensor = 1.0,
     temperature: float = 1.0,
+    beta: float = 0.0,
     vocabulary: Literal["same", "shared"] = "same",
     implementation: Literal["chunked", "definition"] | None = None,
 ) -> LogitsLosses:
@@ -75,12 +76,19 @@ def logits_divergence(
 
     Computes the means, over tokens `i` with weights `w_i`, of
 
-    `temperature ** 2 * KL(p_i || q_i)` and `-log q_i[label_i]`,
+    `temperature ** 2 * D(p_i, q_i)` and `-log q_i[label_i]`,
 
     where `q` are the student's next-token distributions and `p` the teacher's.
     In the divergence both are softened: their logits are divided by the
     temperature. The factor `temperature ** 2` keeps the size of the gradient
-    about the same at every temperature.
+    about the same at every temperature. `D` is one of
+
+    - `beta=0`: `KL(p || q)`, the forward divergence, which makes the student
+      cover every answer of the teacher;
+    - `beta=1`: `KL(q || p)`, the reverse divergence, which makes it avoid
+      answers that the teacher would not give;
+    - in between: `beta KL(p || m) + (1 - beta) KL(q || m)`, the generalized
+      Jensen-Shannon divergence, with `m = beta p + (1 - beta) q`.
 
     Args:
         student: `keras_laid.ops.Unembedding` of the student, over
@@ -105,6 +113,10 @@ def logits_divergence(
         temperature: Float greater than 0 that divides logits in the divergence.
             For a `TopLogits` teacher it must be `teacher.temperature`. Defaults
             to `1.0`.
+        beta: Float in `[0, 1]`: 0 for the forward and 1 for the reverse
+            Kullback-Leibler divergence, and in between the generalized
+            Jensen-Shannon divergence, of which 0.5 is the symmetric one.
+            Defaults to `0.0`.
         vocabulary: `"same"` requires equal vocabularies. `"shared"` computes
             the divergence over only the first tokens, those that both models
             have. Defaults to `"same"`.
@@ -123,11 +135,14 @@ def logits_divergence(
 
     Reference:
      - [Hinton et al., 2015](https://arxiv.org/abs/1503.02531), section 2;
-       [Zhou et al., 2026](https://arxiv.org/abs/2512.21576), equation 8.
+       [Zhou et al., 2026](https://arxiv.org/abs/2512.21576), equation 8;
+       `beta`: [Agarwal et al., 2024](https://arxiv.org/abs/2306.13649),
+       equation 1.
     """
     check_scalar("divergence_weight", divergence_weight, "[0, inf)")
     check_scalar("cross_entropy_weight", cross_entropy_weight, "[0, inf)")
     check_number("temperature", temperature, "(0, inf)")
+    check_number("beta", beta, "[0, 1]")
     check_choice("vocabulary", vocabulary, ("same", "shared"))
     check_models(student, teacher, temperature, vocabulary)
     check_shapes(student, teacher, labels, weights)
@@ -148,7 +163,15 @@ def logits_divergence(
         each / ops.maximum(ops.sum(each), TINY) for each in (weights, labelled)
     ]
     shares = [divergence_weight * means[0], cross_entropy_weight * means[1]]
-    arguments = (student, teacher, labels, weights > 0, shares, temperature)
+    arguments = (
+        student,
+        teacher,
+        labels,
+        weights > 0,
+        shares,
+        temperature,
+        float(beta),
+    )
     chosen = select(
         "logits_divergence", IMPLEMENTATIONS, implementation, *arguments
     )

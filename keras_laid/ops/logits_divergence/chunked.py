@@ -43,7 +43,7 @@ class Block(NamedTuple):
             shares=[function(each) for each in self.shares],
         )
 
-    def losses(self, temperature):
+    def losses(self, temperature, beta):
         """Losses of each token, and the loss's slope at each logit."""
         logits = self.student.logits()
         divergence = cross_entropy = kl = ops.zeros_like(logits[..., 0])
@@ -51,16 +51,16 @@ class Block(NamedTuple):
         if self.teacher is not None:
             shared = logits[..., : self.teacher.vocabulary]
             teacher = self.teacher.computed()
-            log_q = ops.log_softmax(shared / temperature)
-            log_p = teacher.log_probabilities(log_q, temperature)
-            kl = definition.kl_divergence(log_q, log_p)
-            divergence = temperature**2 * kl
-            slope = temperature * (ops.exp(log_q) - ops.exp(log_p))
+            softened = definition.softened(shared, teacher, temperature)
+            divergence = definition.jensen_shannon(*softened, beta)
+            divergence = temperature**2 * divergence
+            slope = temperature * slope_of_divergence(*softened, beta)
             slope = slope * self.shares[0][..., None]
             others = logits.shape[-1] - shared.shape[-1]
             slope = ops.pad(slope, ((0, 0), (0, 0), (0, others)))
             if temperature != 1.0:
-                kl = definition.softened(shared, teacher, 1.0)
+                softened = definition.softened(shared, teacher, 1.0)
+            kl = definition.kl_divergence(*softened)
         if self.labels is not None:
             log_q = ops.log_softmax(logits)
             cross_entropy = -definition.of_labels(log_q, self.labels)
@@ -73,12 +73,14 @@ class Block(NamedTuple):
         return (divergence, cross_entropy, kl), slope
 
 
-def logits_divergence(student, teacher, labels, counted, shares, temperature):
+def logits_divergence(
+    student, teacher, labels, counted, shares, temperature, beta
+):
     batch, length, width = ops.shape(student.hidden)
     rows = rows_of_block(batch, length, student.vocabulary)
     if isinstance(rows, int) and length <= rows:
         return definition.logits_divergence(
-            student, teacher, labels, counted, shares, temperature
+            student, teacher, labels, counted, shares, temperature, beta
         )
     trained = student.hidden, student.kernel
     hidden, kernel = map(ops.stop_gradient, trained)
@@ -104,7 +106,7 @@ def logits_divergence(student, teacher, labels, counted, shares, temperature):
         block = block._replace(
             shares=[ops.where(slot < count, each, 0.0) for each in block.shares]
         )
-        of_tokens, slope = block.losses(temperature)
+        of_tokens, slope = block.losses(temperature, beta)
         of_hidden = ops.matmul(
             ops.cast(slope, kernel.dtype), ops.transpose(kernel)
         )
@@ -143,6 +145,22 @@ def logits_divergence(student, teacher, labels, counted, shares, temperature):
     )
     constants = value, unit, of_hidden, of_kernel
     return with_own_gradient(loss, list(trained), constants), *of_tokens
+
+
+def slope_of_divergence(log_q, log_p, beta):
+    """The slope of `definition.jensen_shannon` at each softened logit."""
+    q = ops.exp(log_q)
+    if beta == 0:
+        return q - ops.exp(log_p)
+    if beta == 1:
+        return q * centered(log_q - log_p, q)
+    log_m = definition.log_mixture(log_q, log_p, beta)
+    return (1 - beta) * q * centered(log_q - log_m, q)
+
+
+def centered(x, q):
+    """`x` less its mean over the vocabulary by probabilities `q`."""
+    return x - ops.sum(q * x, axis=-1, keepdims=True)
 
 
 def loss(constants, hidden, kernel):

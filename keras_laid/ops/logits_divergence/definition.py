@@ -1,5 +1,6 @@
 """The losses in their plainest form: all logits of both models at once."""
 
+import math
 from collections.abc import Sequence
 
 from keras import ops
@@ -16,16 +17,16 @@ def logits_divergence(
     counted: Tensor,
     shares: Sequence[Tensor],
     temperature: float,
+    beta: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logits = student.logits()
     divergence = cross_entropy = kl = ops.zeros_like(logits[..., 0])
     if teacher is not None:
         teacher = teacher.computed()
         shared = logits[..., : teacher.vocabulary]
-        divergence = kl = softened(shared, teacher, temperature)
-        if temperature != 1.0:
-            divergence = temperature**2 * divergence
-            kl = softened(shared, teacher, 1.0)
+        log_q, log_p = softened(shared, teacher, temperature)
+        divergence = temperature**2 * jensen_shannon(log_q, log_p, beta)
+        kl = kl_divergence(*softened(shared, teacher, 1.0))
     if labels is not None:
         cross_entropy = -of_labels(ops.log_softmax(logits), labels)
     loss = ops.sum(shares[0] * divergence) + ops.sum(shares[1] * cross_entropy)
@@ -34,11 +35,31 @@ def logits_divergence(
 
 def softened(
     logits: Tensor, teacher: Unembedding | TopLogits, temperature: float
-) -> Tensor:
-    """`KL(teacher || student)` of softened distributions."""
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the student and of the teacher."""
     log_q = ops.log_softmax(logits / temperature)
     log_p = teacher.log_probabilities(log_q, temperature)
-    return kl_divergence(log_q, ops.stop_gradient(log_p))
+    return log_q, ops.stop_gradient(log_p)
+
+
+def jensen_shannon(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
+    """`beta KL(p || m) + (1 - beta) KL(q || m)`, of `m = beta p + (1-beta) q`.
+
+    Its limits, divided by `beta` and `1 - beta`, are `KL(p || q)` at 0 and
+    `KL(q || p)` at 1.
+    """
+    if beta == 0:
+        return kl_divergence(log_q, log_p)
+    if beta == 1:
+        return kl_divergence(log_p, log_q)
+    log_m = log_mixture(log_q, log_p, beta)
+    of_p, of_q = (kl_divergence(log_m, each) for each in (log_p, log_q))
+    return beta * of_p + (1 - beta) * of_q
+
+
+def log_mixture(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
+    """`log(beta p + (1 - beta) q)`."""
+    return ops.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
 
 
 def kl_divergence(log_q: Tensor, log_p: Tensor) -> Tensor:
