@@ -22,7 +22,12 @@ from keras_laid.haystacks.evaluation import evaluate_haystacks
 from keras_laid.haystacks.examples import Example
 from keras_laid.haystacks.examples import read_examples
 from keras_laid.haystacks.haystack import Haystack
+from keras_laid.haystacks.long_context import LongContextQuestion
+from keras_laid.haystacks.long_context_scores import score_mm_long_bench
+from keras_laid.haystacks.long_context_scores import score_mm_niah
 from keras_laid.haystacks.long_prompts import LongPrompts
+from keras_laid.haystacks.mm_long_bench import read_mm_long_bench
+from keras_laid.haystacks.mm_niah import read_mm_niah
 from keras_laid.haystacks.openmoji import OpenMoji
 from keras_laid.haystacks.question_files import Question
 from keras_laid.haystacks.question_files import read_questions
@@ -40,6 +45,7 @@ __all__ = [
     "HaystackEvaluation",
     "HaystackResults",
     "Haystacks",
+    "LongContextQuestion",
     "LongPrompts",
     "NumberWithin",
     "OpenMoji",
@@ -53,8 +59,12 @@ __all__ = [
     "plot_accuracy",
     "plot_positions",
     "read_examples",
+    "read_mm_long_bench",
+    "read_mm_niah",
     "read_questions",
     "score",
+    "score_mm_long_bench",
+    "score_mm_niah",
 ]
 
 if importlib.util.find_spec("tensorflow_datasets"):

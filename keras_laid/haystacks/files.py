@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 from typing import TypeVar
 
@@ -16,6 +17,47 @@ def read_json(
     path: pathlib.Path, kind: type[Kind], advice: str = "download it again"
 ) -> Kind:
     """Reads a JSON file whose outermost value is a `list` or a `dict`."""
+    _check_file(path)
+    try:
+        value = _loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:  # Of JSON and of UTF-8.
+        raise ValueError(
+            f"The file must be a whole JSON file in UTF-8. Received: {path}, "
+            f"with this error: {error}. It may be truncated: {advice}."
+        ) from error
+    return checked(value, kind, "the outermost value", path)
+
+
+def read_json_lines(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Reads a JSONL file: a JSON object a line; blank lines are skipped.
+
+    Yields:
+        Tuples of a string, which names the file and the line's number from 1,
+        and the line's dictionary.
+
+    Raises:
+        ValueError: If a line is not a whole JSON object in UTF-8 or has a key
+            twice, or if the file is larger than 2 GiB.
+        FileNotFoundError: If there is no such file.
+    """
+    _check_file(path)
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                value = _loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(
+                    "A line must be a whole JSON object in UTF-8. Received: "
+                    f"{line!r:.80} in {where}, with this error: {error}. The "
+                    "file may be truncated: download it again."
+                ) from error
+            yield where, checked(value, dict, "a line", where)
+
+
+def _check_file(path: pathlib.Path) -> None:
     if not path.is_file():  # A pipe would be waited for.
         raise FileNotFoundError(
             f"A JSON file must be there. Received: {path}, which is not a file"
@@ -25,18 +67,14 @@ def read_json(
             f"A JSON file must have at most {LARGEST} bytes. "
             f"Received: {path} of {path.stat().st_size}"
         )
-    try:
-        value = json.loads(
-            path.read_text(encoding="utf-8"),
-            object_pairs_hook=_dict_of,
-            parse_constant=_refuse_constant,
-        )
-    except (ValueError, RecursionError) as error:  # Of JSON and of UTF-8.
-        raise ValueError(
-            f"The file must be a whole JSON file in UTF-8. Received: {path}, "
-            f"with this error: {error}. It may be truncated: {advice}."
-        ) from error
-    return checked(value, kind, "the outermost value", path)
+
+
+def _loads(content: bytes) -> Any:
+    return json.loads(
+        content.decode("utf-8"),
+        object_pairs_hook=_dict_of,
+        parse_constant=_refuse_constant,
+    )
 
 
 def _dict_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -90,7 +128,7 @@ def image_path(root: PathLike, name: str) -> pathlib.Path:
     if not path.is_file():
         raise FileNotFoundError(
             f"Images must be below the root. Received: {name!r}, which is not "
-            f"in {root}. Download COCO 2017's images, or correct the root."
+            f"in {root}. Download the images, or correct the root."
         )
     return path
 
