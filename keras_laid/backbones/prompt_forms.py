@@ -336,3 +336,10 @@ def prompt_form(preprocessor: CausalLMPreprocessor) -> PromptForm:
 
 def as_array(value: Any) -> np.ndarray:
     return np.array(ops.convert_to_numpy(value))
+
+
+def sizes_read(sizes: Sequence[int], teacher_images: int | None) -> set[int]:
+    """The numbers of images in prompts of the student and of the teacher."""
+    if teacher_images is None:
+        return {*sizes}
+    return {*sizes, *(min(size, teacher_images) for size in sizes)}

@@ -108,6 +108,7 @@ class CheckedEntries:
         student, teacher = [each.vocabulary_size for each in self.descriptions]
         is_stored = isinstance(self.teacher, StoredTeacher)
         if isinstance(x, dict) and "token_ids" in x:
+            checks.check_teacher_inputs(x, is_stored, self.terms)
             read_by_all = student if is_stored else min(student, teacher)
             check_tokens("token_ids", x["token_ids"], read_by_all, least=0)
         checks.check_labels(student, self.supervised_loss, y, sample_weight)

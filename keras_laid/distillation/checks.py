@@ -11,6 +11,7 @@ from keras_laid.arguments import at_hand
 from keras_laid.arguments import check_shape
 from keras_laid.arguments import check_tokens
 from keras_laid.backbones import decoder
+from keras_laid.backbones import teacher_inputs
 from keras_laid.distillation.description import Description
 from keras_laid.distillation.terms.term import Term
 
@@ -215,3 +216,30 @@ def check_batch(model: keras.Model, batch: tuple[Any, Any, Any]) -> None:
     check_shape("y", y, batch=size, length=length)
     if sample_weight is not None:
         check_shape("sample_weight", sample_weight, batch=size, length=length)
+
+
+def check_teacher_inputs(
+    x: Mapping[str, Any], is_stored: bool, terms: Sequence[Term]
+) -> None:
+    """Refuses inputs of the teacher's own that it or a term cannot use."""
+    if teacher_inputs.TEACHER not in x:
+        return
+    teacher_inputs.check_teacher_inputs(x)
+    if is_stored:
+        raise ValueError(
+            "A stored teacher reads nothing: its targets are those of the "
+            f"student's inputs. Received: inputs with {sorted(x)}. Leave out "
+            f"{teacher_inputs.TEACHER!r}, or use the teacher itself."
+        )
+    others = [
+        name
+        for term in terms
+        if not term.allows_other_prompt
+        for name in term.weights
+    ]
+    if teacher_inputs.reads_other_prompt(x) and others:
+        raise ValueError(
+            "Of a teacher that reads another prompt, only next tokens can be "
+            f"compared. Received: terms {others}. Leave them out, as with "
+            "`retrieval_weight=0`."
+        )

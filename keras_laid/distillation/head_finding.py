@@ -13,9 +13,16 @@ from keras_laid.backbones.linear_memory import linear_blocks
 from keras_laid.backbones.linear_memory import named
 from keras_laid.backbones.retrieval_heads import RetrievalHeads
 from keras_laid.backbones.retrieval_heads import find_retrieval_heads
+from keras_laid.backbones.teacher_inputs import inputs_of_teacher
 from keras_laid.distillation.first_batches import first_batches
 from keras_laid.distillation.retrieval_shares import Heads
 from keras_laid.distillation.terms.retrieval import RetrievalMatching
+
+
+def as_teacher_reads(batch: Any) -> tuple[Any, Any, Any]:
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
+    return inputs_of_teacher(x), y, sample_weight
+
 
 HEADS = "retrieval_heads"  # Their name in weight files.
 logger = logging.getLogger("keras_laid")
@@ -63,7 +70,7 @@ class HeadFinding:
                 )
             found = find_retrieval_heads(
                 self.teacher,
-                batches,
+                [as_teacher_reads(batch) for batch in batches],
                 max(1, len(batches)),
                 num_segments=retrieval.num_segments,
             )

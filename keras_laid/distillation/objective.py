@@ -6,6 +6,8 @@ from typing import Any
 from keras import ops
 
 from keras_laid.backbones.forward import forward
+from keras_laid.backbones.teacher_inputs import at_students_tokens
+from keras_laid.backbones.teacher_inputs import inputs_of_teacher
 from keras_laid.distillation.stored_teacher import StoredTeacher
 from keras_laid.distillation.terms.term import Step
 from keras_laid.distillation.terms.term import Weight
@@ -37,13 +39,14 @@ class Objective:
             ]
         run = forward(
             self.teacher,
-            x,
+            inputs_of_teacher(x),
             union(term.teacher_attention() for term in self.terms),
             linear_memory=self.linear_memory,
             hidden_layers=union(
                 term.teacher_hidden_states() for term in self.terms
             ),
         )
+        run = run._replace(tokens=at_students_tokens(run.tokens, x))
         return [
             term.targets(self.student, x, run) if needed else None
             for term, needed in zip(self.terms, needs, strict=True)

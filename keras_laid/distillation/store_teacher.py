@@ -273,6 +273,7 @@ def write_shard(
         if hasattr(data, "epoch"):
             data.epoch = epoch
         x, marked = stored_teacher.inputs_and_marked(data[of_epoch])
+        checks.check_teacher_inputs(x, is_stored=True, terms=())
         check_inputs(model.teacher, x)
         check_finite(x, of_epoch)
         records, tokens = model.records(x, marked)

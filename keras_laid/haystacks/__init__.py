@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 from typing import Any
 
+from keras_laid.backbones.teacher_inputs import aligned_tokens
 from keras_laid.haystacks.callback import HaystackEvaluation
 from keras_laid.haystacks.coco import Coco
 from keras_laid.haystacks.dataset import Haystacks
@@ -52,6 +53,7 @@ __all__ = [
     "PairSource",
     "Question",
     "VisualHaystacks",
+    "aligned_tokens",
     "draw_haystacks",
     "effective_window",
     "effective_window_interval",

@@ -12,6 +12,8 @@ from keras_laid.arguments import check_integer
 from keras_laid.arguments import check_integers
 from keras_laid.backbones.prompt_forms import Batch
 from keras_laid.backbones.prompt_forms import prompt_form
+from keras_laid.backbones.prompt_forms import sizes_read
+from keras_laid.backbones.teacher_inputs import aligned_tokens
 from keras_laid.backbones.text_length import training_length
 from keras_laid.haystacks.questions import question
 from keras_laid.haystacks.sampling import PairSource
@@ -52,13 +54,20 @@ class Haystacks(keras.utils.PyDataset):
             `keras_hub.models.PaliGemmaCausalLMPreprocessor`,
             `keras_hub.models.Gemma3CausalLMPreprocessor` or
             `keras_hub.models.Gemma4CausalLMPreprocessor`.
-        num_questions: Integer, how many questions in all.
+        num_questions: Integer, the number of questions in all.
         sizes: Sequence of integers: how many images a haystack holds. Sizes are
             shared out evenly over the batches.
-        batch_size: Integer, questions a batch; the last may be shorter.
+        batch_size: Integer, the number of questions in a batch; the last batch
+            may be shorter. Defaults to `32`.
         stretching: Optional `keras_laid.PositionStretching`. Adds
-            `"positions"` to the inputs, drawn again in each epoch.
-        seed: Integer.
+            `"positions"` to the inputs, drawn again in each epoch. Defaults to
+            `None`.
+        seed: Integer. Defaults to `0`.
+        teacher_images: Optional integer: the teacher reads haystacks of its
+            own, with so many of the same images, the needle among them. 1 shows
+            it only the needle, which helps where the teacher itself is weak at
+            long prompts. Only next tokens can be compared then. Defaults to
+            `None`: the teacher reads the student's haystacks.
         **kwargs: Passed to `keras.utils.PyDataset`: `workers`, etc.
 
     Attributes:
@@ -95,10 +104,13 @@ class Haystacks(keras.utils.PyDataset):
         batch_size: int = 32,
         stretching: "PositionStretching | None" = None,
         seed: int = 0,
+        teacher_images: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         check_integer("num_questions", num_questions)
+        if teacher_images is not None:
+            check_integer("teacher_images", teacher_images)
         check_integer("batch_size", batch_size)
         sizes = check_integers("sizes", sizes)
         check_integer("seed", seed, at_least=0)
@@ -121,6 +133,7 @@ class Haystacks(keras.utils.PyDataset):
         self.batch_size = batch_size
         self.stretching = stretching
         self.seed = seed
+        self.teacher_images = teacher_images
         self.epoch = 0
         # PaliGemma's text is apart from its images, and tokenized once.
         self.form = None
@@ -192,7 +205,8 @@ class Haystacks(keras.utils.PyDataset):
         ]
         longest = max(self.form.count_tokens(texts))
         self._lengths = {
-            size: self.form.length(longest, size) for size in self.sizes
+            size: self.form.length(longest, size)
+            for size in sizes_read(self.sizes, self.teacher_images)
         }
 
     def _tokenize(self) -> None:
@@ -234,6 +248,11 @@ class Haystacks(keras.utils.PyDataset):
         rows = self._rows[which]
         x, y, sample_weight = self._batch_of(rows, images)
         x["needle"] = needles.astype("int32")
+        if self.teacher_images is not None:
+            fewer = around(images, needles, min(self.teacher_images, size))
+            own, _, marked = self._batch_of(rows, fewer)
+            own["aligned"] = aligned_tokens(sample_weight, marked)
+            x["teacher"] = own
         if self.stretching is not None:
             rng = np.random.default_rng((self.seed, index, self.epoch))
             x["positions"] = self._positions(self.stretching, x, size, rng)
@@ -286,3 +305,10 @@ class Haystacks(keras.utils.PyDataset):
 
     def on_epoch_end(self) -> None:
         self.epoch += 1
+
+
+def around(images: np.ndarray, needles: np.ndarray, count: int) -> np.ndarray:
+    """In each row, `count` images from the needle on, or the last ones."""
+    start = np.minimum(needles, images.shape[1] - count)
+    index = start[:, None] + np.arange(count)
+    return images[np.arange(len(images))[:, None], index]

@@ -12,6 +12,8 @@ from keras_laid.arguments import check_integer
 from keras_laid.arguments import check_integers
 from keras_laid.backbones.prompt_forms import Batch
 from keras_laid.backbones.prompt_forms import prompt_form
+from keras_laid.backbones.prompt_forms import sizes_read
+from keras_laid.backbones.teacher_inputs import aligned_tokens
 from keras_laid.haystacks.examples import as_examples
 from keras_laid.haystacks.examples import open_image
 from keras_laid.haystacks.sampling import sizes_of_batches
@@ -55,6 +57,11 @@ class LongPrompts(keras.utils.PyDataset):
             `None`.
         max_length: Optional integer, the most tokens of text that a prompt may
             have, with placeholders of images. Defaults to `None`, no bound.
+        teacher_images: Optional integer: the teacher reads prompts of its own,
+            with so many of the same images, the example's among them. 1 shows
+            it the needle without a haystack, which helps where the teacher
+            itself is weak at long prompts. Only next tokens can be compared
+            then. Defaults to `None`: the teacher reads the student's prompts.
         seed: Integer. Defaults to `0`.
         **kwargs: Passed to `keras.utils.PyDataset`: `workers`, etc.
 
@@ -94,6 +101,7 @@ class LongPrompts(keras.utils.PyDataset):
         batch_size: int = 32,
         stretching: "PositionStretching | None" = None,
         max_length: int | None = None,
+        teacher_images: int | None = None,
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
@@ -107,9 +115,12 @@ class LongPrompts(keras.utils.PyDataset):
         check_integer("batch_size", batch_size)
         if max_length is not None:
             check_integer("max_length", max_length)
+        if teacher_images is not None:
+            check_integer("teacher_images", teacher_images)
         check_integer("seed", seed, at_least=0)
         if stretching is not None:
             self.check_stretching(stretching)
+        self.teacher_images = teacher_images
         self.check_sizes()
         if self.form.takes_images:
             self.image_size = self.form.image_size
@@ -149,6 +160,14 @@ class LongPrompts(keras.utils.PyDataset):
                 f"Received: sizes={self.sizes}, and example {row} with "
                 f"{counts[row]} images"
             )
+        if self.teacher_images is not None and self.teacher_images < max(
+            counts
+        ):
+            raise ValueError(
+                "`teacher_images` must have room for the images of each "
+                f"example. Received: teacher_images={self.teacher_images}, and "
+                f"example {row} with {counts[row]} images"
+            )
         if max(self.sizes) > sum(counts):
             raise ValueError(
                 "`sizes` must be at most the images of all examples together. "
@@ -168,7 +187,7 @@ class LongPrompts(keras.utils.PyDataset):
             counts = sorted(self.form.count_tokens(documents))
         return {
             size: self.form.length(longest + sum(counts[-size:]), size)
-            for size in self.sizes
+            for size in sizes_read(self.sizes, self.teacher_images)
         }
 
     def __len__(self) -> int:
@@ -190,19 +209,31 @@ class LongPrompts(keras.utils.PyDataset):
     ) -> Batch:
         """Prompts about the examples `rows`, all of one length."""
         drawn = [self.draw(int(row), size, rng) for row in rows]
+        x, y, sample_weight = self.encode([each for each, _ in drawn], rows)
+        x["needle"] = np.array([place for _, place in drawn], "int32")
+        if self.teacher_images is not None:
+            shown = min(self.teacher_images, size)
+            fewer = [around(*each, shown) for each in drawn]
+            own, _, marked = self.encode(fewer, rows)
+            own["aligned"] = aligned_tokens(sample_weight, marked)
+            x["teacher"] = own
+        return x, y, sample_weight
+
+    def encode(self, images: list[list[Any]], rows: np.ndarray) -> Batch:
+        """Prompts with these images or documents, about the examples `rows`."""
+        length = self.lengths[len(images[0])]
         examples = [self.examples[row] for row in rows]
-        images: Any = [images for images, _ in drawn]
+        shown: Any = images
         if self.form.takes_images:
-            images = np.stack([list(map(self.load, each)) for each in images])
-        x, y, sample_weight = self.form.encode_whole(
-            images,
+            shown = np.stack([list(map(self.load, each)) for each in images])
+        batch = self.form.encode_whole(
+            shown,
             [example.prompt for example in examples],
             [example.response for example in examples],
-            self.lengths[size],
+            length,
         )
-        self.check_length(x["padding_mask"], rows)
-        x["needle"] = np.array([place for _, place in drawn], "int32")
-        return x, y, sample_weight
+        self.check_length(batch[0]["padding_mask"], rows)
+        return batch
 
     def check_length(self, present: np.ndarray, rows: np.ndarray) -> None:
         lengths = present.sum(axis=1)
@@ -243,3 +274,9 @@ class LongPrompts(keras.utils.PyDataset):
 
     def on_epoch_end(self) -> None:
         self.epoch += 1
+
+
+def around(images: list[Any], place: int, count: int) -> list[Any]:
+    """The `count` images from `place` on, or the last ones."""
+    start = min(place, len(images) - count)
+    return images[start : start + count]

@@ -58,6 +58,8 @@ class NextTokens(Term):
             made, if the vocabularies do not fit.
     """
 
+    allows_other_prompt = True
+
     def __init__(
         self,
         logits_weight: Weight = 1.0,

@@ -79,9 +79,12 @@ class Term:
         layers: List of `keras.layers.Layer`, which are trained with the
             student.
         is_bound: Boolean, whether the term belongs to a distiller.
+        allows_other_prompt: Boolean, whether the teacher may read another
+            prompt than the student, since only next tokens are compared.
     """
 
     has_progress = False
+    allows_other_prompt = False
 
     def __init__(self, **weights: Weight) -> None:
         self.weights = weights
