@@ -24,10 +24,14 @@ from keras_laid.typing import Tensor
 
 SETTINGS = "teacher.json"
 TOP_LOGITS = ("logits", "index", "others")
+WRITERS = "`keras_laid.store_teacher` or `keras_laid.store_log_probabilities`"
 
 
 class StoredTeacher:
-    """The targets that `keras_laid.store_teacher` wrote, in a teacher's place.
+    """The targets that were stored of a teacher, in its place.
+
+    `keras_laid.store_teacher` and `keras_laid.store_log_probabilities` write
+    them.
 
     Args:
         folder: Path of the folder.
@@ -64,7 +68,7 @@ class StoredTeacher:
         path = self.folder / SETTINGS
         if not path.is_file():
             raise ValueError(
-                "`folder` must be one that `keras_laid.store_teacher` wrote. "
+                f"`folder` must be one that {WRITERS} wrote. "
                 f"Received: folder={str(folder)!r}, without {SETTINGS!r}"
             )
         values = read_json(path, ("settings", "description"))
@@ -79,8 +83,8 @@ class StoredTeacher:
                 if not file.is_file():
                     raise ValueError(
                         "The store must be complete. Received: "
-                        f"{str(file)!r} is missing. Call "
-                        "`keras_laid.store_teacher` again: it resumes."
+                        f"{str(file)!r} is missing. Call {WRITERS} again, as "
+                        "before: it resumes."
                     )
             written = read_json(sidecar(shard), ("sha256", "batches"))
             self.shards.append((shard, written["sha256"]))
@@ -266,8 +270,8 @@ class StoredTeacher:
                 raise ValueError(
                     "A shard must be what was written. Received: "
                     f"{str(path)!r}, whose SHA-256 is {found}, not {expected}. "
-                    "Delete it and call `keras_laid.store_teacher` again: it "
-                    "writes what is missing."
+                    f"Delete it and call {WRITERS} again, as before: it writes "
+                    "what is missing."
                 )
             self._verified.add(number)
         return path
@@ -381,9 +385,9 @@ def read_json(path: pathlib.Path, names: Collection[str]) -> dict[str, Any]:
         values = None
     if not isinstance(values, dict) or not set(names) <= set(values):
         raise ValueError(
-            "A store's files must be as `keras_laid.store_teacher` wrote them. "
+            f"A store's files must be as {WRITERS} wrote them. "
             f"Received: {str(path)!r}, which is not JSON with {list(names)}. "
-            "Delete it and call `keras_laid.store_teacher` again."
+            "Delete it and call the function again."
         )
     return values
 
