@@ -7,6 +7,8 @@ from keras_laid.backbones.token_strings import TokenStrings
 from keras_laid.backbones.token_strings import byte_letters
 from tests.support import sentence_piece
 
+REPLACEMENT = "ï¿½"  # The piece of "\ufffd".
+
 
 @pytest.fixture(scope="module")
 def sentence_tokenizer():
@@ -22,7 +24,8 @@ def sentence_tokenizer():
 
 
 def pair_tokenizer():
-    pieces = [*byte_letters(), "Ġy", "Ġyes", "yes", "Ã©", "<|end of text|>"]
+    pieces = [*byte_letters(), "Ġy", "Ġyes", "yes", "Ã©", REPLACEMENT]
+    pieces.append("<|end of text|>")
     return keras_hub.tokenizers.BytePairTokenizer(
         vocabulary={piece: number for number, piece in enumerate(pieces)},
         merges=["Ġ y"],
@@ -73,6 +76,7 @@ def test_strings_of_no_single_token(sentence_tokenizer):
     strings = TokenStrings(sentence_tokenizer)
     for written in ("", "maybe", "\ufffd", "yes\ufffd"):
         assert strings.find(written.encode()) is None
+    assert TokenStrings(pair_tokenizer()).find("\ufffd".encode()) is None
     # Two tokens of one text.
     pieces = {"Ġ": 0, "y": 1, "Ġy": 2, " y": 3}
     tokenizer = keras_hub.tokenizers.BytePairTokenizer(pieces, ["Ġ y"])
