@@ -27,6 +27,9 @@ from keras_laid.distillation.distiller import (
 from keras_laid.distillation.group_optimizer import group_optimizer
 from keras_laid.distillation.position_stretching import PositionStretching
 from keras_laid.distillation.resumable_training import ResumableTraining
+from keras_laid.distillation.store_log_probabilities import (
+    store_log_probabilities,
+)
 from keras_laid.distillation.store_teacher import store_teacher
 from keras_laid.distillation.stored_teacher import StoredTeacher
 from keras_laid.haystacks.callback import HaystackEvaluation
@@ -71,6 +74,7 @@ __all__ = [
     "presets",
     "rotary_positions",
     "self_extend",
+    "store_log_probabilities",
     "store_teacher",
     "yarn",
 ]

@@ -14,6 +14,7 @@ import keras_laid
 from keras_laid import spectral
 from keras_laid.backbones import families
 from tests.backbones import small_models
+from tests.distillation import server_support
 from tests.support import FEW_STEPS
 from tests.support import make_haystacks
 from tests.support import make_multi_image
@@ -77,6 +78,13 @@ def digits_student():
     return keras_hub.models.PaliGemmaCausalLM.from_preset(
         keras_laid.presets.STUDENT
     )
+
+
+def write_answers(path, model, haystacks):
+    """As a server writes its log probabilities."""
+    responses = server_support.responses(model, haystacks)
+    lines = [server_support.generated(*each, 20, None) for each in responses]
+    server_support.write(pathlib.Path(path), lines)
 
 
 # Functions that make the objects which examples use by name.
@@ -175,6 +183,8 @@ def test_docstring(code, names):
         names["haystacks"] = keras_laid.draw_haystacks(digits, 8, (1, 2))
     if "effective_window(results" in code:
         names["model"] = digits_student()
+    if "answers.jsonl" in code:
+        write_answers("answers.jsonl", names["student"], names["haystacks"])
     if "MultiImage" in code:
         names["images"] = np.zeros((1, 2, 16, 16, 3), "uint8")
     run(code, names)

@@ -145,6 +145,7 @@ def test_public_names():
         "presets",
         "rotary_positions",
         "self_extend",
+        "store_log_probabilities",
         "store_teacher",
         "yarn",
     ]

@@ -57,6 +57,20 @@ FEW_STEPS = dict(run_eagerly=keras.backend.backend() == "tensorflow")
 NO_XLA = dict(jit_compile=keras.backend.backend() == "jax")
 
 
+class Batches(keras.utils.PyDataset):
+    """The same batches in every epoch."""
+
+    def __init__(self, *batches):
+        super().__init__()
+        self.batches = batches
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, index):
+        return self.batches[index]
+
+
 def make_terms(
     retrieval_weight=1.0,
     attention_weight=0.0,

@@ -105,3 +105,13 @@ def check_teacher_inputs(x: Mapping[str, Any]) -> None:
         name = f"x[{TEACHER!r}][{ALIGNED!r}]"
         check_shape(name, own[ALIGNED], batch=batch, length=length)
         check_dtype(name, own[ALIGNED], "int")
+
+
+def check_none(x: Mapping[str, Any]) -> None:
+    """Refuses inputs of the teacher's own, for a stored teacher."""
+    if TEACHER in x:
+        raise ValueError(
+            "A stored teacher reads nothing: its targets are those of the "
+            f"student's inputs. Received: inputs with {sorted(x)}. Leave out "
+            f"{TEACHER!r}, or use the teacher itself."
+        )

@@ -10,6 +10,9 @@ from keras_laid.distillation.distiller import (
 from keras_laid.distillation.group_optimizer import group_optimizer
 from keras_laid.distillation.position_stretching import PositionStretching
 from keras_laid.distillation.resumable_training import ResumableTraining
+from keras_laid.distillation.store_log_probabilities import (
+    store_log_probabilities,
+)
 from keras_laid.distillation.store_teacher import store_teacher
 from keras_laid.distillation.stored_teacher import StoredTeacher
 from keras_laid.distillation.terms import AttentionMatching
@@ -29,6 +32,7 @@ __all__ = [
     "StoredTeacher",
     "group_optimizer",
     "plot_terms",
+    "store_log_probabilities",
     "store_teacher",
 ]
 

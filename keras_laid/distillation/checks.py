@@ -226,11 +226,7 @@ def check_teacher_inputs(
         return
     teacher_inputs.check_teacher_inputs(x)
     if is_stored:
-        raise ValueError(
-            "A stored teacher reads nothing: its targets are those of the "
-            f"student's inputs. Received: inputs with {sorted(x)}. Leave out "
-            f"{teacher_inputs.TEACHER!r}, or use the teacher itself."
-        )
+        teacher_inputs.check_none(x)
     others = [
         name
         for term in terms

@@ -1,9 +1,6 @@
 """Runs a teacher once over the training data and stores its targets."""
 
 import dataclasses
-import json
-import os
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 from typing import Literal
@@ -11,14 +8,12 @@ from typing import Literal
 import keras
 import numpy as np
 from keras import ops
-from tqdm import tqdm
 
 from keras_laid.arguments import check_choice
 from keras_laid.arguments import check_indices
 from keras_laid.arguments import check_integer
 from keras_laid.arguments import check_number
 from keras_laid.arguments import check_path
-from keras_laid.backbones.decoder import check_inputs
 from keras_laid.backbones.decoder import chosen_layers
 from keras_laid.backbones.fingerprint import model_fingerprint
 from keras_laid.backbones.forward import forward
@@ -31,6 +26,10 @@ from keras_laid.distillation.retrieval_shares import Heads
 from keras_laid.distillation.retrieval_shares import layers_of
 from keras_laid.distillation.retrieval_shares import resolve_heads
 from keras_laid.distillation.retrieval_shares import text_log_shares
+from keras_laid.distillation.shards import Batch
+from keras_laid.distillation.shards import check_batches
+from keras_laid.distillation.shards import record
+from keras_laid.distillation.shards import write_store
 from keras_laid.distillation.stored_teacher import StoredTeacher
 from keras_laid.ops.top_logits import TopLogits
 from keras_laid.ops.unembedding import Unembedding
@@ -165,25 +164,14 @@ def store_teacher(
     )
     stored_teacher.file_formats()
     settings["teacher"] = model_fingerprint(teacher)
-    folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    begin(folder, settings, description)
-    missing = [
-        number
-        for number in range(stored_teacher.num_shards(settings))
-        if not is_complete(stored_teacher.shard_path(folder, settings, number))
-    ]
-    model = Targets(teacher, settings)
-    first_epoch = getattr(data, "epoch", None)
-    try:
-        total = sum(len(batches_of(settings, number)) for number in missing)
-        with tqdm(total=total, unit="batch") as progress:
-            for number in missing:
-                write_shard(model, data, folder, settings, number, progress)
-    finally:
-        if first_epoch is not None:
-            data.epoch = first_epoch
-    return StoredTeacher(folder)
+    return write_store(
+        teacher,
+        Targets(teacher, settings).records,
+        data,
+        folder,
+        settings,
+        description,
+    )
 
 
 def check_settings(
@@ -203,16 +191,7 @@ def check_settings(
                 f"`{name}` must be at most {most}. "
                 f"Received: {name}={settings[name]}"
             )
-    if not settings["batches"]:
-        raise ValueError(
-            "`data` must have at least one batch. Received: data of length 0"
-        )
-    if settings["epochs"] > 1 and not hasattr(data, "epoch"):
-        raise ValueError(
-            "`epochs` must be 1 for data without an attribute `epoch`, which "
-            "are the same in every epoch. "
-            f"Received: epochs={settings['epochs']}, {type(data).__name__}"
-        )
+    check_batches(settings, data)
 
 
 def check_not_empty(settings: dict[str, Any]) -> None:
@@ -222,92 +201,6 @@ def check_not_empty(settings: dict[str, Any]) -> None:
             "There must be something to store. Received: "
             + ", ".join(f"{name}={settings[name]}" for name in wanted)
         )
-
-
-def begin(
-    folder: pathlib.Path, settings: dict[str, Any], description: Description
-) -> None:
-    """Writes the settings of all shards, or compares them with the file's."""
-    path = folder / stored_teacher.SETTINGS
-    if not path.is_file():
-        values = {"settings": settings, "description": description.to_json()}
-        # `item` makes NumPy's numbers into Python's.
-        write_whole(path, json.dumps(values, default=lambda x: x.item()))
-        return
-    before = stored_teacher.read_json(path, ("settings",))["settings"]
-    changed = sorted(k for k in settings if settings[k] != before.get(k))
-    if changed:
-        raise ValueError(
-            "A store must be resumed with its own settings. Received: other "
-            f"{changed} than those in {str(folder)!r}. Pass another folder."
-        )
-
-
-def is_complete(shard: pathlib.Path) -> bool:
-    return shard.is_file() and stored_teacher.sidecar(shard).is_file()
-
-
-def batches_of(settings: dict[str, Any], number: int) -> range:
-    """The range of batches, over all epochs, that a shard holds."""
-    size = settings["batches_per_shard"]
-    return range(settings["batches"])[number * size : (number + 1) * size]
-
-
-def write_shard(
-    model: "Targets",
-    data: keras.utils.PyDataset,
-    folder: pathlib.Path,
-    settings: dict[str, Any],
-    number: int,
-    progress: tqdm,
-) -> None:
-    array_record, _ = stored_teacher.file_formats()
-    shard = stored_teacher.shard_path(folder, settings, number)
-    new = shard.with_name("new")
-    writer = array_record.ArrayRecordWriter(
-        str(new), "group_size:1,uncompressed"
-    )
-    batches = []
-    for index in batches_of(settings, number):
-        epoch, of_epoch = divmod(index, len(data))
-        if hasattr(data, "epoch"):
-            data.epoch = epoch
-        x, marked = stored_teacher.inputs_and_marked(data[of_epoch])
-        checks.check_teacher_inputs(x, is_stored=True, terms=())
-        check_inputs(model.teacher, x)
-        check_finite(x, of_epoch)
-        records, tokens = model.records(x, marked)
-        for record in records:
-            writer.write(record)
-        batches.append(
-            {
-                "fingerprint": stored_teacher.fingerprint(x, marked),
-                "examples": len(records),
-                "tokens": tokens,
-            }
-        )
-        progress.update()
-    try:
-        writer.close()
-    except RuntimeError as error:
-        raise OSError(
-            "A shard must be written as a whole. Received this error: "
-            f"{error}. Free disk space and call this again: complete shards "
-            "are kept."
-        ) from error
-    values = {"sha256": stored_teacher.checksum(new), "batches": batches}
-    new.replace(shard)
-    write_whole(stored_teacher.sidecar(shard), json.dumps(values))
-
-
-def check_finite(x: dict[str, np.ndarray], index: int) -> None:
-    """Refuses inputs that would make all targets of an example NaN."""
-    for name, array in x.items():
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise ValueError(
-                "The inputs of a teacher must be finite. Received: NaN or "
-                f"infinity in {name!r} of batch {index}. Correct the data."
-            )
 
 
 class Targets(keras.Model):
@@ -375,11 +268,9 @@ class Targets(keras.Model):
             for each in ops.map(of_block, ops.moveaxis(blocks, 1, 0))
         ]
 
-    def records(
-        self, x: dict[str, np.ndarray], marked: np.ndarray
-    ) -> tuple[list[bytes], int]:
+    def records(self, batch: Batch) -> tuple[list[bytes], int]:
         """The examples of a batch as bytes, and how many tokens they have."""
-        _, safetensors = stored_teacher.file_formats()
+        x, marked = batch.x, batch.marked
         counts = marked.sum(axis=1)
         slots = max(1, -(-counts.max() // ROWS)) * ROWS
         # The marked tokens of each example come first.
@@ -396,11 +287,7 @@ class Targets(keras.Model):
                     arrays[name] = values[example, :count]
                 else:
                     arrays[name] = self.rounded(name, values[example])
-            examples.append(
-                safetensors.save(
-                    {k: np.ascontiguousarray(v) for k, v in arrays.items()}
-                )
-            )
+            examples.append(record(arrays))
         return examples, tokens * len(marked)
 
     def rounded(self, name: str, values: np.ndarray) -> np.ndarray:
@@ -413,10 +300,3 @@ class Targets(keras.Model):
                 f'{np.abs(values).max()}. Pass `dtype="float32"`.'
             )
         return rounded
-
-
-def write_whole(path: pathlib.Path, text: str) -> None:
-    """Writes a file so that it never exists in part."""
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(text)
-    os.replace(new, path)

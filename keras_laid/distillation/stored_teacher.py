@@ -14,6 +14,7 @@ from keras import ops
 
 from keras_laid.arguments import check_kind
 from keras_laid.arguments import check_path
+from keras_laid.backbones.teacher_inputs import check_none
 from keras_laid.distillation.description import Description
 from keras_laid.ops.attention import MASKED
 from keras_laid.ops.attention import TINY
@@ -24,13 +25,17 @@ from keras_laid.typing import Tensor
 
 SETTINGS = "teacher.json"
 TOP_LOGITS = ("logits", "index", "others")
+WRITERS = "`keras_laid.store_teacher` or `keras_laid.store_log_probabilities`"
 
 
 class StoredTeacher:
-    """Targets that `keras_laid.store_teacher` wrote, in place of a teacher.
+    """Stored targets, in place of a teacher.
+
+    `keras_laid.store_teacher` and `keras_laid.store_log_probabilities` write
+    them.
 
     Args:
-        folder: Path of the folder that `keras_laid.store_teacher` wrote.
+        folder: Path of the folder that one of them wrote.
 
     Attributes:
         description: The teacher's
@@ -65,7 +70,7 @@ class StoredTeacher:
         path = self.folder / SETTINGS
         if not path.is_file():
             raise ValueError(
-                "`folder` must be one that `keras_laid.store_teacher` wrote. "
+                f"`folder` must be one that {WRITERS} wrote. "
                 f"Received: folder={str(folder)!r}, without {SETTINGS!r}"
             )
         values = read_json(path, ("settings", "description"))
@@ -80,8 +85,8 @@ class StoredTeacher:
                 if not file.is_file():
                     raise ValueError(
                         "The store must be complete. Received: "
-                        f"{str(file)!r} is missing. Call "
-                        "`keras_laid.store_teacher` again: it resumes."
+                        f"{str(file)!r} is missing. Call {WRITERS} again, as "
+                        "before: it resumes."
                     )
             written = read_json(sidecar(shard), ("sha256", "batches"))
             self.shards.append((shard, written["sha256"]))
@@ -267,8 +272,8 @@ class StoredTeacher:
                 raise ValueError(
                     "A shard must be what was written. Received: "
                     f"{str(path)!r}, whose SHA-256 is {found}, not {expected}. "
-                    "Delete it and call `keras_laid.store_teacher` again: it "
-                    "writes the missing shards."
+                    f"Delete it and call {WRITERS} again, as before: it writes "
+                    "the missing shards."
                 )
             self._verified.add(number)
         return path
@@ -340,6 +345,7 @@ def inputs_and_marked(
             f"dictionary `x`. Received: x of type {type(x).__name__}, y of "
             f"type {type(y).__name__}"
         )
+    check_none(x)
     marked = np.ones(np.shape(y), "bool")
     if sample_weight is not None:
         sample_weight = ops.convert_to_numpy(sample_weight)
@@ -382,9 +388,9 @@ def read_json(path: pathlib.Path, names: Collection[str]) -> dict[str, Any]:
         values = None
     if not isinstance(values, dict) or not set(names) <= set(values):
         raise ValueError(
-            "A store's files must be as `keras_laid.store_teacher` wrote them. "
+            f"A store's files must be as {WRITERS} wrote them. "
             f"Received: {str(path)!r}, which is not JSON with {list(names)}. "
-            "Delete it and call `keras_laid.store_teacher` again."
+            "Delete it and call the function again."
         )
     return values
 
