@@ -20,8 +20,10 @@ from keras_laid.backbones.multi_image_pali_gemma import (
     MultiImagePaliGemmaCausalLM,
 )
 from keras_laid.backbones.prompt_forms import LENGTH_STEP
+from keras_laid.backbones.prompt_forms import Gemma3Form
+from keras_laid.backbones.prompt_forms import Gemma4Form
+from keras_laid.backbones.prompt_forms import PlaceholderForm
 from keras_laid.backbones.prompt_forms import PromptForm
-from keras_laid.backbones.prompt_forms import prompt_form
 from keras_laid.typing import Tensor
 
 
@@ -50,10 +52,11 @@ class PlaceholderPrompts:
     """A placeholder in the text stands for each image."""
 
     causal_lm_class: type
+    form: type[PlaceholderForm]
     resizes = False  # Whether the image converter takes images of any size.
 
     def __init__(self, model: CausalLM) -> None:
-        form = prompt_form(model.preprocessor)
+        form = self.form(model.preprocessor)
         self.placeholder = form.placeholder
         self.image_length = form.image_length
         # A copy of the user's preprocessor: the numbers of images and tokens
@@ -78,10 +81,12 @@ class PlaceholderPrompts:
 
 class Gemma3Prompts(PlaceholderPrompts):
     causal_lm_class = Gemma3CausalLM
+    form = Gemma3Form
 
 
 class Gemma4Prompts(PlaceholderPrompts):
     causal_lm_class = Gemma4CausalLM
+    form = Gemma4Form
     resizes = True
 
     def size_of(self, model: CausalLM, form: PromptForm) -> tuple[int, int]:

@@ -13,7 +13,8 @@ from keras_hub.models import PaliGemmaCausalLMPreprocessor
 from keras_laid.backbones.multi_image_pali_gemma import multi_image_preprocessor
 from keras_laid.typing import Tensor
 
-Batch = tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]
+# Inputs are arrays, and a dictionary of them for the teacher.
+Batch = tuple[dict[str, Any], np.ndarray, np.ndarray]
 LENGTH_STEP = 16  # Lengths are multiples, so that few shapes are compiled.
 # Where a prompt without a response ends; nothing is learned from the label.
 NO_LABEL = -1

@@ -115,7 +115,7 @@ class Contains(NamedTuple):
     """Whether needles show the target too."""
 
     size: int
-    count: int
+    num_needles: int
     quantifier: str
     answer: str
 
@@ -181,7 +181,7 @@ class Count(NamedTuple):
     """How many images show the anchor."""
 
     size: int
-    count: int
+    num_needles: int
     options: tuple[str, ...]
 
     @classmethod
@@ -203,11 +203,11 @@ class Count(NamedTuple):
         ]
 
     def __call__(self, source: Any, rng: np.random.Generator) -> Haystack:
-        places = rng.permutation(self.size)[: self.count]
+        places = rng.permutation(self.size)[: self.num_needles]
         anchor, images = draw_anchor(source, self.size, places, rng)
         return Haystack(
             count_question(anchor),
-            str(self.count),
+            str(self.num_needles),
             anchor,
             target="",
             needles=as_needles(places),

@@ -124,11 +124,13 @@ class Haystack:
             example: Dictionary of NumPy values, of `tfds.as_numpy` or
                 `tfds.data_source`.
         """
-        texts = ("question", "answer", "anchor", "target")
         return cls(
+            question=_decoded(example["question"]),
+            answer=_decoded(example["answer"]),
+            anchor=_decoded(example["anchor"]),
+            target=_decoded(example["target"]),
             needles=tuple(int(needle) for needle in example["needles"]),
             images=example["images"],
-            **{name: _decoded(example[name]) for name in texts},
         )
 
 

@@ -727,8 +727,8 @@ def test_images_among_text_both_ways(family):
     for one, other in zip(logits.records, words.records, strict=True):
         special = one["answer"].startswith("<")  # Generated text drops them.
         said = "" if special else one["answer"].strip()
-        # With images, Gemma 4 answers otherwise in KerasHub when keys and
-        # values are cached.
+        # With a cache, tokens of an image do not see each other in KerasHub's
+        # Gemma 4.
         if family is small_models.gemma_3:
             assert said == other["answer"].strip()
     assert model.preprocessor.max_images_per_prompt == 2
