@@ -20,6 +20,7 @@ from keras_laid.haystacks.drawing import draw_haystacks
 from keras_laid.haystacks.effective_window import effective_window
 from keras_laid.haystacks.effective_window import effective_window_interval
 from keras_laid.haystacks.evaluation import evaluate_haystacks
+from keras_laid.haystacks.example_haystacks import example_haystacks
 from keras_laid.haystacks.examples import Example
 from keras_laid.haystacks.examples import read_examples
 from keras_laid.haystacks.haystack import Haystack
@@ -58,6 +59,7 @@ __all__ = [
     "effective_window",
     "effective_window_interval",
     "evaluate_haystacks",
+    "example_haystacks",
     "plot_accuracy",
     "plot_positions",
     "read_examples",

@@ -14,8 +14,10 @@ from keras_laid.backbones.prompt_forms import Batch
 from keras_laid.backbones.prompt_forms import prompt_form
 from keras_laid.backbones.prompt_forms import sizes_read
 from keras_laid.backbones.teacher_inputs import aligned_tokens
+from keras_laid.haystacks.example_haystacks import check_room
+from keras_laid.haystacks.example_haystacks import draw_images
+from keras_laid.haystacks.example_haystacks import load_images
 from keras_laid.haystacks.examples import as_examples
-from keras_laid.haystacks.examples import open_image
 from keras_laid.haystacks.sampling import sizes_of_batches
 
 if TYPE_CHECKING:
@@ -117,11 +119,12 @@ class LongPrompts(keras.utils.PyDataset):
             check_integer("max_length", max_length)
         if teacher_images is not None:
             check_integer("teacher_images", teacher_images)
+            self.check_teacher_images(teacher_images)
         check_integer("seed", seed, at_least=0)
         if stretching is not None:
             self.check_stretching(stretching)
         self.teacher_images = teacher_images
-        self.check_sizes()
+        check_room(self.examples, self.sizes)
         if self.form.takes_images:
             self.image_size = self.form.image_size
         self.num_prompts = num_prompts
@@ -150,28 +153,15 @@ class LongPrompts(keras.utils.PyDataset):
                 "stretching for a preprocessor of text. Leave it out."
             )
 
-    def check_sizes(self) -> None:
-        """Refuses sizes that examples cannot fill."""
+    def check_teacher_images(self, teacher_images: int) -> None:
+        """Refuses a number that is smaller than that of an example."""
         counts = [len(example.images) for example in self.examples]
         row = int(np.argmax(counts))
-        if min(self.sizes) < counts[row]:
-            raise ValueError(
-                "`sizes` must have room for the images of each example. "
-                f"Received: sizes={self.sizes}, and example {row} with "
-                f"{counts[row]} images"
-            )
-        if self.teacher_images is not None and self.teacher_images < max(
-            counts
-        ):
+        if teacher_images < counts[row]:
             raise ValueError(
                 "`teacher_images` must have room for the images of each "
-                f"example. Received: teacher_images={self.teacher_images}, and "
+                f"example. Received: teacher_images={teacher_images}, and "
                 f"example {row} with {counts[row]} images"
-            )
-        if max(self.sizes) > sum(counts):
-            raise ValueError(
-                "`sizes` must be at most the images of all examples together. "
-                f"Received: sizes={self.sizes}, and {sum(counts)} images"
             )
 
     def find_lengths(self) -> dict[int, int]:
@@ -208,7 +198,9 @@ class LongPrompts(keras.utils.PyDataset):
         self, rows: np.ndarray, size: int, rng: np.random.Generator
     ) -> Batch:
         """Prompts about the examples `rows`, all of one length."""
-        drawn = [self.draw(int(row), size, rng) for row in rows]
+        drawn = [
+            draw_images(self.examples, int(row), size, rng) for row in rows
+        ]
         x, y, sample_weight = self.encode([each for each, _ in drawn], rows)
         x["needle"] = np.array([place for _, place in drawn], "int32")
         if self.teacher_images is not None:
@@ -225,7 +217,7 @@ class LongPrompts(keras.utils.PyDataset):
         examples = [self.examples[row] for row in rows]
         shown: Any = images
         if self.form.takes_images:
-            shown = np.stack([list(map(self.load, each)) for each in images])
+            shown = load_images(images, self.image_size)
         batch = self.form.encode_whole(
             shown,
             [example.prompt for example in examples],
@@ -244,33 +236,6 @@ class LongPrompts(keras.utils.PyDataset):
                 f"max_length={self.max_length}, and example {row} with "
                 f"{int(lengths.max())} tokens. Take smaller `sizes`."
             )
-
-    def draw(
-        self, row: int, size: int, rng: np.random.Generator
-    ) -> tuple[list[Any], int]:
-        """An example's images among others', and the place of the first."""
-        own = list(self.examples[row].images)
-        others: list[Any] = []
-        drawn = {row}
-        while len(others) < size - len(own):
-            number = int(rng.integers(len(self.examples)))
-            if number not in drawn:
-                drawn.add(number)
-                others += self.examples[number].images
-        others = others[: size - len(own)]
-        place = int(rng.integers(len(others) + 1))
-        return others[:place] + own + others[place:], place
-
-    def load(self, image: np.ndarray | str) -> np.ndarray:
-        """An image of the size that the model takes."""
-        height, width = self.image_size
-        if isinstance(image, str):
-            return open_image(image, (height, width))
-        if image.shape[:2] == (height, width):
-            return image
-        from PIL import Image
-
-        return np.asarray(Image.fromarray(image).resize((width, height)))
 
     def on_epoch_end(self) -> None:
         self.epoch += 1

@@ -1,0 +1,153 @@
+"""Haystacks of a user's own examples, and the images in them."""
+
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from keras_laid.arguments import check_integer
+from keras_laid.arguments import check_integers
+from keras_laid.arguments import check_seed
+from keras_laid.haystacks.examples import Example
+from keras_laid.haystacks.examples import as_examples
+from keras_laid.haystacks.examples import open_image
+from keras_laid.haystacks.haystack import Haystack
+
+
+def draw_images(
+    examples: Sequence[Example],
+    row: int,
+    size: int,
+    rng: np.random.Generator,
+) -> tuple[list[Any], int]:
+    """An example's images among others', and the place of the first."""
+    own = list(examples[row].images)
+    others: list[Any] = []
+    drawn = {row}
+    while len(others) < size - len(own):
+        number = int(rng.integers(len(examples)))
+        if number not in drawn:
+            drawn.add(number)
+            others += examples[number].images
+    others = others[: size - len(own)]
+    place = int(rng.integers(len(others) + 1))
+    return others[:place] + own + others[place:], place
+
+
+def load_images(
+    images: Sequence[Sequence[np.ndarray | str]], size: tuple[int, int]
+) -> np.ndarray:
+    """Images of prompts, of arrays or paths, all made to have one size.
+
+    Args:
+        images: Equally many for each prompt.
+        size: Tuple of integers, height and width in pixels.
+
+    Returns:
+        A `uint8` array of shape `(batch, images, height, width, 3)`.
+    """
+    return np.stack([[load_image(i, size) for i in each] for each in images])
+
+
+def load_image(image: np.ndarray | str, size: tuple[int, int]) -> np.ndarray:
+    if isinstance(image, str):
+        return open_image(image, size)
+    if image.shape[:2] == size:
+        return image
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(image).resize(size[::-1]))
+
+
+def check_room(examples: Sequence[Example], sizes: Sequence[int]) -> None:
+    """Refuses sizes that examples cannot fill."""
+    counts = [len(example.images) for example in examples]
+    row = int(np.argmax(counts))
+    if min(sizes) < counts[row]:
+        raise ValueError(
+            "`sizes` must have room for the images of each example. "
+            f"Received: sizes={sizes}, and example {row} with {counts[row]} "
+            "images"
+        )
+    if max(sizes) > sum(counts):
+        raise ValueError(
+            "`sizes` must be at most the images of all examples together. "
+            f"Received: sizes={sizes}, and {sum(counts)} images"
+        )
+
+
+def example_haystacks(
+    examples: Iterable[Any],
+    num_questions: int,
+    sizes: Sequence[int],
+    image_size: tuple[int, int],
+    seed: int = 0,
+    options: tuple[str, ...] | None = None,
+) -> Iterator[Haystack]:
+    """Haystacks of your own examples, for `keras_laid.evaluate_haystacks`.
+
+    The question is an example's prompt, the answer its response, the needles
+    are its images, and the others come from other examples. Sizes are shared
+    out evenly, and so are the examples.
+
+    Args:
+        examples: Iterable of `keras_laid.haystacks.Example`s or of what
+            `keras_laid.LongPrompts` takes, all with a response.
+        num_questions: Integer, at least 1.
+        sizes: Sequence of integers: how many images a haystack holds.
+        image_size: Tuple of two integers, height and width in pixels that all
+            images are made to have.
+        seed: Integer. Defaults to `0`.
+        options: Optional tuple of strings, the possible answers of every
+            question. Defaults to `None`: answers in free words.
+
+    Returns:
+        An iterator of `Haystack`s, which are drawn one by one.
+
+    Raises:
+        ValueError: If an example is refused or has no response; its number is
+            named. If a number is not positive, or if examples cannot fill a
+            size.
+        TypeError: If an argument is of another kind.
+    """
+    check_integer("num_questions", num_questions)
+    sizes = check_integers("sizes", sizes)
+    check_seed(seed)
+    known = as_examples(examples)
+    for row, example in enumerate(known):
+        if example.response is None:
+            raise ValueError(
+                "Every example must have a response to be compared with. "
+                f"Received: example {row} without"
+            )
+    check_room(known, sizes)
+    return _haystacks(known, num_questions, sizes, image_size, seed, options)
+
+
+def _haystacks(
+    examples: Sequence[Example],
+    num_questions: int,
+    sizes: Sequence[int],
+    image_size: tuple[int, int],
+    seed: int,
+    options: tuple[str, ...] | None,
+) -> Iterator[Haystack]:
+    rng = np.random.default_rng(seed)
+    size_of = rng.permutation(np.resize(sizes, num_questions))
+    row_of = rng.permutation(np.resize(np.arange(len(examples)), num_questions))
+    children = rng.spawn(num_questions)
+    for size, row, child in zip(size_of, row_of, children, strict=True):
+        example = examples[row]
+        images, place = draw_images(examples, int(row), int(size), child)
+        (loaded,) = load_images([images], image_size)
+        yield Haystack(
+            example.prompt,
+            str(example.response),
+            anchor="",
+            target="",
+            needles=tuple(range(place, place + len(example.images))),
+            images=loaded,
+            options=options,
+        )
