@@ -46,9 +46,10 @@ class PromptForm:
         size = self.preprocessor.image_converter.image_size
         if size is None:
             raise ValueError(
-                "The preprocessor must resize images, so that those of any "
-                "size fit. Received: image_converter.image_size=None. Give its "
-                "converter an `image_size`."
+                "The size of images must be known. Received: a preprocessor "
+                "that makes none, with image_converter.image_size=None. Give "
+                "the converter an `image_size`, or pass `image_size` to "
+                "`LongPrompts`."
             )
         height, width = size
         return height, width

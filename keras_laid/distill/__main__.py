@@ -19,6 +19,7 @@ import keras_hub
 
 from keras_laid.backbones.gain_modulation import attach_gain_modulation
 from keras_laid.backbones.gain_modulation import fold_gain_modulation
+from keras_laid.backbones.image_prompts import ImagePrompts
 from keras_laid.backbones.multi_image_pali_gemma import (
     MultiImagePaliGemmaCausalLM,
 )
@@ -120,10 +121,18 @@ def training_data(recipe: Recipe, student: keras.Model) -> LongPrompts:
         num_prompts=data.prompts,
         batch_size=data.batch_size,
         stretching=stretching,
+        image_size=image_size(student),
         max_length=data.max_length,
         teacher_images=data.teacher_images,
         seed=recipe.seed,
     )
+
+
+def image_size(model: keras.Model) -> tuple[int, int] | None:
+    """Height and width that images need, in pixels; `None` for text."""
+    if not prompt_form(model.preprocessor).takes_images:
+        return None
+    return ImagePrompts(model).image_size
 
 
 def measured(
@@ -140,7 +149,7 @@ def measured(
             read_examples(evaluation.examples, evaluation.root),
             evaluation.questions * len(evaluation.sizes),
             evaluation.sizes,
-            prompt_form(model.preprocessor).image_size,
+            ImagePrompts(model).image_size,
             seed=recipe.seed,
         ),
         through="generate",

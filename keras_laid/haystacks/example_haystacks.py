@@ -61,6 +61,17 @@ def load_image(image: np.ndarray | str, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(Image.fromarray(image).resize(size[::-1]))
 
 
+def check_image_size(image_size: Any) -> tuple[int, int]:
+    """Returns height and width as a tuple."""
+    size = check_integers("image_size", image_size)
+    if len(size) != 2:
+        raise ValueError(
+            "`image_size` must be height and width. "
+            f"Received: image_size={image_size}"
+        )
+    return size[0], size[1]
+
+
 def check_room(examples: Sequence[Example], sizes: Sequence[int]) -> None:
     """Refuses sizes that examples cannot fill."""
     counts = [len(example.images) for example in examples]
@@ -115,6 +126,7 @@ def example_haystacks(
     check_integer("num_questions", num_questions)
     sizes = check_integers("sizes", sizes)
     check_seed(seed)
+    image_size = check_image_size(image_size)
     known = as_examples(examples)
     for row, example in enumerate(known):
         if example.response is None:

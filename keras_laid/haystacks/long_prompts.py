@@ -14,6 +14,7 @@ from keras_laid.backbones.prompt_forms import Batch
 from keras_laid.backbones.prompt_forms import prompt_form
 from keras_laid.backbones.prompt_forms import sizes_read
 from keras_laid.backbones.teacher_inputs import aligned_tokens
+from keras_laid.haystacks.example_haystacks import check_image_size
 from keras_laid.haystacks.example_haystacks import check_room
 from keras_laid.haystacks.example_haystacks import draw_images
 from keras_laid.haystacks.example_haystacks import load_images
@@ -57,6 +58,9 @@ class LongPrompts(keras.utils.PyDataset):
         stretching: Optional `keras_laid.PositionStretching`. Adds
             `"positions"` to the inputs, drawn again in each epoch. Defaults to
             `None`.
+        image_size: Optional tuple of two integers, height and width in pixels
+            that all images are made to have. Defaults to `None`: the size that
+            the preprocessor makes, which must make one.
         max_length: Optional integer, the most tokens of text that a prompt may
             have, with placeholders of images. Defaults to `None`, no bound.
         teacher_images: Optional integer: the teacher reads prompts of its own,
@@ -102,6 +106,7 @@ class LongPrompts(keras.utils.PyDataset):
         num_prompts: int | None = None,
         batch_size: int = 32,
         stretching: "PositionStretching | None" = None,
+        image_size: tuple[int, int] | None = None,
         max_length: int | None = None,
         teacher_images: int | None = None,
         seed: int = 0,
@@ -115,6 +120,8 @@ class LongPrompts(keras.utils.PyDataset):
             num_prompts = len(self.examples)
         check_integer("num_prompts", num_prompts)
         check_integer("batch_size", batch_size)
+        if image_size is not None:
+            image_size = check_image_size(image_size)
         if max_length is not None:
             check_integer("max_length", max_length)
         if teacher_images is not None:
@@ -126,7 +133,7 @@ class LongPrompts(keras.utils.PyDataset):
         self.teacher_images = teacher_images
         check_room(self.examples, self.sizes)
         if self.form.takes_images:
-            self.image_size = self.form.image_size
+            self.image_size = image_size or self.form.image_size
         self.num_prompts = num_prompts
         self.batch_size = batch_size
         self.stretching = stretching

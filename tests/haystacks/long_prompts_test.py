@@ -17,6 +17,7 @@ from tests.haystacks.families import COLOURS
 from tests.haystacks.families import PREPROCESSORS
 from tests.haystacks.families import make_pair
 from tests.support import FEW_STEPS
+from tests.support import make_preprocessor
 from tests.support import make_terms
 from tests.support import to_numpy
 
@@ -338,6 +339,8 @@ IMAGE = np.zeros((16, 16, 3), "uint8")
             ValueError,
             "example 0 with 2 images",
         ),
+        ({"image_size": (16,)}, ValueError, "must be height and width"),
+        ({"image_size": (16, 0)}, ValueError, "`image_size` must be"),
         ({"num_prompts": 0}, ValueError, "`num_prompts` must be"),
         ({"batch_size": 0}, ValueError, "`batch_size` must be"),
         ({"stretching": 3}, TypeError, "`stretching` must be"),
@@ -352,6 +355,15 @@ def test_wrong_arguments_are_refused(changes, error, words):
     )
     with pytest.raises(error, match=words):
         LongPrompts(**arguments | changes)
+
+
+def test_images_are_made_to_have_a_size():
+    preprocessor = make_preprocessor()  # It keeps the size of images.
+    examples = make_examples(small_models.pali_gemma)
+    with pytest.raises(ValueError, match="The size of images must be known"):
+        LongPrompts(examples, preprocessor, (2,))
+    prompts = LongPrompts(examples, preprocessor, (2,), image_size=(24, 20))
+    assert prompts[0][0]["images"].shape[2:] == (24, 20, 3)
 
 
 def test_a_prompt_that_is_too_long_is_named():
