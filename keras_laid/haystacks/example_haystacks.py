@@ -15,6 +15,8 @@ from keras_laid.haystacks.examples import as_examples
 from keras_laid.haystacks.examples import open_image
 from keras_laid.haystacks.haystack import Haystack
 
+KEPT_BYTES = 2**31
+
 
 def draw_images(
     examples: Sequence[Example],
@@ -36,24 +38,51 @@ def draw_images(
     return others[:place] + own + others[place:], place
 
 
-def load_images(
-    images: Sequence[Sequence[np.ndarray | str]], size: tuple[int, int]
-) -> np.ndarray:
-    """Images of prompts, of arrays or paths, all made to have one size.
+class ImageLoader:
+    """Makes images have one size, and keeps those that were read from files.
 
     Args:
-        images: Equally many for each prompt.
         size: Tuple of integers, height and width in pixels.
-
-    Returns:
-        A `uint8` array of shape `(batch, images, height, width, 3)`.
+        kept_bytes: Integer, how many bytes of images from files are kept in
+            memory, so that a file is decoded only once. Defaults to 2 GiB,
+            14,000 images of 224 by 224 pixels.
     """
-    return np.stack([[load_image(i, size) for i in each] for each in images])
+
+    def __init__(
+        self, size: tuple[int, int], kept_bytes: int = KEPT_BYTES
+    ) -> None:
+        self.size = size
+        height, width = size
+        self.most = kept_bytes // (3 * height * width)
+        self.kept: dict[str, np.ndarray] = {}
+
+    def __call__(
+        self, images: Sequence[Sequence[np.ndarray | str]]
+    ) -> np.ndarray:
+        """Images of prompts as an array.
+
+        Args:
+            images: For each prompt, equally many `uint8` arrays of shape
+                `(height, width, 3)` or paths.
+
+        Returns:
+            A `uint8` array of shape `(batch, images, height, width, 3)`.
+        """
+        return np.stack([list(map(self.load, each)) for each in images])
+
+    def load(self, image: np.ndarray | str) -> np.ndarray:
+        if not isinstance(image, str):
+            return resized(image, self.size)
+        if image in self.kept:
+            return self.kept[image]
+        loaded = open_image(image, self.size)
+        if len(self.kept) < self.most:
+            self.kept[image] = loaded
+        return loaded
 
 
-def load_image(image: np.ndarray | str, size: tuple[int, int]) -> np.ndarray:
-    if isinstance(image, str):
-        return open_image(image, size)
+def resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """An image squeezed to height and width."""
     if image.shape[:2] == size:
         return image
     from PIL import Image
@@ -146,6 +175,7 @@ def _haystacks(
     seed: int,
     options: tuple[str, ...] | None,
 ) -> Iterator[Haystack]:
+    load = ImageLoader(image_size)
     rng = np.random.default_rng(seed)
     size_of = rng.permutation(np.resize(sizes, num_questions))
     row_of = rng.permutation(np.resize(np.arange(len(examples)), num_questions))
@@ -153,7 +183,7 @@ def _haystacks(
     for size, row, child in zip(size_of, row_of, children, strict=True):
         example = examples[row]
         images, place = draw_images(examples, int(row), int(size), child)
-        (loaded,) = load_images([images], image_size)
+        (loaded,) = load([images])
         yield Haystack(
             example.prompt,
             str(example.response),

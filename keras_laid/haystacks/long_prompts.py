@@ -14,10 +14,10 @@ from keras_laid.backbones.prompt_forms import Batch
 from keras_laid.backbones.prompt_forms import prompt_form
 from keras_laid.backbones.prompt_forms import sizes_read
 from keras_laid.backbones.teacher_inputs import aligned_tokens
+from keras_laid.haystacks.example_haystacks import ImageLoader
 from keras_laid.haystacks.example_haystacks import check_image_size
 from keras_laid.haystacks.example_haystacks import check_room
 from keras_laid.haystacks.example_haystacks import draw_images
-from keras_laid.haystacks.example_haystacks import load_images
 from keras_laid.haystacks.examples import as_examples
 from keras_laid.haystacks.sampling import sizes_of_batches
 
@@ -39,7 +39,8 @@ class LongPrompts(keras.utils.PyDataset):
 
     Batch `i` depends only on `seed` and `i`, so that prompts are the same in
     every epoch, on every backend and after a restart; positions depend on the
-    attribute `epoch` too. All prompts of a batch have one size.
+    attribute `epoch` too. All prompts of a batch have one size. Up to 2 GiB of
+    images are kept in memory, so that their files are decoded only once.
 
     Args:
         examples: Iterable of `keras_laid.haystacks.Example`s, of tuples
@@ -133,7 +134,7 @@ class LongPrompts(keras.utils.PyDataset):
         self.teacher_images = teacher_images
         check_room(self.examples, self.sizes)
         if self.form.takes_images:
-            self.image_size = image_size or self.form.image_size
+            self.load = ImageLoader(image_size or self.form.image_size)
         self.num_prompts = num_prompts
         self.batch_size = batch_size
         self.stretching = stretching
@@ -224,7 +225,7 @@ class LongPrompts(keras.utils.PyDataset):
         examples = [self.examples[row] for row in rows]
         shown: Any = images
         if self.form.takes_images:
-            shown = load_images(images, self.image_size)
+            shown = self.load(images)
         batch = self.form.encode_whole(
             shown,
             [example.prompt for example in examples],

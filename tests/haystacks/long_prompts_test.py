@@ -273,7 +273,7 @@ def test_a_folder_of_images_with_a_table(tmp_path, kind):
     with Image.open(tmp_path / "2.jpg") as image:
         turned = image.rotate(-90, expand=True).resize((16, 16))
     np.testing.assert_array_equal(
-        prompts.load(examples[2].images[0]), np.asarray(turned)
+        prompts.load.load(examples[2].images[0]), np.asarray(turned)
     )
 
 
