@@ -1,6 +1,5 @@
 """Prompts with several images, in the form that each family expects."""
 
-from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,8 +13,7 @@ from keras_hub.models import PaliGemmaCausalLM
 
 from keras_laid.backbones.decoder import check_values
 from keras_laid.backbones.decoder import replaced_method
-from keras_laid.backbones.fingerprint import model_fingerprint
-from keras_laid.backbones.fingerprint import preprocessor_fingerprint
+from keras_laid.backbones.model_prompts import ModelPrompts
 from keras_laid.backbones.multi_image_pali_gemma import (
     MultiImagePaliGemmaCausalLM,
 )
@@ -25,6 +23,8 @@ from keras_laid.backbones.prompt_forms import Gemma4Form
 from keras_laid.backbones.prompt_forms import PlaceholderForm
 from keras_laid.backbones.prompt_forms import PromptForm
 from keras_laid.typing import Tensor
+
+TEXT_LENGTH = 32  # About how many tokens a question takes.
 
 
 class PaliGemmaPrompts:
@@ -96,7 +96,7 @@ class Gemma4Prompts(PlaceholderPrompts):
 FAMILIES = (PaliGemmaPrompts, Gemma3Prompts, Gemma4Prompts)
 
 
-class ImagePrompts:
+class ImagePrompts(ModelPrompts):
     """Asks a KerasHub model about several images at once.
 
     It shares the layers and weights of the model, and leaves it as it is.
@@ -134,32 +134,16 @@ class ImagePrompts:
                 "preset, or set `model.preprocessor`."
             )
         self._family = family(model)
-        self._preprocessor = self._family.causal_lm.preprocessor
-        self._first_logits = FirstLogits(
-            model.backbone, self._family.hidden_states
+        causal_lm = self._family.causal_lm
+        super().__init__(
+            causal_lm, causal_lm.preprocessor, self._family.hidden_states
         )
-        self._family.causal_lm.compile(sampler="greedy")
         # From a number of images to tokens of a prompt.
         self._lengths: dict[int, int] = {}
         self.image_length = self._family.image_length
         self.image_size = self._family.image_size
 
     def fill(self, template: str, images: int, **texts: str) -> str:
-        """Makes a prompt from a template.
-
-        Args:
-            template: String with `{images}` where the images go, and the names
-                in `texts` in braces. Without `{images}`, the images come first.
-            images: Integer, the number of images.
-            **texts: Strings for the other names in the template.
-
-        Returns:
-            A string.
-
-        Raises:
-            ValueError: If the family's images must come before all text, and
-                the template has text before `{images}`.
-        """
         if "{images}" not in template:
             template = "{images}" + template
         placeholder = self._family.placeholder
@@ -170,18 +154,12 @@ class ImagePrompts:
             )
         return template.format(images=placeholder * images, **texts)
 
+    def length(self, images: Sequence[Any], prompt: str) -> int:
+        return len(images) * self.image_length + TEXT_LENGTH
+
     def first_logits(
         self, images: np.ndarray, prompts: Sequence[str]
     ) -> np.ndarray:
-        """Logits of the first token after each prompt.
-
-        Args:
-            images: `uint8` array of shape `(batch, images, height, width, 3)`.
-            prompts: Sequence of strings, made by `fill`.
-
-        Returns:
-            A float array of shape `(batch, vocabulary)`.
-        """
         inputs, lengths = self._preprocess(images, prompts)
         return self._first_logits.predict_on_batch(
             {"inputs": inputs, "last": lengths - 1}
@@ -190,18 +168,8 @@ class ImagePrompts:
     def generate(
         self, images: np.ndarray, prompts: Sequence[str], max_tokens: int
     ) -> list[str]:
-        """Generates greedy answers.
-
-        Args:
-            images: `uint8` array of shape `(batch, images, height, width, 3)`.
-            prompts: Sequence of strings, made by `fill`.
-            max_tokens: Integer, the largest number of tokens of an answer.
-
-        Returns:
-            A list of strings, the answers without the prompts.
-        """
         self._preprocess(images, prompts)  # Sets `self._lengths`.
-        to_words = self._preprocessor.generate_postprocess
+        to_words = self.preprocessor.generate_postprocess
 
         def to_first_words(outputs: dict[str, Tensor]) -> list[str]:
             # Cut to `max_tokens`: short prompts leave room for longer answers.
@@ -210,59 +178,25 @@ class ImagePrompts:
             )
 
         with replaced_method(
-            self._preprocessor, "generate_postprocess", to_first_words
+            self.preprocessor, "generate_postprocess", to_first_words
         ):
-            return self._family.causal_lm.generate(
+            return self.causal_lm.generate(
                 {"images": images, "prompts": list(prompts)},
                 max_length=self._lengths[images.shape[1]] + max_tokens,
                 strip_prompt=True,
             )
 
-    def fingerprint(self) -> str:
-        """A string that changes with everything that answers depend on."""
-        model, preprocessor = self._family.causal_lm, self._preprocessor
-        return (
-            f"{model_fingerprint(model)}, "
-            f"{preprocessor_fingerprint(preprocessor)}"
-        )
-
-    def first_tokens(self, word: str) -> set[int]:
-        """The tokens that an answer can begin with.
-
-        Args:
-            word: String, the answer or its first word.
-
-        Returns:
-            A set of integers: the first token of the string, and single tokens
-            that are the string in capitals or after a space.
-        """
-        spellings = (word, word.capitalize(), word.upper())
-        tokens = {self._tokenize(word)[0]}
-        for spelling in (*spellings, *(f" {s}" for s in spellings)):
-            first = self._tokenize(spelling)[0]
-            if self.text(first).strip().lower() == word.lower():
-                tokens.add(first)
-        return tokens
-
-    def text(self, token: int) -> str:
-        """A token as a string."""
-        return self._preprocessor.tokenizer.detokenize([int(token)])
-
-    def _tokenize(self, text: str) -> list[int]:
-        tokens = self._preprocessor.tokenizer(text)
-        return [int(token) for token in ops.convert_to_numpy(tokens)]
-
     def _preprocess(
         self, images: np.ndarray, prompts: Sequence[str]
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Inputs of the model, and the length of each prompt in tokens."""
-        check_values(self._family.causal_lm)
+        check_values(self.causal_lm)
         self._check_images(images)
         count = images.shape[1]
         self._family.set_images(count)
         length = self._lengths.get(count, self._family.first_length(count))
         while True:
-            inputs = self._preprocessor.generate_preprocess(
+            inputs = self.preprocessor.generate_preprocess(
                 {"images": images, "prompts": list(prompts)},
                 sequence_length=length,
             )
@@ -283,7 +217,7 @@ class ImagePrompts:
                 f"Received: dtype={images.dtype}, shape={images.shape[2:]}. "
                 "Pass colours of 0 to 255, not scaled."
             )
-        made = self._preprocessor.image_converter.image_size
+        made = self.preprocessor.image_converter.image_size
         if (
             not self._family.resizes
             and (made or images.shape[2:4]) != self.image_size
@@ -295,29 +229,6 @@ class ImagePrompts:
                 f"model that takes {self.image_size}. Pass `image_size` to the "
                 "source of the images."
             )
-
-
-class FirstLogits(keras.Model):
-    """Computes logits at one position, so that no others are ever stored."""
-
-    def __init__(
-        self,
-        backbone: keras.Model,
-        hidden_states: Callable[[dict[str, Tensor]], Tensor],
-    ) -> None:
-        super().__init__()
-        # The backbone is tracked, so that compiled steps are given its weights.
-        # The task is not: it has a preprocessor, which cannot be compiled, and
-        # Keras compiles either a whole model or nothing of it.
-        self.backbone = backbone
-        self.hidden_states = hidden_states
-        self.built = True  # Otherwise Keras would first run it uncompiled.
-
-    def call(self, data: dict[str, Any]) -> Tensor:
-        x = self.hidden_states(data["inputs"])
-        last = data["last"][:, None, None]
-        x = ops.take_along_axis(x, last, axis=1)
-        return self.backbone.token_embedding(x, reverse=True)[:, 0]
 
 
 def as_pair(size: int | tuple[int, int]) -> tuple[int, int]:

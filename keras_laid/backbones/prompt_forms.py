@@ -280,22 +280,37 @@ class TextForm(PromptForm):
         self, documents: Sequence[str], prompt: str, response: str
     ) -> tuple[list[int], list[int], int]:
         """Tokens, the number of each one's document, and of the prompt's."""
-        preprocessor, tokenizer = self.preprocessor, self.preprocessor.tokenizer
+        tokens, segments = self.prompt_tokens(documents, prompt)
+        prompt_length = len(tokens)
+        tokens += self.tokenize(response) if response else []
+        if self.preprocessor.add_end_token:
+            tokens.append(self.preprocessor.tokenizer.end_token_id)
+        segments += [0] * (len(tokens) - prompt_length)
+        return tokens, segments, prompt_length
+
+    def prompt_tokens(
+        self, documents: Sequence[str], prompt: str
+    ) -> tuple[list[int], list[int]]:
+        """Tokens of documents and a prompt, and each one's document.
+
+        Args:
+            documents: Sequence of strings.
+            prompt: String.
+
+        Returns:
+            A tuple of two lists of integers. Documents are numbered from 1; 0
+            is no document.
+        """
         tokens, segments = [], []
-        if preprocessor.add_start_token:
-            tokens.append(tokenizer.start_token_id)
+        if self.preprocessor.add_start_token:
+            tokens.append(self.preprocessor.tokenizer.start_token_id)
             segments.append(0)
         for number, document in enumerate(documents, 1):
             ids = self.tokenize(document + self.separator)
             tokens += ids
             segments += [number] * len(ids)
-        tokens += self.tokenize(prompt)
-        prompt_length = len(tokens)
-        tokens += self.tokenize(response) if response else []
-        if preprocessor.add_end_token:
-            tokens.append(tokenizer.end_token_id)
-        segments += [0] * (len(tokens) - len(segments))
-        return tokens, segments, prompt_length
+        ids = self.tokenize(prompt)
+        return tokens + ids, segments + [0] * len(ids)
 
     def tokenize(self, text: str) -> list[int]:
         return [

@@ -17,7 +17,8 @@ from keras_laid.arguments import check_choice
 from keras_laid.arguments import check_integer
 from keras_laid.arguments import check_kind
 from keras_laid.arguments import check_path
-from keras_laid.backbones.image_prompts import ImagePrompts
+from keras_laid.backbones.image_prompts import TEXT_LENGTH
+from keras_laid.backbones.text_prompts import prompts_for
 from keras_laid.haystacks.answer_log import AnswerLog
 from keras_laid.haystacks.coco import read_image
 from keras_laid.haystacks.haystack import Haystack
@@ -34,8 +35,8 @@ from keras_laid.typing import PathLike
 
 WAYS = ("logits", "choice", "generate")
 SHOWN = ("all", "needles", "none")
-TEXT_LENGTH = 32  # About how many tokens a question takes.
 GRAY = 128
+IMAGE_LENGTH = 256  # About how many tokens an image takes, for a function.
 
 # An answer, whether it is right, and whether it is an option at all.
 Verdict = tuple[str, bool, bool | None]
@@ -126,7 +127,7 @@ class Asking:
                 )
             self.function = model
         else:
-            self.prompts = ImagePrompts(model)
+            self.prompts = prompts_for(model)
 
     def evaluate(
         self,
@@ -141,9 +142,9 @@ class Asking:
         if output is not None:  # All weights are read for it.
             settings |= self.origin()
         log = AnswerLog(output, settings)
-        # From a number of images to numbered haystacks.
-        waiting: dict[int, list[tuple[int, Haystack]]] = {}
-        filled = set()  # Numbers of images of which a full batch was asked.
+        # From a number of images and a length to numbered haystacks.
+        waiting: dict[tuple[int, int], list[tuple[int, Haystack]]] = {}
+        filled = set()  # Of which a full batch was asked.
         total = len(haystacks) if isinstance(haystacks, Sized) else None
         if total is not None:  # Before others are asked.
             log.check_all(range(total))
@@ -161,17 +162,17 @@ class Asking:
                 if log.has(index, haystack):
                     progress.update()
                     continue
-                images = self._count_shown(haystack)
-                rows = self._rows(images, tokens_per_batch)
-                batch = waiting.setdefault(images, [])
+                kind = self._kind(haystack)
+                rows = max(1, tokens_per_batch // kind[1])
+                batch = waiting.setdefault(kind, [])
                 batch.append((index, haystack))
                 if len(batch) == rows:
-                    ask(waiting.pop(images), rows)
-                    filled.add(images)
-            for images, batch in sorted(waiting.items()):
+                    ask(waiting.pop(kind), rows)
+                    filled.add(kind)
+            for kind, batch in sorted(waiting.items()):
                 # As many rows as before, so that nothing is compiled again.
-                rows = self._rows(images, tokens_per_batch)
-                ask(batch, rows if images in filled else len(batch))
+                rows = max(1, tokens_per_batch // kind[1])
+                ask(batch, rows if kind in filled else len(batch))
         results = HaystackResults(log.records(), log.settings)
         if output is not None:
             results.save(output)
@@ -207,6 +208,15 @@ class Asking:
                 "Make them with `Haystack.from_example` or "
                 "`question.haystack`."
             )
+        if (
+            self.prompts is not None
+            and not self.prompts.takes_images
+            and not all(isinstance(each, str) for each in haystack.images)
+        ):
+            raise TypeError(
+                "A decoder of text must be asked about documents. Received: "
+                f"haystack {index} with arrays as its images. Pass strings."
+            )
         if self.shown == "needles" and not haystack.needles:
             raise ValueError(
                 "Only haystacks with needles can be shown as their needles. "
@@ -238,19 +248,34 @@ class Asking:
             self._first_tokens[answer] = self.prompts.first_tokens(answer)
         return self._first_tokens[answer]
 
-    def _count_shown(self, haystack: Haystack) -> int:
-        if self.shown == "needles":
-            return len(haystack.needles)
-        return len(haystack.images)
-
     def _shown_images(self, haystack: Haystack) -> Images:
+        """The images, or documents, that the model reads."""
         if self.shown == "needles":
             return [haystack.images[needle] for needle in haystack.needles]
+        if self.shown == "none" and self._replaces_by_nothing:
+            return []
         return haystack.images
 
-    def _rows(self, images: int, tokens_per_batch: int) -> int:
-        image_length = self.prompts.image_length if self.prompts else 256
-        return max(1, tokens_per_batch // (images * image_length + TEXT_LENGTH))
+    @property
+    def _replaces_by_nothing(self) -> bool:
+        """Whether images that are not shown leave no gray one in their place.
+
+        A function and a decoder of text can do without any.
+        """
+        return self.prompts is None or not self.prompts.takes_images
+
+    def _kind(self, haystack: Haystack) -> tuple[int, int]:
+        """Number of images and length, which haystacks of a batch share."""
+        images = self._shown_images(haystack)
+        if self.prompts is None:
+            return len(images), len(images) * IMAGE_LENGTH + TEXT_LENGTH
+        prompt = self._prompt(haystack, len(images))
+        return len(images), self.prompts.length(images, prompt)
+
+    def _prompt(self, haystack: Haystack, images: int) -> str:
+        return self.prompts.fill(
+            self.template, images, question=haystack.question
+        )
 
     def _ask(
         self, batch: list[tuple[int, Haystack]], rows: int
@@ -272,10 +297,7 @@ class Asking:
             self.template.format(images="", question=haystack.question)
             for haystack in haystacks
         ]
-        images: list[Any] = [
-            [] if self.shown == "none" else self._shown_images(haystack)
-            for haystack in haystacks
-        ]
+        images: list[Any] = [self._shown_images(h) for h in haystacks]
         returned = self.function(images, texts)
         # A single string would be one answer a letter.
         answers = [] if returned is None else [*returned]
@@ -296,23 +318,13 @@ class Asking:
     def _ask_model(self, haystacks: list[Haystack], rows: int) -> list[Verdict]:
         """Verdicts on a model's answers, in a batch padded to `rows` rows."""
         padded = haystacks + haystacks[-1:] * (rows - len(haystacks))
-        loaded = [self._load(self._shown_images(h)) for h in padded]
-        shapes = {np.shape(image) for each in loaded for image in each}
-        if len(shapes) > 1:
-            raise ValueError(
-                "A model needs images of one size. Received: images of "
-                f"shapes {sorted(shapes)}. Make them of one size, or pass "
-                "a function of images and prompts."
-            )
-        images = np.stack(loaded)
-        if self.shown == "none":
-            images = np.full_like(images, GRAY)
+        images: Any = [self._shown_images(h) for h in padded]
         texts = [
-            self.prompts.fill(
-                self.template, images.shape[1], question=h.question
-            )
-            for h in padded
+            self._prompt(haystack, len(shown))
+            for haystack, shown in zip(padded, images, strict=True)
         ]
+        if self.prompts.takes_images:
+            images = self._stacked(images)
         if self.through == "generate":
             answers = self.prompts.generate(
                 images, texts, self.max_answer_tokens
@@ -354,6 +366,21 @@ class Asking:
             )
             for answer, haystack in zip(answers, haystacks, strict=True)
         ]
+
+    def _stacked(self, images: list[Images]) -> np.ndarray:
+        """Images of prompts as an array; gray ones if none are shown."""
+        loaded = [self._load(each) for each in images]
+        shapes = {np.shape(image) for each in loaded for image in each}
+        if len(shapes) > 1:
+            raise ValueError(
+                "A model needs images of one size. Received: images of "
+                f"shapes {sorted(shapes)}. Make them of one size, or pass "
+                "a function of images and prompts."
+            )
+        stacked = np.stack(loaded)
+        if self.shown == "none":
+            return np.full_like(stacked, GRAY)
+        return stacked
 
     def _load(self, images: Images) -> Images:
         if not isinstance(images[0], str):

@@ -59,9 +59,10 @@ def evaluate_haystacks(
     Args:
         model: A `keras_hub.models.PaliGemmaCausalLM`, `Gemma3CausalLM` or
             `Gemma4CausalLM`, or a `keras_laid.MultiImagePaliGemmaCausalLM`,
-            with its preprocessor; or a function of a list of images for each
-            question (as the haystacks hold them) and a list of prompts, which
-            returns a list of strings.
+            with its preprocessor; any other `keras_hub.models.CausalLM` with a
+            preprocessor of text, for haystacks of documents; or a function of a
+            list of images for each question (as the haystacks hold them) and a
+            list of prompts, which returns a list of strings.
         haystacks: Iterable of `keras_laid.haystacks.Haystack`, of any sizes in
             any order: `draw_haystacks(...)`, `question.haystack(rng)` of
             `read_questions`, or `Haystack.from_example(example)` of the
@@ -79,8 +80,8 @@ def evaluate_haystacks(
             it says where. Defaults to `"question"`.
         shown: `"all"` images; only the `"needles"`; or `"none"`: gray images
             in the place of all, so that prompts are as long as before. A
-            function gets an empty list of images instead. Accuracy is by the
-            size of the whole haystack in each case. Defaults to `"all"`.
+            function and a decoder of text get no images instead. Accuracy is
+            by the size of the whole haystack in each case. Defaults to `"all"`.
         max_answer_tokens: Integer, for `through="generate"`. Defaults to `8`.
         tokens_per_batch: Integer, about how many tokens of images and text one
             batch holds; at least one question. Defaults to `8192`.

@@ -27,7 +27,8 @@ class Haystack:
             empty, as where the question is about something that no image
             shows.
         images: Sequence of `uint8` arrays of shape `(height, width, 3)`, or of
-            strings, paths below a root.
+            strings: paths below a root, or for a decoder of text the documents
+            themselves.
         options: Tuple of two or more different strings, the possible answers;
             or `None` for a question that is answered in free words. Defaults to
             `("yes", "no")`.
