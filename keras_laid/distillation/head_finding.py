@@ -19,13 +19,16 @@ from keras_laid.distillation.retrieval_shares import Heads
 from keras_laid.distillation.terms.retrieval import RetrievalMatching
 
 
-def as_teacher_reads(batch: Any) -> tuple[Any, Any, Any]:
-    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
-    return inputs_of_teacher(x), y, sample_weight
-
-
 HEADS = "retrieval_heads"  # Their name in weight files.
 logger = logging.getLogger("keras_laid")
+
+
+def as_teacher_reads(batch: Any) -> tuple[Any, Any, Any]:
+    """A batch with the inputs of the teacher in place of the student's."""
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
+    if isinstance(x, dict):
+        x = inputs_of_teacher(x)
+    return x, y, sample_weight
 
 
 class HeadFinding:

@@ -404,5 +404,7 @@ def test_epochs_that_are_all_the_same_are_refused(
 def test_strings_need_a_tokenizer(lines, data, tmp_path):
     student = make_multi_image(vocabulary_size=SIZE)
     path = server_support.write(tmp_path / "lines.jsonl", lines["chat"])
-    with pytest.raises(ValueError, match="row 1.* None. Ask for ids"):
+    with pytest.raises(
+        ValueError, match="row 1.* None. Ask the server for ids"
+    ):
         store(path, data, student)
