@@ -18,7 +18,6 @@ from keras_laid.distillation.first_batches import first_batches
 from keras_laid.distillation.retrieval_shares import Heads
 from keras_laid.distillation.terms.retrieval import RetrievalMatching
 
-
 HEADS = "retrieval_heads"  # Their name in weight files.
 logger = logging.getLogger("keras_laid")
 
