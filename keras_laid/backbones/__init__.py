@@ -3,5 +3,11 @@
 from keras_laid.backbones.attention_layer import AttentionLayer
 from keras_laid.backbones.attention_layer import LinearLayer
 from keras_laid.backbones.families import attention_layers
+from keras_laid.backbones.multi_image_pali_gemma import several_images
 
-__all__ = ["AttentionLayer", "LinearLayer", "attention_layers"]
+__all__ = [
+    "AttentionLayer",
+    "LinearLayer",
+    "attention_layers",
+    "several_images",
+]

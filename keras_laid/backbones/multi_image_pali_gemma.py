@@ -424,3 +424,19 @@ def with_converter(
         add_start_token=preprocessor.add_start_token,
         add_end_token=preprocessor.add_end_token,
     )
+
+
+def several_images(model: keras.Model) -> keras.Model:
+    """A PaliGemma that takes several images, or any other model unchanged.
+
+    Args:
+        model: A `keras_hub.models.CausalLM`. A PaliGemma is wrapped in a
+            `keras_laid.MultiImagePaliGemmaCausalLM`, which shares its layers
+            and weights; models of other families take several images already.
+
+    Returns:
+        A `keras_hub.models.CausalLM`.
+    """
+    if isinstance(model, PaliGemmaCausalLM):
+        return MultiImagePaliGemmaCausalLM.from_causal_lm(model)
+    return model

@@ -269,10 +269,12 @@ class TextForm(PromptForm):
             segments[index, :end] = segment[:end]
             present[index, :end] = 1
             marked[index, prompt_length:end] = 1
+        numbers = np.tile(np.arange(len(images[0])) + 1, (len(rows), 1))
         x = {
             "token_ids": tokens[:, :-1],
             "padding_mask": present[:, :-1],
             "segments": segments[:, :-1],
+            "segment_numbers": numbers.astype("int32"),
         }
         return x, tokens[:, 1:], marked[:, 1:]
 

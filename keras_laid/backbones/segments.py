@@ -43,12 +43,14 @@ def segments_of(
         inputs: Dictionary of the model's inputs. The optional entry
             `"segments"`, an integer tensor of shape `(batch, keys)`, numbers
             segments of any kind from 1, such as documents. Without it each
-            image is a segment.
+            image is a segment. `"segment_numbers"`, of shape
+            `(batch, segments)`, may list their numbers.
         key_length: Integer, the number of tokens, of images and text together.
         count: Optional integer, the largest number of a segment; keys with
-            larger numbers are in no segment. Required with `"segments"`, and
-            for Qwen 3.5, whose inputs do not say how many images a prompt has.
-            Defaults to the number of images.
+            larger numbers are in no segment. Required with `"segments"` that
+            no `"segment_numbers"` list, and for Qwen 3.5, whose inputs do not
+            say how many images a prompt has. Defaults to the number of images,
+            or of listed segments.
 
     Returns:
         The `Segments`, or `None` if the inputs have neither images nor
@@ -62,13 +64,16 @@ def segments_of(
     numbers = segment_numbers(model, inputs, key_length)
     if numbers is None:
         return None
-    if count is None and "segments" not in inputs:
+    if count is None and "segments" in inputs:
+        count = listed_segments(inputs)
+    elif count is None:
         count = images_per_prompt(inputs)
     if count is None:
         raise ValueError(
             "The number of segments must be known before a step is compiled. "
             f"Received: inputs with {sorted(inputs)}. Pass the largest number "
-            "of a segment as `num_segments`."
+            "of a segment as `num_segments`, or list the numbers in the entry "
+            "'segment_numbers'."
         )
     return Segments(numbers, count)
 
@@ -100,6 +105,14 @@ def has_images(inputs: Mapping[str, Tensor]) -> bool:
         return False
     count = images_per_prompt(inputs)
     return not (is_integer(count) and count == 0)
+
+
+def listed_segments(inputs: Mapping[str, Tensor]) -> int | Tensor | None:
+    """How many segments are listed; `None` if none are."""
+    if "segment_numbers" not in inputs:
+        return None
+    count = inputs["segment_numbers"].shape[1]
+    return ops.shape(inputs["segment_numbers"])[1] if count is None else count
 
 
 def images_per_prompt(inputs: Mapping[str, Tensor]) -> int | Tensor | None:

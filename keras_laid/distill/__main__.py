@@ -20,9 +20,7 @@ import keras_hub
 from keras_laid.backbones.gain_modulation import attach_gain_modulation
 from keras_laid.backbones.gain_modulation import fold_gain_modulation
 from keras_laid.backbones.image_prompts import ImagePrompts
-from keras_laid.backbones.multi_image_pali_gemma import (
-    MultiImagePaliGemmaCausalLM,
-)
+from keras_laid.backbones.multi_image_pali_gemma import several_images
 from keras_laid.backbones.prompt_forms import prompt_form
 from keras_laid.distill.recipe import Recipe
 from keras_laid.distill.recipe import read_recipe
@@ -149,7 +147,7 @@ def measured(
             read_examples(evaluation.examples, evaluation.root),
             evaluation.questions * len(evaluation.sizes),
             evaluation.sizes,
-            ImagePrompts(model).image_size,
+            model,
             seed=recipe.seed,
         ),
         through="generate",
@@ -200,13 +198,6 @@ def train(
     distiller.fit(data, epochs=training.epochs, callbacks=callbacks)
     names = resumable.history[0]
     return {name: [logs[name] for logs in resumable.history] for name in names}
-
-
-def several_images(model: keras.Model) -> keras.Model:
-    """A PaliGemma that takes several images; any other model as it is."""
-    if isinstance(model, keras_hub.models.PaliGemmaCausalLM):
-        return MultiImagePaliGemmaCausalLM.from_causal_lm(model)
-    return model
 
 
 def adamw(recipe: Recipe, learning_rate: float, steps: int) -> keras.Optimizer:

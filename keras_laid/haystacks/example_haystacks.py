@@ -5,11 +5,13 @@ from collections.abc import Iterator
 from collections.abc import Sequence
 from typing import Any
 
+import keras
 import numpy as np
 
 from keras_laid.arguments import check_integer
 from keras_laid.arguments import check_integers
 from keras_laid.arguments import check_seed
+from keras_laid.backbones.text_prompts import prompts_for
 from keras_laid.haystacks.examples import Example
 from keras_laid.haystacks.examples import as_examples
 from keras_laid.haystacks.examples import open_image
@@ -122,7 +124,7 @@ def example_haystacks(
     examples: Iterable[Any],
     num_questions: int,
     sizes: Sequence[int],
-    image_size: tuple[int, int],
+    model: keras.Model | None = None,
     seed: int = 0,
     options: tuple[str, ...] | None = None,
 ) -> Iterator[Haystack]:
@@ -137,8 +139,9 @@ def example_haystacks(
             `keras_laid.LongPrompts` takes, all with a response.
         num_questions: Integer, at least 1.
         sizes: Sequence of integers: how many images a haystack holds.
-        image_size: Tuple of two integers, height and width in pixels that all
-            images are made to have.
+        model: Optional model that will be asked. Images are read, and made to
+            have the size that it takes; documents of text stay as they are.
+            Defaults to `None`: all images stay as they are, for a function.
         seed: Integer. Defaults to `0`.
         options: Optional tuple of strings, the possible answers of every
             question. Defaults to `None`: answers in free words.
@@ -155,7 +158,6 @@ def example_haystacks(
     check_integer("num_questions", num_questions)
     sizes = check_integers("sizes", sizes)
     check_seed(seed)
-    image_size = check_image_size(image_size)
     known = as_examples(examples)
     for row, example in enumerate(known):
         if example.response is None:
@@ -164,6 +166,10 @@ def example_haystacks(
                 f"Received: example {row} without"
             )
     check_room(known, sizes)
+    image_size = None
+    if model is not None:
+        prompts = prompts_for(model)
+        image_size = prompts.image_size if prompts.takes_images else None
     return _haystacks(known, num_questions, sizes, image_size, seed, options)
 
 
@@ -171,11 +177,11 @@ def _haystacks(
     examples: Sequence[Example],
     num_questions: int,
     sizes: Sequence[int],
-    image_size: tuple[int, int],
+    image_size: tuple[int, int] | None,
     seed: int,
     options: tuple[str, ...] | None,
 ) -> Iterator[Haystack]:
-    load = ImageLoader(image_size)
+    load = None if image_size is None else ImageLoader(image_size)
     rng = np.random.default_rng(seed)
     size_of = rng.permutation(np.resize(sizes, num_questions))
     row_of = rng.permutation(np.resize(np.arange(len(examples)), num_questions))
@@ -183,13 +189,13 @@ def _haystacks(
     for size, row, child in zip(size_of, row_of, children, strict=True):
         example = examples[row]
         images, place = draw_images(examples, int(row), int(size), child)
-        (loaded,) = load([images])
+        shown = images if load is None else load([images])[0]
         yield Haystack(
             example.prompt,
             str(example.response),
             anchor="",
             target="",
             needles=tuple(range(place, place + len(example.images))),
-            images=loaded,
+            images=shown,
             options=options,
         )

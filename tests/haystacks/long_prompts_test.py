@@ -18,7 +18,6 @@ from tests.haystacks.families import PREPROCESSORS
 from tests.haystacks.families import make_pair
 from tests.support import FEW_STEPS
 from tests.support import make_preprocessor
-from tests.support import make_terms
 from tests.support import to_numpy
 
 WITH_IMAGES = [
@@ -212,15 +211,11 @@ def test_each_example_comes_once_in_a_round():
 def test_a_student_learns_from_them(family, responses):
     prompts = make_prompts(family, sizes=(3,), responses=responses)
     teacher, student = make_pair(family, prompts.form.preprocessor)
-    documents = family is small_models.llama
     distiller = keras_laid.DistanceWeightedAttentionDistillation(
         teacher,
         student,
         keras_laid.DistanceWeighting(0.0),
-        terms=make_terms(
-            supervised_weight=float(responses),
-            num_segments=3 if documents else None,
-        ),
+        supervised_weight=float(responses),
     )
     distiller.compile(keras.optimizers.Adam(3e-3), **FEW_STEPS)
     history = distiller.fit(prompts, epochs=4, verbose=0).history

@@ -82,9 +82,10 @@ class RetrievalMatching(Term):
             weights, must do so. `"rows"`: only the mean over heads and rows
             must do so, whichever of them contribute. Defaults to `"none"`.
         num_segments: Optional integer, the largest number of a segment. It is
-            needed if inputs have `"segments"`, or if they do not say how many
-            images a prompt has, as those of Qwen 3.5. Defaults to `None`, the
-            number of images.
+            needed if inputs have `"segments"` without `"segment_numbers"`,
+            which lists them, or if they do not say how many images a prompt
+            has, as those of Qwen 3.5. Defaults to `None`, the number of images
+            or of listed segments.
 
     Attributes:
         heads: Pairs `(layer, head)` of the teacher that are matched; `None`
