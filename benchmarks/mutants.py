@@ -44,6 +44,12 @@ MOVED = {
         "ops/fused_attention/pallas",
     ],
     "ops/fused": ["ops/fused_attention/availability"],
+    "haystacks/evaluation": ["haystacks/asking", "haystacks/evaluation"],
+    "haystacks/sampling": [
+        "haystacks/drawing",
+        "haystacks/haystack",
+        "haystacks/sampling",
+    ],
 }
 
 

@@ -93,5 +93,5 @@ def test_bytes_have_a_letter_each():
     "tokenizer", [None, keras_hub.tokenizers.ByteTokenizer()]
 )
 def test_other_tokenizers_are_refused(tokenizer):
-    with pytest.raises(TypeError, match="Received: .* Ask for ids"):
+    with pytest.raises(TypeError, match="Received: .* Ask the server for ids"):
         TokenStrings(tokenizer)

@@ -24,7 +24,8 @@ SETTINGS = {
     "README.md": "2.0 3.11 0.5",
     "benchmarks/window_extension.md": "0.5 3.2 0.3 0.1 0.05 0.03 0.01",
     "keras_laid/distillation/README.md": "0.03",
-    "keras_laid/haystacks/README.md": "4.0",
+    "keras_laid/distill/README.md": "0.06",  # 1 / (2 * sqrt(64)).
+    "keras_laid/haystacks/README.md": "4.0 0.5 0.25",
     "keras_laid/spectral/README.md": "0.67 0.05 0.25 0.5",
     "keras_laid/ops/attention_output/README.md": "4.5",
     "keras_laid/presets/digits_single_image/README.md": "0.5 0.001 4.0",

@@ -18,7 +18,8 @@ from jax.experimental.pallas import triton as pltriton
 from keras_laid.ops.fused_attention import tiles
 
 INTERPRET = False  # Tests set it, to run the kernels on a CPU.
-LEAST = -1e30  # Where running maxima start.
+# Where running maxima start.
+LEAST = -1e30
 # A probability below this counts as 0 in `p * log(p)`, as in definition.py.
 TINY = 1e-30
 LOG2_E = 1.4426950408889634

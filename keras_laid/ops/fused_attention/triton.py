@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-LEAST = tl.constexpr(-1e30)  # Where running maxima start.
+# Where running maxima start.
+LEAST = tl.constexpr(-1e30)
 # A probability below this counts as 0 in `p * log(p)`, as in definition.py.
 TINY = tl.constexpr(1e-30)
 LOG2_E = tl.constexpr(1.4426950408889634)
