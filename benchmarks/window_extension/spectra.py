@@ -76,7 +76,7 @@ def students(settings, names, seeds):
             (weights,) = (RUNS / settings.name).glob(
                 f"{name}_{seed}_test_*/student.weights.h5"
             )
-            student = study.load(keras_laid.presets.STUDENT)
+            student = study.load(getattr(keras_laid.presets, settings.student))
             rank = study.METHODS[name].lora_rank
             if rank:
                 student.backbone.enable_lora(rank)

@@ -173,7 +173,10 @@ class StoredTeacher:
 
     def top_logits(self, x: Mapping[str, Tensor]) -> TopLogits:
         """The largest logits, from a batch that `targets_for` made."""
-        logits, index, others = (x[f"teacher_{n}"] for n in TOP_LOGITS)
+        # On PyTorch, `train_on_batch` leaves NumPy arrays as they are.
+        logits, index, others = (
+            ops.convert_to_tensor(x[f"teacher_{name}"]) for name in TOP_LOGITS
+        )
         return TopLogits(
             logits,
             index,
