@@ -367,7 +367,7 @@ def test_equal_distributions_have_no_divergence(implementation, beta):
 @IMPLEMENTATION
 def test_reverse_is_forward_with_the_models_exchanged(implementation):
     models = [
-        Unembedding(hidden, None)
+        Unembedding(ops.convert_to_tensor(hidden), None)
         for hidden in np.random.default_rng(0).standard_normal(
             (2, 1, 4, 6), "float32"
         )
