@@ -1,5 +1,6 @@
 """Compilers accept the kernels for an H100, which need not be present."""
 
+import importlib.util
 import json
 import os
 import re
@@ -35,6 +36,33 @@ def test_triton_compiles_for_an_h100():
         assert kernel["shared_bytes"] <= H100, kernel
         # The fastest tiles spill no more than this.
         assert kernel["spilled_bytes"] <= 440, kernel
+
+
+@pytest.mark.extra_large
+@needs_jax
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None,
+    reason="Triton compiles the kernels.",
+)
+def test_pallas_compiles_for_an_h100(tmp_path):
+    for module, backend in (
+        ("lower_pallas", "jax"),
+        ("compile_lowered", "torch"),
+    ):
+        environment = dict(os.environ, KERAS_BACKEND=backend)
+        environment.pop("TRITON_INTERPRET", None)
+        done = subprocess.run(
+            [sys.executable, "-m", f"tests.ops.{module}", str(tmp_path)],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(kernels) == 24
+    for kernel in kernels:
+        assert kernel["shared_bytes"] <= H100, kernel
+        assert kernel["spilled_bytes"] <= 2300, kernel
 
 
 @needs_jax
