@@ -78,6 +78,7 @@ def finished(tmp_path_factory):
     return folder, recipe, distill(recipe)
 
 
+@pytest.mark.extra_large_but_on("torch")
 def test_a_run_leaves_a_plain_preset_and_its_results(finished):
     folder, recipe, accuracy = finished
     output = folder / "runs/first"
@@ -114,6 +115,7 @@ def test_a_run_leaves_a_plain_preset_and_its_results(finished):
     )
 
 
+@pytest.mark.extra_large_but_on("torch")
 def test_a_finished_run_takes_no_further_step(finished):
     folder, recipe, accuracy = finished
     weights = folder / "runs/first/student/model.weights.h5"
@@ -124,6 +126,7 @@ def test_a_finished_run_takes_no_further_step(finished):
     assert len(weights.read_bytes()) == len(before)
 
 
+@pytest.mark.extra_large_but_on("torch")
 def test_another_recipe_is_refused_there(finished):
     folder, _, _ = finished
     changed = RECIPE.replace("epochs = 2", "epochs = 3")

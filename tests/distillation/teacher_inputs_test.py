@@ -67,6 +67,7 @@ def test_the_same_prompt_gives_the_same_loss(models, batch):
     assert found == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.extra_large_but_on("tensorflow", "torch")
 @EACH
 def test_logits_are_those_of_the_teachers_own_prompt(family):
     prompts = make_prompts(family, sizes=(3,), teacher_images=1)
