@@ -37,6 +37,7 @@ from keras_laid.haystacks.results import HaystackResults
 from keras_laid.haystacks.sampling import PairSource
 from keras_laid.haystacks.scoring import NumberWithin
 from keras_laid.haystacks.scoring import score
+from keras_laid.haystacks.student_responses import StudentResponses
 
 __all__ = [
     "Coco",
@@ -53,6 +54,7 @@ __all__ = [
     "OpenMoji",
     "PairSource",
     "Question",
+    "StudentResponses",
     "VisualHaystacks",
     "aligned_tokens",
     "draw_haystacks",

@@ -10,6 +10,7 @@ import numpy as np
 
 from keras_laid.arguments import check_integer
 from keras_laid.arguments import check_integers
+from keras_laid.backbones.prompt_forms import LENGTH_STEP
 from keras_laid.backbones.prompt_forms import Batch
 from keras_laid.backbones.prompt_forms import prompt_form
 from keras_laid.backbones.prompt_forms import sizes_read
@@ -77,6 +78,9 @@ class LongPrompts(keras.utils.PyDataset):
             prompts of each batch.
         epoch: Integer, how often `on_epoch_end` was called.
             `keras_laid.ResumableTraining` restores it.
+        responses: Dictionary from the number of a prompt to a string, which
+            takes the place of its example's response. Empty at first;
+            `keras_laid.haystacks.StudentResponses` fills it.
 
     Each batch is a tuple `(x, y, sample_weight)` as the preprocessor makes it.
     `x` also has `"needle"`, of shape `(batch,)`: the place of the example's
@@ -141,6 +145,7 @@ class LongPrompts(keras.utils.PyDataset):
         self.max_length = max_length
         self.seed = seed
         self.epoch = 0
+        self.responses: dict[int, str] = {}
 
         rng = np.random.default_rng(seed)
         rounds = -(-num_prompts // len(self.examples))
@@ -188,40 +193,62 @@ class LongPrompts(keras.utils.PyDataset):
             for size in sizes_read(self.sizes, self.teacher_images)
         }
 
+    def make_room(self, tokens: int) -> None:
+        """Makes all prompts longer, for responses of so many tokens."""
+        self.lengths = {
+            size: length + -(-tokens // LENGTH_STEP) * LENGTH_STEP
+            for size, length in self.lengths.items()
+        }
+
     def __len__(self) -> int:
         return -(-self.num_prompts // self.batch_size)
 
     def __getitem__(self, index: int) -> Batch:
-        rng = np.random.default_rng((self.seed, index))
-        start = index * self.batch_size
-        rows = self.order[start : start + self.batch_size]
         size = int(self.batch_images[index])
-        x, y, sample_weight = self.batch_of(rows, size, rng)
+        images, places = self.drawn(index)
+        numbers = self.numbers(index)
+        x, y, sample_weight = self.batch_of(numbers, images, places)
         if self.stretching is not None:
             rng = np.random.default_rng((self.seed, index, self.epoch))
             x["positions"] = self.form.stretched(self.stretching, x, size, rng)
         return x, y, sample_weight
 
-    def batch_of(
-        self, rows: np.ndarray, size: int, rng: np.random.Generator
-    ) -> Batch:
-        """Prompts about the examples `rows`, all of one length."""
+    def numbers(self, index: int) -> np.ndarray:
+        """The numbers of the prompts in a batch."""
+        end = min((index + 1) * self.batch_size, self.num_prompts)
+        return np.arange(index * self.batch_size, end)
+
+    def drawn(self, index: int) -> tuple[list[list[Any]], list[int]]:
+        """The images of each prompt in a batch, and where its own are."""
+        rng = np.random.default_rng((self.seed, index))
+        size = int(self.batch_images[index])
         drawn = [
-            draw_images(self.examples, int(row), size, rng) for row in rows
+            draw_images(self.examples, int(row), size, rng)
+            for row in self.order[self.numbers(index)]
         ]
-        x, y, sample_weight = self.encode([each for each, _ in drawn], rows)
-        x["needle"] = np.array([place for _, place in drawn], "int32")
+        return [images for images, _ in drawn], [place for _, place in drawn]
+
+    def batch_of(
+        self, numbers: np.ndarray, images: list[list[Any]], places: list[int]
+    ) -> Batch:
+        """Prompts of these numbers, all of one length."""
+        x, y, sample_weight = self.encode(images, numbers)
+        x["needle"] = np.array(places, "int32")
         if self.teacher_images is not None:
-            shown = min(self.teacher_images, size)
-            fewer = [around(*each, shown) for each in drawn]
-            own, _, marked = self.encode(fewer, rows)
+            shown = min(self.teacher_images, len(images[0]))
+            fewer = [
+                around(*each, shown)
+                for each in zip(images, places, strict=True)
+            ]
+            own, _, marked = self.encode(fewer, numbers)
             own["aligned"] = aligned_tokens(sample_weight, marked)
             x["teacher"] = own
         return x, y, sample_weight
 
-    def encode(self, images: list[list[Any]], rows: np.ndarray) -> Batch:
-        """Prompts with these images or documents, about the examples `rows`."""
+    def encode(self, images: list[list[Any]], numbers: np.ndarray) -> Batch:
+        """Prompts of these numbers, with these images or documents."""
         length = self.lengths[len(images[0])]
+        rows = self.order[numbers]
         examples = [self.examples[row] for row in rows]
         shown: Any = images
         if self.form.takes_images:
@@ -229,7 +256,10 @@ class LongPrompts(keras.utils.PyDataset):
         batch = self.form.encode_whole(
             shown,
             [example.prompt for example in examples],
-            [example.response for example in examples],
+            [
+                self.responses.get(int(number), example.response)
+                for number, example in zip(numbers, examples, strict=True)
+            ],
             length,
         )
         self.check_length(batch[0]["padding_mask"], rows)
