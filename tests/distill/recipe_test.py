@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_laid.distill.__main__ import distill
+from keras_laid.distill import distill
+from keras_laid.distill import read_recipe
 from keras_laid.distill.recipe import Evaluation
-from keras_laid.distill.recipe import read_recipe
 from tests.backbones import small_models
 from tests.haystacks.families import COLOURS
 from tests.haystacks.families import PREPROCESSORS
