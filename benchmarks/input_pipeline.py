@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 import keras_laid
 from benchmarks import rows
+from keras_laid.backbones import several_images
 
 PATH = rows.RESULTS / "input_pipeline.csv"
 
@@ -72,7 +73,6 @@ def make_distiller():
         keras_hub.models.PaliGemmaCausalLM.from_preset(preset)
         for preset in (keras_laid.presets.TEACHER, keras_laid.presets.STUDENT)
     ]
-    several_images = keras_laid.MultiImagePaliGemmaCausalLM.from_causal_lm
     distiller = keras_laid.DistanceWeightedAttentionDistillation(
         *map(several_images, models)
     )

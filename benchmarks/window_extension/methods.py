@@ -14,6 +14,7 @@ from benchmarks.window_extension.method import kd
 from benchmarks.window_extension.method import laid
 from benchmarks.window_extension.method import sft
 from benchmarks.window_extension.settings import RUNS
+from keras_laid.backbones import several_images
 
 WINDOW = 150  # In images: the range of stretched positions.
 # In tokens: the length that the embedded student was trained on, 5 images and
@@ -219,7 +220,3 @@ def adamw(learning_rate, steps):
 
 def load(preset):
     return keras_hub.models.PaliGemmaCausalLM.from_preset(preset)
-
-
-def several_images(model):
-    return keras_laid.MultiImagePaliGemmaCausalLM.from_causal_lm(model)

@@ -10,9 +10,9 @@ import keras_hub
 
 from keras_laid.backbones.gain_modulation import attach_gain_modulation
 from keras_laid.backbones.gain_modulation import fold_gain_modulation
-from keras_laid.backbones.image_prompts import ImagePrompts
 from keras_laid.backbones.multi_image_pali_gemma import several_images
 from keras_laid.backbones.prompt_forms import prompt_form
+from keras_laid.backbones.text_prompts import prompts_for
 from keras_laid.distill.recipe import Recipe
 from keras_laid.distillation.distance_weighting import DistanceWeighting
 from keras_laid.distillation.distiller import (
@@ -125,7 +125,7 @@ def image_size(model: keras.Model) -> tuple[int, int] | None:
     """Height and width that images need, in pixels; `None` for text."""
     if not prompt_form(model.preprocessor).takes_images:
         return None
-    return ImagePrompts(model).image_size
+    return prompts_for(model).image_size
 
 
 def measured(

@@ -31,7 +31,7 @@ ASK_FOR_IDS = (
 
 
 class NextToken(NamedTuple):
-    """What a server wrote of one token of a response.
+    """What a server wrote about one token of a response.
 
     Attributes:
         token: Integer, or `None` where no single token has its string.
@@ -126,7 +126,7 @@ class LogProbabilities:
         values: Any = fields.get(self.field)
         if self.field == "prompt_logprobs":
             ids = token_ids(fields, "prompt_token_ids", values)
-            # Nothing is known of the first token, which nothing comes before.
+            # The first token of a prompt has no log probabilities.
             first = max(1, len(ids) - count)
             return self.by_ids(ids[first:], values[first:])
         if isinstance(values, list):
@@ -189,7 +189,7 @@ class LogProbabilities:
         return NextToken(self.id_of(entry), found, unknown)
 
     def id_of(self, entry: dict[str, Any]) -> int | None:
-        """The token that is written so; `None` if that is not a single one."""
+        """The token with this written form, or `None`."""
         string: Any = entry.get("token")
         written = entry.get("bytes")
         check_kind("token", string, str, "a string")
@@ -221,7 +221,7 @@ class LogProbabilities:
 
 
 def fields_of(content: Any, example: int) -> dict[str, Any]:
-    """What a line says of the response, in any of its forms."""
+    """The fields of a line about the response, in any of its forms."""
     check_kind("a line", content, dict, "a dictionary")
     if "custom_id" in content:  # Of a batch API.
         if content["custom_id"] != str(example):
@@ -242,7 +242,7 @@ def fields_of(content: Any, example: int) -> dict[str, Any]:
             "`choices` must be a list of one dictionary. Received: "
             f"choices={choices!r:.80}. Ask the server for `n=1`."
         )
-    # vLLM has what belongs to the prompt in either.
+    # vLLM writes the fields of the prompt in either place.
     return content | {k: v for k, v in choices[0].items() if v is not None}
 
 

@@ -166,14 +166,9 @@ class Present(NamedTuple):
 
     def __call__(self, source: Any, rng: np.random.Generator) -> Haystack:
         places = rng.permutation(self.size)[: int(self.answer == "yes")]
-        anchor, images = draw_anchor(source, self.size, places, rng)
+        drawn = draw_anchor(source, self.size, places, rng)
         return Haystack(
-            present_question(anchor),
-            self.answer,
-            anchor,
-            target="",
-            needles=as_needles(places),
-            images=images,
+            present_question(drawn[0]), self.answer, *drawn, ANSWERS
         )
 
 
@@ -204,16 +199,9 @@ class Count(NamedTuple):
 
     def __call__(self, source: Any, rng: np.random.Generator) -> Haystack:
         places = rng.permutation(self.size)[: self.num_needles]
-        anchor, images = draw_anchor(source, self.size, places, rng)
-        return Haystack(
-            count_question(anchor),
-            str(self.num_needles),
-            anchor,
-            target="",
-            needles=as_needles(places),
-            images=images,
-            options=self.options,
-        )
+        drawn = draw_anchor(source, self.size, places, rng)
+        text, answer = count_question(drawn[0]), str(self.num_needles)
+        return Haystack(text, answer, *drawn, self.options)
 
 
 class WhichImage(NamedTuple):
@@ -237,16 +225,9 @@ class WhichImage(NamedTuple):
     def __call__(self, source: Any, rng: np.random.Generator) -> Haystack:
         offered = np.sort(rng.permutation(self.size)[: len(LETTERS)])
         needle = offered[[LETTERS.index(self.answer)]]
-        anchor, images = draw_anchor(source, self.size, needle, rng)
-        return Haystack(
-            which_image_question(anchor, offered.tolist()),
-            self.answer,
-            anchor,
-            target="",
-            needles=as_needles(needle),
-            images=images,
-            options=LETTERS,
-        )
+        drawn = draw_anchor(source, self.size, needle, rng)
+        text = which_image_question(drawn[0], offered.tolist())
+        return Haystack(text, self.answer, *drawn, LETTERS)
 
 
 TASKS: dict[str, Callable[..., Any]] = {
@@ -259,11 +240,11 @@ TASKS: dict[str, Callable[..., Any]] = {
 
 def draw_anchor(
     source: Any, size: int, places: np.ndarray, rng: np.random.Generator
-) -> tuple[str, Any]:
-    """A name, and images of which only those at `places` show it."""
+) -> tuple[str, str, tuple[int, ...], Any]:
+    """The anchor, no target, the needles at `places`, and all images."""
     shows = np.zeros(len(places), bool)
     anchor, _, images = source.draw(size, places, shows, rng)
-    return anchor, images
+    return anchor, "", as_needles(places), images
 
 
 def check_one_needle(task: str, needles: Sequence[int]) -> None:

@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import json
 import pathlib
 from collections.abc import Iterable
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from keras_laid.arguments import check_path
+from keras_laid.haystacks.files import read_json_lines
 from keras_laid.typing import PathLike
 
 # Columns of a table of examples; several images are separated by `;`.
@@ -171,14 +171,14 @@ def read_examples(
     path = pathlib.Path(path)
     root = path.parent if root is None else pathlib.Path(root)
     examples = []
-    for number, row in rows_of(path):
+    for where, row in rows_of(path):
         try:
             example = from_columns(row)
             images = [
                 str(checked_file(root, image)) for image in example.images
             ]
         except (TypeError, ValueError, FileNotFoundError) as error:
-            raise type(error)(f"{path.name}, row {number}: {error}") from error
+            raise type(error)(f"{where}: {error}") from error
         examples.append(dataclasses.replace(example, images=images))
     if not examples:
         raise ValueError(
@@ -187,40 +187,26 @@ def read_examples(
     return examples
 
 
-def rows_of(path: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Numbers of lines, from 1, and dictionaries."""
-    if path.suffix not in (".csv", ".jsonl"):
+def rows_of(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Dictionaries, each after a string that names the file and the row."""
+    if path.suffix == ".jsonl":
+        yield from read_json_lines(path)
+        return
+    if path.suffix != ".csv":
         raise ValueError(
             "Examples are read from `.csv` and `.jsonl` files. "
             f"Received: {str(path)!r}"
         )
     with path.open(encoding="utf-8", newline="") as file:
-        if path.suffix == ".csv":
-            reader = csv.DictReader(file)
-            for row in reader:
-                if None in row or None in row.values():
-                    raise ValueError(
-                        f"{path.name}, row {reader.line_num}: a row must have "
-                        f"as many cells as the header. Received: {row}"
-                    )
-                yield reader.line_num, row
-            return
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
+        reader = csv.DictReader(file)
+        for row in reader:
+            where = f"{path}, line {reader.line_num}"
+            if None in row or None in row.values():
                 raise ValueError(
-                    f"{path.name}, row {number}: a line must be JSON. "
-                    f"Received: {line!r:.80}, {error}"
-                ) from error
-            if not isinstance(row, dict):
-                raise ValueError(
-                    f"{path.name}, row {number}: a line must be a dictionary. "
-                    f"Received: {line!r:.80}"
+                    "A row must have as many cells as the header. "
+                    f"Received: {row} in {where}"
                 )
-            yield number, row
+            yield where, row
 
 
 def checked_file(root: pathlib.Path, image: Any) -> pathlib.Path:

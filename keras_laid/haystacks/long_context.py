@@ -1,4 +1,4 @@
-"""Questions about long documents: what benchmarks of them have in common."""
+"""Questions about long documents, as several benchmarks have them."""
 
 import dataclasses
 import pathlib

@@ -19,7 +19,7 @@ from keras_laid.haystacks.scoring import OF_OPTIONS
 from keras_laid.haystacks.scoring import score
 
 ARTICLES = ("a", "an", "the")
-# What MM-NIAH's scorer takes for punctuation, and words it takes for numbers.
+# Punctuation in MM-NIAH's scorer, and the words that it reads as numbers.
 MARKS = ';/[]"{}()=+\\_-><@`,?!'
 UNITS = (
     "zero one two three four five six seven eight nine ten eleven twelve "
@@ -28,7 +28,7 @@ UNITS = (
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
 NUMBERS = {word: str(number) for number, word in enumerate(UNITS.split())}
 NUMBERS |= {word: f"{ten}0" for ten, word in enumerate(TENS.split(), start=2)}
-# What MMLongBench takes for the answer in replies without yes or no, in turn.
+# The answers that MMLongBench assumes, in turn, for replies without yes or no.
 IN_TURN = ("no", "yes", "yes", "no")
 
 
@@ -42,20 +42,20 @@ def score_mm_niah(
     Counting questions get the benchmark's soft accuracy, the share of numbers
     that are right at their position of the list; all others get 0 or 1.
 
-    By the strict rule, an answer may begin with `"Answer:"` and must be what
-    was asked for and nothing else: the expected words, but for case,
-    punctuation and articles; the letter of a choice; or a list in JSON, of the
+    By the strict rule, an answer may begin with `"Answer:"` and must then hold
+    only what the question asks for: the expected words, except for case,
+    punctuation and articles; the letter of a choice; or a list in JSON of the
     right length.
 
     By the official rule,
 
     - an answer in words is right if it contains the expected words, so that
       `"not an oak"` is right where `"oak"` is;
-    - numbers after the expected ones cost nothing: `[1, 2, 9, 9]` is wholly
-      right where `[1, 2]` is, and so are lists in a dictionary;
-    - of an answer to a multiple-choice question, what is before the first full
-      stop must be a letter, or be a number, the index from 0: `"B. A cat"` and
-      `"1"` are B; `"(B)"` and `"B) A cat"` are wrong;
+    - numbers after the expected ones are ignored: `[1, 2, 9, 9]` is fully right
+      where `[1, 2]` is, and lists in a dictionary are joined;
+    - an answer to a multiple-choice question must be a letter before its first
+      full stop, or a number, the index from 0: `"B. A cat"` and `"1"` are B;
+      `"(B)"` and `"B) A cat"` are wrong;
     - `"the camera is moving left"` is A and `"... right"` is B, whatever the
       choices are.
 
@@ -64,8 +64,8 @@ def score_mm_niah(
     whose empty cells are 0; both differ from the mean of what is returned.
 
     Args:
-        answers: Sequence of strings, what a model said.
-        questions: Sequence of `LongContextQuestion`, as many, of MM-NIAH's
+        answers: Sequence of strings, the model's answers.
+        questions: Sequence of as many `LongContextQuestion`s, of MM-NIAH's
             tasks.
         rule: `"strict"` or `"official"`. Defaults to `"strict"`.
 
@@ -74,7 +74,7 @@ def score_mm_niah(
 
     Raises:
         ValueError: If there are not as many answers as questions, if a
-            question is one of Visual Haystacks, or if `rule` is none of those.
+            question is one of Visual Haystacks, or if `rule` is unknown.
         TypeError: If an answer is not a string, or a question of another kind.
 
     Reference:
@@ -108,28 +108,28 @@ def score_mm_long_bench(
 
     - the metric of counting questions that its code calls `soft_acc` is not
       MM-NIAH's: it compares the sums of two lists, so that `[3, 0]` is right
-      where `[1, 2]` is. Without a list, all numbers in the answer are added,
-      and none are 0;
-    - in Visual Haystacks the last yes or no counts. Answers without any count
-      as no, yes, yes, no in turn, by their places in `answers`, so that about
-      half of them count as right;
-    - an answer in words is right if the expected letters are in it, be it
-      inside of a word: `"soaked"` is right where `"oak"` is;
-    - answers are read twice, with `"Answer:"` before them and without, and the
-      better reading counts. With it, the first letter is taken for the choice
-      if it is one of A to J: `"Both show D."` is right where B is, and where D
-      is. As `"Answer:"` begins with A itself, `"Answer: D"` is also right
-      where A is.
+      where `[1, 2]` is. Without a list, all numbers in the answer are added;
+      an answer without numbers has the sum 0;
+    - in Visual Haystacks the last yes or no counts. Answers without either
+      count as no, yes, yes, no in turn, by their places in `answers`, so that
+      about half of them are right;
+    - an answer in words is right if it contains the expected letters, even
+      inside a word: `"soaked"` is right where `"oak"` is;
+    - each answer is read twice, with `"Answer:"` before it and without, and the
+      better reading counts. With `"Answer:"`, the first letter is read as the
+      choice if it is one of A to J: `"Both show D."` is right where B is right,
+      and where D is. Since `"Answer:"` itself begins with A, `"Answer: D"` is
+      also right where A is.
 
-    Its `eval_api_batch.py` lets replies take their turns in the order in which
-    threads come to them, and leaves out empty ones; its
+    Its `eval_api_batch.py` assigns these turns in the order in which threads
+    handle the replies, and leaves out empty replies; its
     `figure_scripts/utils.py`, which makes the tables of the paper, subtracts
     accuracies of Visual Haystacks below 50% from 100%. Neither is done here.
 
     Args:
-        answers: Sequence of strings, what a model said, without the
+        answers: Sequence of strings, the model's answers, without the
             `"Answer:"` at the end of the benchmark's prompts.
-        questions: Sequence of `LongContextQuestion`, as many, in the order of
+        questions: Sequence of as many `LongContextQuestion`s, in the order of
             the file.
         rule: `"strict"` or `"official"`. Defaults to `"strict"`.
 
@@ -138,7 +138,7 @@ def score_mm_long_bench(
 
     Raises:
         ValueError: If there are not as many answers as questions, or if `rule`
-            is none of those.
+            is unknown.
         TypeError: If an answer is not a string, or a question of another kind.
 
     Reference:

@@ -194,10 +194,10 @@ class LongPrompts(keras.utils.PyDataset):
         }
 
     def make_room(self, tokens: int) -> None:
-        """Makes all prompts longer, for responses of so many tokens."""
+        """Makes all prompts long enough for responses of so many tokens."""
+        room = -(-tokens // LENGTH_STEP) * LENGTH_STEP
         self.lengths = {
-            size: length + -(-tokens // LENGTH_STEP) * LENGTH_STEP
-            for size, length in self.lengths.items()
+            size: length + room for size, length in self.find_lengths().items()
         }
 
     def __len__(self) -> int:

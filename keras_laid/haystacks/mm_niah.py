@@ -45,9 +45,9 @@ def read_mm_niah(
     Raises:
         ValueError: If the file's name is not one of a task, if a line is not a
             whole JSON object, if an entry lacks a key, has a value of the
-            wrong type, an answer that is none of its choices, another number
-            of `<image>` than of images, or the id of an entry before it, or if
-            the path of an image is not relative or leaves the root. The
+            wrong type, an answer that is not one of its choices, another
+            number of `<image>` than of images, or the id of an earlier entry,
+            or if the path of an image is not relative or leaves the root. The
             message names the file and the line.
         FileNotFoundError: If the file, or an image below `root`, is missing.
 

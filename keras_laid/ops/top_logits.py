@@ -126,6 +126,7 @@ def check_top_logits(name: str, top: TopLogits) -> None:
     check_dtype(f"{name}.index", top.index, "int")
     check_shape(f"{name}.others", top.others, **axes, temperatures=2)
     check_integer(f"{name}.vocabulary", top.vocabulary)
+    check_number(f"{name}.temperature", top.temperature, "(0, inf)")
 
 
 def put(tensor: Tensor, index: Tensor, values: Tensor) -> Tensor:

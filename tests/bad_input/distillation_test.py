@@ -327,6 +327,7 @@ CONSTRUCTOR = [
             (AttentionMatching, "mixer_sharpness", (NAN, "sharp", True)),
             (NextTokens, "logits_weight", (-1.0, None)),
             (NextTokens, "supervised_weight", (INFINITY, [1.0])),
+            (NextTokens, "beta", (-0.1, 1.5, NAN, "1", None)),
             (NextTokens, "temperature", (0.0, NAN, INFINITY, "1", None)),
             (HiddenStates, "weight", (-1.0, None)),
         )

@@ -672,6 +672,16 @@ def top(**changes):
             )
             for value in (0.0, NAN, INFINITY)
         ],
+        *[
+            refused(
+                f"a beta of {value}",
+                lambda value=value: tokens(beta=value),
+                ValueError,
+                "`beta` must be in [0, 1]",
+                f"beta={value}",
+            )
+            for value in (-0.1, 1.5, NAN)
+        ],
         refused(
             "an unknown vocabulary",
             lambda: tokens(vocabulary=["same"]),

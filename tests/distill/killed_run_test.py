@@ -49,7 +49,7 @@ def write_photographs(folder):
         if number % 3 == 0:
             exif[0x112] = SIDEWAYS
         image.save(folder / f"{number}.jpg", exif=exif)
-        response = ("yes", "no", "")[number % 3] or "yes"
+        response = ("yes", "no")[number % 2]
         lines.append(f"{number}.jpg,Is there a red page?,{response}")
     (folder / "table.csv").write_text("\n".join(lines) + "\n")
 

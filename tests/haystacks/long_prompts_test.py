@@ -275,11 +275,15 @@ def test_a_folder_of_images_with_a_table(tmp_path, kind):
 @pytest.mark.parametrize(
     ("lines", "error", "words"),
     [
-        (["missing.png,Is it?,yes"], FileNotFoundError, "row 2: .*missing.png"),
-        (["broken.jpg,Is it?,yes"], ValueError, "row 2: .*whole JPEG or PNG"),
-        (["0.jpg,Is it?,yes", "0.jpg, ,yes"], ValueError, "row 3: `prompt`"),
-        (["0.jpg,Is it?"], ValueError, "row 2: .*as many cells"),
-        ([",Is it?,yes"], ValueError, "row 2: .*at least one image"),
+        (
+            ["missing.png,Is it?,yes"],
+            FileNotFoundError,
+            "line 2: .*missing.png",
+        ),
+        (["broken.jpg,Is it?,yes"], ValueError, "line 2: .*whole JPEG or PNG"),
+        (["0.jpg,Is it?,yes", "0.jpg, ,yes"], ValueError, "line 3: `prompt`"),
+        (["0.jpg,Is it?"], ValueError, "as many cells.*line 2"),
+        ([",Is it?,yes"], ValueError, "line 2: .*at least one image"),
         ([], ValueError, "without any"),
     ],
 )
@@ -297,10 +301,10 @@ def test_wrong_rows_are_named(tmp_path, lines, error, words):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("{", "row 1: a line must be JSON"),
-        ("[1]", "row 1: a line must be a dictionary"),
-        ('{"image": "0.jpg"}', "row 1: .*without .'prompt'."),
-        ('{"image": 3, "prompt": "Is it?"}', "row 1: "),
+        ("{", "must be a whole JSON object.*line 1"),
+        ("[1]", "a line must be.*line 1"),
+        ('{"image": "0.jpg"}', "line 1: .*without .'prompt'."),
+        ('{"image": 3, "prompt": "Is it?"}', "line 1: "),
     ],
 )
 def test_wrong_lines_of_json_are_named(tmp_path, line, words):
