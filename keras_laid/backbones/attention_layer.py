@@ -35,6 +35,8 @@ class AttentionLayer:
         window: Integer, the length of the sliding window in tokens, or `None`.
         pair_distance: Integer: rotary embedding rotates feature `k` together
             with feature `k + pair_distance`.
+        interleaved: Boolean, whether rotated queries and keys have the two
+            features of a pair side by side.
         keys_from: Integer, index of the layer whose keys it uses, or `None`
             where it has keys of its own.
         lends_keys: Boolean, whether another layer uses its keys.
@@ -58,6 +60,7 @@ class AttentionLayer:
     wavelength: float
     scale: float
     pair_distance: int
+    interleaved: bool = False
     soft_cap: float | None = None
     window: int | None = None
     keys_from: int | None = None

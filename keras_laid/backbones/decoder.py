@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+from keras_hub.layers import RotaryEmbedding
 from keras_hub.models import PaliGemmaBackbone
 
 from keras_laid.arguments import check_dtype
@@ -13,9 +14,11 @@ from keras_laid.arguments import check_indices
 from keras_laid.arguments import check_kind
 from keras_laid.arguments import check_shape
 from keras_laid.arguments import check_tokens
+from keras_laid.backbones.attention_layer import AttentionLayer
 from keras_laid.backbones.attention_layer import DecoderLayer
 from keras_laid.backbones.families import attention_layers
 from keras_laid.backbones.families import family_of
+from keras_laid.backbones.families import layers_with_maps
 from keras_laid.typing import Tensor
 
 # Inputs with a value for each token id.
@@ -43,6 +46,40 @@ def pali_gemma_backbone_of(model: keras.Model) -> PaliGemmaBackbone:
 def global_layers(model: keras.Model) -> list[int]:
     """Indices of the layers with full attention; at least one must exist."""
     return indices_of_global(attention_layers(model), backbone_of(model).name)
+
+
+def plainly_rotated(model: keras.Model) -> list[AttentionLayer]:
+    """The layers with full attention, if each rotates all of its features.
+
+    Raises:
+        ValueError: If the family is unknown, if there is no such layer, or if
+            one rotates a part of its features, has M-RoPE, or has Phi-3's
+            rotary embedding for long contexts.
+    """
+    attentions = layers_with_maps(model)
+    layers = [attentions[index] for index in global_layers(model)]
+    for layer in layers:
+        if layer.rotary_dim != layer.head_dim or not isinstance(
+            layer.rotary, RotaryEmbedding
+        ):
+            raise ValueError(
+                "Rotary embeddings must rotate all features of a head, by one "
+                f"set of frequencies. Received: decoder layer {layer.index} of "
+                f"{backbone_of(model).name!r}, which rotates "
+                f"{layer.rotary_dim} of {layer.head_dim} features with "
+                f"{type(layer.rotary).__name__}"
+            )
+    return layers
+
+
+def check_no_dropout(model: keras.Model, name: str) -> None:
+    """Refuses a model with dropout, for the scope called `name`."""
+    dropout = getattr(backbone_of(model), "dropout", 0.0)
+    if dropout:
+        raise ValueError(
+            f"`{name}` needs a model without dropout. "
+            f"Received: backbone.dropout={dropout}"
+        )
 
 
 def indices_of_global(layers: Sequence[DecoderLayer], name: str) -> list[int]:

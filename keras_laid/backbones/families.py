@@ -165,6 +165,7 @@ def of_gemma(block: keras.layers.Layer) -> AttentionLayer:
     normalized = getattr(attention, "use_query_key_norm", False)
     return of_any_gemma(
         attention,
+        interleaved=not hasattr(attention, "use_query_key_norm"),
         num_key_value_heads=attention.num_key_value_heads,
         scale=scaled_dim**-0.5,
         query_layer=attention.query_norm

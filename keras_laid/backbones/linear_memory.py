@@ -148,11 +148,7 @@ def check_linear_memory(model: keras.Model) -> None:
             "not Gemma 4, and Qwen only without a sliding window. "
             f"Received: {name}"
         )
-    if getattr(backbone, "dropout", 0.0):
-        raise ValueError(
-            "`linear_memory_attention` needs a model without dropout. "
-            f"Received: backbone.dropout={backbone.dropout}"
-        )
+    decoder.check_no_dropout(backbone, "linear_memory_attention")
     if any("_compute_attention" in vars(layer.layer) for layer in layers):
         raise ValueError(
             "`linear_memory_attention` must be the outermost scope that "

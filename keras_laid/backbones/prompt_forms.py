@@ -303,6 +303,14 @@ class TextForm(PromptForm):
             A tuple of two lists of integers. Documents are numbered from 1; 0
             is no document.
         """
+        tokens, segments = self.document_tokens(documents)
+        ids = self.tokenize(prompt)
+        return tokens + ids, segments + [0] * len(ids)
+
+    def document_tokens(
+        self, documents: Sequence[str]
+    ) -> tuple[list[int], list[int]]:
+        """What `prompt_tokens` returns, without the prompt."""
         tokens, segments = [], []
         if self.preprocessor.add_start_token:
             tokens.append(self.preprocessor.tokenizer.start_token_id)
@@ -311,8 +319,7 @@ class TextForm(PromptForm):
             ids = self.tokenize(document + self.separator)
             tokens += ids
             segments += [number] * len(ids)
-        ids = self.tokenize(prompt)
-        return tokens + ids, segments + [0] * len(ids)
+        return tokens, segments
 
     def tokenize(self, text: str) -> list[int]:
         return [

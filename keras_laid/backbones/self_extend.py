@@ -2,14 +2,15 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import keras
 from keras import ops
 
 from keras_laid.arguments import check_integer
 from keras_laid.backbones import decoder
+from keras_laid.backbones.attention_layer import AttentionLayer
 from keras_laid.backbones.compiled import compiled_apart
-from keras_laid.backbones.families import layers_with_maps
 from keras_laid.backbones.rotary_positions import RotatedAt
 from keras_laid.typing import Tensor
 
@@ -48,9 +49,10 @@ def self_extend(
     the body raises an error.
 
     Args:
-        model: A `keras_hub.models.PaliGemmaCausalLM`, a
-            `keras_hub.models.PaliGemmaBackbone`, or a
-            `keras_laid.MultiImagePaliGemmaCausalLM`.
+        model: A `keras_hub.models.CausalLM` or its backbone, of a family that
+            `keras_laid.backbones.attention_layers` knows, whose layers with
+            full attention rotate all features of a head by one set of
+            frequencies; or a `keras_laid.MultiImagePaliGemmaCausalLM`.
         group_size: Positive integer, the number of neighbouring far tokens that
             share a position. Choose it so large that the distances above stay
             within those of the model's training.
@@ -60,10 +62,11 @@ def self_extend(
 
     Raises:
         TypeError: On entry, if a number is not an integer.
-        ValueError: On entry, if the model is not a PaliGemma, has no layer
-            without a sliding window, or has its attention replaced by another
-            scope already, or if an argument is out of its range. The model is
-            then unchanged.
+        ValueError: On entry, if the model's family is unknown, if the model has
+            no layer without a sliding window, rotates a part of the features
+            (Gemma 4, Qwen 3.5), has dropout, or has its attention replaced by
+            another scope already, or if an argument is out of its range. The
+            model is then unchanged.
 
     Example:
 
@@ -79,10 +82,9 @@ def self_extend(
     """
     check_integer("group_size", group_size)
     check_integer("neighbor_window", neighbor_window)
-    decoder.pali_gemma_backbone_of(model)
-    attentions = layers_with_maps(model)
-    layers = [attentions[i].layer for i in decoder.global_layers(model)]
-    if any("_compute_attention" in vars(layer) for layer in layers):
+    layers = decoder.plainly_rotated(model)
+    decoder.check_no_dropout(model, "self_extend")
+    if any("_compute_attention" in vars(layer.layer) for layer in layers):
         raise ValueError(
             "`self_extend` must be the outermost scope that changes a model's "
             "attention, and cannot be nested. Received: a model inside another "
@@ -93,8 +95,8 @@ def self_extend(
         for layer in layers:
             extended = SelfExtendedAttention(layer, group_size, neighbor_window)
             for part, name, function in (
-                (layer.rope_layer, "call", extended.rotate),
-                (layer, "_compute_attention", extended),
+                (layer.rotary, "call", extended.rotate),
+                (layer.layer, "_compute_attention", extended),
             ):
                 stack.enter_context(
                     decoder.replaced_method(part, name, function)
@@ -111,12 +113,13 @@ class SelfExtendedAttention:
     """
 
     def __init__(
-        self, layer: keras.layers.Layer, group_size: int, neighbor_window: int
+        self, layer: AttentionLayer, group_size: int, neighbor_window: int
     ) -> None:
         self.layer = layer
+        self.softmax = keras.layers.Softmax(dtype="float32")
         self.group_size = group_size
         self.neighbor_window = neighbor_window
-        self.call_rope = layer.rope_layer.call
+        self.call_rope = layer.rotary.call
         # Start index and positions of the last rotation, taken out when they
         # are used: under compilation they are valid only for one trace.
         self.rotated_at: list[tuple[int | Tensor, Tensor | None]] = []
@@ -143,13 +146,11 @@ class SelfExtendedAttention:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor | None,
-        training: bool = False,
-        cache_update_index: int | Tensor = 0,
+        attention_mask: Tensor | None = None,
+        **unused: Any,
     ) -> Tensor:
         # b = batch (or 1), t = query, s = key, k = key head,
         # g = query head of a key head, h = feature
-        layer = self.layer
         query_at, key_at = self.positions(query, key)  # [b, t], [b, s]
         shift = self.neighbor_window - self.neighbor_window // self.group_size
         moved = self.grouping(query_at)
@@ -166,10 +167,9 @@ class SelfExtendedAttention:
         )
         if attention_mask is not None:
             attention_mask = attention_mask[:, None, None]
-        maps = layer.softmax(logits, mask=attention_mask)
-        maps = ops.cast(maps, logits.dtype)
-        if layer.dropout:
-            maps = layer.dropout_layer(maps, training=training)
+            attention_mask = ops.cast(attention_mask, "bool")
+        maps = self.softmax(logits, mask=attention_mask)
+        maps = ops.cast(maps, value.dtype)
         output = ops.einsum("bkgts,bskh->btkgh", maps, value)
         return ops.reshape(output, ops.shape(query))
 
@@ -198,35 +198,31 @@ class SelfExtendedAttention:
 
     def moved(self, x: Tensor, tokens: Tensor) -> Tensor:
         """Rotates queries or keys further, by `tokens` from their positions."""
-        frequency = self.layer.rope_layer._get_inverse_freq(x.shape[-1])
+        frequency = self.layer.rotary._get_inverse_freq(x.shape[-1])
         angle = ops.cast(tokens, "float32")[..., None] * frequency
         cos, sin = (f(angle)[:, :, None] for f in (ops.cos, ops.sin))
-        # Unlike `RotaryEmbedding`, Gemma puts the two of a pair side by side.
+        # Which axis holds the two features of a pair.
+        axis = -1 if self.layer.interleaved else -2
+        halves = [x.shape[-1] // 2, 2][:: 1 if axis == -1 else -1]
         pairs = ops.reshape(
-            ops.cast(x, "float32"), (*ops.shape(x)[:-1], x.shape[-1] // 2, 2)
+            ops.cast(x, "float32"), (*ops.shape(x)[:-1], *halves)
         )
-        first, second = pairs[..., 0], pairs[..., 1]
+        first, second = (ops.take(pairs, part, axis=axis) for part in (0, 1))
         turned = ops.stack(
-            (first * cos - second * sin, second * cos + first * sin), axis=-1
+            (first * cos - second * sin, second * cos + first * sin), axis=axis
         )
         return ops.cast(ops.reshape(turned, ops.shape(x)), x.dtype)
 
     def logits(self, query: Tensor, key: Tensor) -> Tensor:
         layer = self.layer
-        normalizer = (
-            layer.head_dim
-            if layer.query_head_dim_normalize
-            else layer.hidden_dim // layer.num_query_heads
-        )
-        query = query * ops.cast(normalizer**-0.5, query.dtype)
-        groups = layer.num_query_heads // layer.num_key_value_heads
+        query = query * ops.cast(layer.scale, query.dtype)
+        # Most families have repeated each key head for its query heads.
+        groups = layer.num_query_heads // key.shape[2]
         batch, length, _, features = ops.shape(query)
         query = ops.reshape(
-            query,
-            (batch, length, layer.num_key_value_heads, groups, features),
+            query, (batch, length, key.shape[2], groups, features)
         )
         logits = ops.einsum("btkgh,bskh->bkgts", query, key)
-        if layer.logit_soft_cap is not None:
-            logits = ops.tanh(logits / layer.logit_soft_cap)
-            logits = logits * layer.logit_soft_cap
+        if layer.soft_cap is not None:
+            logits = ops.tanh(logits / layer.soft_cap) * layer.soft_cap
         return logits

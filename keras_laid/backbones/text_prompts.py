@@ -13,6 +13,7 @@ from keras_laid.backbones.image_prompts import ImagePrompts
 from keras_laid.backbones.model_prompts import ModelPrompts
 from keras_laid.backbones.prompt_forms import LENGTH_STEP
 from keras_laid.backbones.prompt_forms import TextForm
+from keras_laid.backbones.read_documents import DocumentReader
 
 STEPS = 8  # Padded lengths between a number of tokens and twice as many.
 
@@ -31,6 +32,7 @@ class TextPrompts(ModelPrompts):
         causal_lm = type(model)(backbone=model.backbone, preprocessor=None)
         super().__init__(causal_lm, model.preprocessor, model.backbone)
         self.form = TextForm(model.preprocessor)
+        self._reader = DocumentReader(self.causal_lm)
 
     def fill(self, template: str, images: int, **texts: str) -> str:
         template = template.removeprefix("{images}")
@@ -48,9 +50,34 @@ class TextPrompts(ModelPrompts):
     def first_logits(
         self, images: Sequence[Sequence[str]], prompts: Sequence[str]
     ) -> np.ndarray:
+        documents = [*map(tuple, images)]
+        asked = {*zip(documents, prompts, strict=True)}
+        if len(asked) > len({*documents}):
+            return self.logits_of_shared(documents, prompts)
         inputs, lengths = self.inputs(images, prompts)
         return self._first_logits.predict_on_batch(
             {"inputs": inputs, "last": lengths - 1}
+        )
+
+    def logits_of_shared(
+        self, documents: Sequence[tuple[str, ...]], prompts: Sequence[str]
+    ) -> np.ndarray:
+        """First logits, where prompts about the same documents share a pass."""
+        check_values(self.causal_lm)
+        groups: dict[tuple[str, ...], list[str]] = {}
+        for each, prompt in zip(documents, prompts, strict=True):
+            groups.setdefault(each, []).append(prompt)
+        found = {}
+        for each, texts in groups.items():
+            texts = list(dict.fromkeys(texts))
+            tokens, _ = self.form.document_tokens(each)
+            logits = self._reader(tokens, [*map(self.form.tokenize, texts)])
+            found |= {
+                (each, text): row
+                for text, row in zip(texts, logits, strict=True)
+            }
+        return np.stack(
+            [found[each] for each in zip(documents, prompts, strict=True)]
         )
 
     def generate(

@@ -16,7 +16,6 @@ from keras_laid.arguments import check_integer
 from keras_laid.arguments import check_number
 from keras_laid.backbones import decoder
 from keras_laid.backbones.compiled import compiled_apart
-from keras_laid.backbones.families import layers_with_maps
 from keras_laid.typing import Tensor
 
 
@@ -67,9 +66,10 @@ def yarn(
     was before, even if the body raises an error.
 
     Args:
-        model: A `keras_hub.models.PaliGemmaCausalLM`, a
-            `keras_hub.models.PaliGemmaBackbone`, or a
-            `keras_laid.MultiImagePaliGemmaCausalLM`.
+        model: A `keras_hub.models.CausalLM` or its backbone, of a family that
+            `keras_laid.backbones.attention_layers` knows, whose layers with
+            full attention rotate all features of a head by one set of
+            frequencies; or a `keras_laid.MultiImagePaliGemmaCausalLM`.
         factor: Float of at least 1, the length of the longest prompt divided by
             `original_length`.
         original_length: Positive integer, the length in tokens, images
@@ -86,9 +86,10 @@ def yarn(
 
     Raises:
         TypeError: On entry, if an argument has the wrong type.
-        ValueError: On entry, if the model is not a PaliGemma, has no layer
-            without a sliding window, or has scaled frequencies already, or if
-            an argument is out of its range. The model is then unchanged.
+        ValueError: On entry, if the model's family is unknown, if the model has
+            no layer without a sliding window, rotates a part of the features
+            (Gemma 4, Qwen 3.5) or has scaled frequencies already, or if an
+            argument is out of its range. The model is then unchanged.
 
     Example:
 
@@ -104,9 +105,7 @@ def yarn(
        [program](https://github.com/jquesnelle/yarn).
     """
     _check_arguments(factor, original_length, beta_fast, beta_slow, ramp)
-    decoder.pali_gemma_backbone_of(model)
-    attentions = layers_with_maps(model)
-    ropes = [attentions[i].rotary for i in decoder.global_layers(model)]
+    ropes = [layer.rotary for layer in decoder.plainly_rotated(model)]
     for rope in ropes:
         _check_unscaled(rope)
     temperature = 0.1 * math.log(factor) + 1

@@ -1,9 +1,10 @@
 """Haystacks: questions about one image, or a few, among many.
 
 Where `tensorflow_datasets` is installed, importing this package makes
-`tfds.load("visual_haystacks/digits")` work. `VisualHaystacks` and
-`HaystackConfig`, its builder and its configs, are imported when they are asked
-for, and raise `ImportError` where it is not installed. `plot_accuracy` and
+`tfds.load("visual_haystacks/digits")` and
+`tfds.load("text_haystacks/single_word")` work. Their builders and configs, such
+as `VisualHaystacks` and `HaystackConfig`, are imported when they are asked for,
+and raise `ImportError` where it is not installed. `plot_accuracy` and
 `plot_positions` are too, since matplotlib is slow to import.
 """
 
@@ -38,6 +39,7 @@ from keras_laid.haystacks.sampling import PairSource
 from keras_laid.haystacks.scoring import NumberWithin
 from keras_laid.haystacks.scoring import score
 from keras_laid.haystacks.student_responses import StudentResponses
+from keras_laid.haystacks.text_haystacks import draw_text_haystacks
 
 __all__ = [
     "Coco",
@@ -55,9 +57,12 @@ __all__ = [
     "PairSource",
     "Question",
     "StudentResponses",
+    "TextHaystackConfig",
+    "TextHaystacks",
     "VisualHaystacks",
     "aligned_tokens",
     "draw_haystacks",
+    "draw_text_haystacks",
     "effective_window",
     "effective_window_interval",
     "evaluate_haystacks",
@@ -80,11 +85,14 @@ if importlib.util.find_spec("tensorflow_datasets"):
     # takes a while: so only once someone else has imported that.
     @wrapt.when_imported("tensorflow_datasets")
     def _register(module: Any) -> None:
-        importlib.import_module("keras_laid.haystacks.builder")
+        for name in ("builder", "text_builder"):
+            importlib.import_module(f"keras_laid.haystacks.{name}")
 
 
 LATER = {
     "HaystackConfig": "builder",
+    "TextHaystackConfig": "text_builder",
+    "TextHaystacks": "text_builder",
     "VisualHaystacks": "builder",
     "plot_accuracy": "plots",
     "plot_positions": "plots",

@@ -19,6 +19,7 @@ KINDS = {
     "index": (int,),
     "size": (int,),
     "needles": (list,),
+    "depths": (list, type(None)),
     "question": (str,),
     "expected": (str,),
     "options": (list, type(None)),
@@ -212,8 +213,9 @@ def _asked(index: int, haystack: Haystack) -> dict[str, Any]:
             checksum = zlib.crc32(np.ascontiguousarray(image).data, checksum)
     return {
         "index": index,
-        "size": len(images),
+        "size": haystack.size,
         "needles": [int(needle) for needle in haystack.needles],
+        "depths": haystack.depths and [*haystack.depths],
         "question": haystack.question,
         "expected": haystack.answer,
         "options": haystack.options and [*haystack.options],

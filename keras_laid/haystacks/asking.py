@@ -165,8 +165,12 @@ class Asking:
                 kind = self._kind(haystack)
                 rows = max(1, tokens_per_batch // kind[1])
                 batch = waiting.setdefault(kind, [])
+                if self._shares and len(texts_of(batch, haystack)) > rows:
+                    ask(batch, rows)
+                    filled.add(kind)
+                    batch = waiting[kind] = []
                 batch.append((index, haystack))
-                if len(batch) == rows:
+                if not self._shares and len(batch) == rows:
                     ask(waiting.pop(kind), rows)
                     filled.add(kind)
             for kind, batch in sorted(waiting.items()):
@@ -255,6 +259,18 @@ class Asking:
         if self.shown == "none" and self._replaces_by_nothing:
             return []
         return haystack.images
+
+    @property
+    def _shares(self) -> bool:
+        """Whether questions about the same documents share a pass.
+
+        Then a batch is as many documents as fit, with all their questions.
+        """
+        return (
+            self.prompts is not None
+            and not self.prompts.takes_images
+            and self.through != "generate"
+        )
 
     @property
     def _replaces_by_nothing(self) -> bool:
@@ -393,3 +409,10 @@ class Asking:
             )
         height, _ = self.prompts.image_size
         return np.stack([read_image(self.root, p, height) for p in images])
+
+
+def texts_of(
+    batch: Sequence[tuple[int, Haystack]], another: Haystack
+) -> set[tuple[str, ...]]:
+    """The different documents of haystacks of text."""
+    return {tuple(h.images) for h in (*(each for _, each in batch), another)}

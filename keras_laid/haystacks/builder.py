@@ -1,7 +1,6 @@
 """The dataset `visual_haystacks` of `tensorflow_datasets`."""
 
 import dataclasses
-import hashlib
 import io
 import pathlib
 import re
@@ -15,6 +14,10 @@ from PIL import Image
 
 from keras_laid.arguments import check_choice
 from keras_laid.arguments import check_integer
+from keras_laid.haystacks.builder_config import check_counts
+from keras_laid.haystacks.builder_config import dataset_name
+from keras_laid.haystacks.builder_config import default_counts
+from keras_laid.haystacks.builder_config import tfds
 from keras_laid.haystacks.coco import Coco
 from keras_laid.haystacks.coco import read_image
 from keras_laid.haystacks.digits import SPLITS
@@ -28,22 +31,10 @@ from keras_laid.haystacks.question_files import read_questions
 from keras_laid.haystacks.sampling import PairSource
 from keras_laid.haystacks.sampling import check_sizes
 
-try:
-    import tensorflow_datasets as tfds
-except ImportError as error:
-    raise ImportError(
-        "The dataset `visual_haystacks` needs the package tensorflow-datasets. "
-        'Run `pip install "keras-laid[haystacks]"`.'
-    ) from error
-
 SOURCES = ("digits", "openmoji", "coco")
 LONG = (1, 2, 5, 10, 20, 50, 100, 150)
 SHORT = (1, 2, 5, 10, 20)
 MULTI = (2, 3)  # Needles, as in the benchmark.
-
-
-def _num_questions() -> dict[str, int]:
-    return {"train": 1600, "validation": 160, "test": 800}
 
 
 @dataclasses.dataclass
@@ -75,7 +66,7 @@ class HaystackConfig(tfds.core.BuilderConfig):
     needles: tuple[int, ...] = (1,)
     image_size: int = 16
     num_questions: dict[str, int] = dataclasses.field(
-        default_factory=_num_questions
+        default_factory=default_counts
     )
     seed: int = 0
 
@@ -84,36 +75,12 @@ class HaystackConfig(tfds.core.BuilderConfig):
         self.sizes, self.needles = check_sizes(self.sizes, self.needles)
         check_integer("image_size", self.image_size)
         check_integer("seed", self.seed, at_least=0)
-        if not isinstance(self.num_questions, dict):
-            raise TypeError(
-                "`num_questions` must be a dictionary from split to a number. "
-                f"Received: num_questions={self.num_questions!r:.80}"
-            )
-        for split, count in self.num_questions.items():
-            check_integer(f"num_questions[{split!r}]", count, at_least=0)
         # Question files may be all that is wanted of `coco`.
-        if self.source != "coco" and not any(self.num_questions.values()):
-            raise ValueError(
-                "`num_questions` must be above 0 for a split. "
-                f"Received: num_questions={self.num_questions}"
-            )
-        if unknown := self.num_questions.keys() - SPLITS.keys():
-            raise ValueError(
-                f"The splits must be among {tuple(SPLITS)}. "
-                f"Received: {sorted(unknown)} in `num_questions`"
-            )
-        if not self.name:
-            key = (
-                *(self.source, self.sizes, self.needles, self.image_size),
-                *(sorted(self.num_questions.items()), self.seed),
-            )
-            digest = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
-            self.name = f"{self.source}_{digest}"
-        if not re.fullmatch(r"\w[\w.-]*", self.name):
-            raise ValueError(
-                "`name` must be that of a folder: letters, digits, '_', '-' "
-                f"and '.'. Received: name={self.name!r:.80}"
-            )
+        check_counts(self.num_questions, may_be_none=self.source == "coco")
+        key = (self.source, self.sizes, self.needles, self.image_size)
+        self.name = dataset_name(
+            self.name, self.source, key, self.num_questions, self.seed
+        )
 
 
 class VisualHaystacks(tfds.core.GeneratorBasedBuilder):

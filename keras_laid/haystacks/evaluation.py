@@ -64,15 +64,19 @@ def evaluate_haystacks(
             list of images for each question (as the haystacks hold them) and a
             list of prompts, which returns a list of strings.
         haystacks: Iterable of `keras_laid.haystacks.Haystack`, of any sizes in
-            any order: `draw_haystacks(...)`, `question.haystack(rng)` of
-            `read_questions`, or `Haystack.from_example(example)` of the
-            dataset. No more than a batch of each size is held at a time.
+            any order: `draw_haystacks(...)`, `draw_text_haystacks(...)`,
+            `question.haystack(rng)` of `read_questions`, or
+            `Haystack.from_example(example)` of the dataset. No more than a
+            batch of each size is held at a time. By `"logits"` and `"choice"`,
+            a decoder of text reads documents once for all questions about them
+            that follow each other.
         through: `"logits"`, `"choice"` or `"generate"`, the only one for a
             function. Defaults to `"logits"`.
         rule: `"strict"`; or, with `through="generate"`, also `"official"`,
             the benchmark's own, by which "yes or no" is always right,
-            `"exact"`, `"contains"`, or a function of an answer and the expected
-            one that returns a boolean; see `keras_laid.haystacks.score`.
+            `"exact"`, `"contains"`, `"contains_all"`, or a function of an
+            answer and the expected one that returns a boolean; see
+            `keras_laid.haystacks.score`.
             Defaults to `"strict"`.
         prompt: `"question"`, only the question; `"official"`, the benchmark's
             own prompt; or a string with `{question}` and maybe `{images}` in

@@ -8,6 +8,8 @@ from typing import Self
 
 import numpy as np
 
+from keras_laid.arguments import check_integer
+from keras_laid.arguments import check_number
 from keras_laid.arguments import is_integer
 from keras_laid.haystacks.questions import ANSWERS
 from keras_laid.typing import Images
@@ -32,13 +34,20 @@ class Haystack:
         options: Tuple of two or more different strings, the possible answers;
             or `None` for a question that is answered in free words. Defaults to
             `("yes", "no")`.
+        length: Optional integer, the length of the whole prompt in tokens. With
+            it, accuracy is by tokens. Defaults to `None`: accuracy is by the
+            number of images.
+        depths: Optional tuple of floats in `[0, 1]`, where each needle begins:
+            `0` is the start of the prompt, `1` its end. It is given with
+            `length`, and only then.
 
     Raises:
         TypeError: If the question or an answer is not a string, the images are
             not a sequence, or a path is not a string.
         ValueError: If the question or an answer is empty, if the answer is not
-            an option, if an option comes twice, if there are no images, or if a
-            needle is not one of their positions.
+            an option, if an option comes twice, if there are no images, if a
+            needle is not one of their positions, or if `length` or `depths` is
+            out of its range or without the other.
     """
 
     question: str
@@ -48,6 +57,13 @@ class Haystack:
     needles: tuple[int, ...]
     images: Images
     options: tuple[str, ...] | None = ANSWERS
+    length: int | None = None
+    depths: tuple[float, ...] | None = None
+
+    @property
+    def size(self) -> int:
+        """The length in tokens where it is given, or the number of images."""
+        return len(self.images) if self.length is None else self.length
 
     def __eq__(self, other: object) -> bool:
         """Whether all is equal, images pixel by pixel."""
@@ -87,6 +103,24 @@ class Haystack:
                 "A haystack must have images, and `needles` must be positions "
                 f"among them. Received: {count} images, needles={self.needles}"
             )
+        self._check_length()
+
+    def _check_length(self) -> None:
+        if self.length is None and self.depths is None:
+            return
+        if self.length is None or self.depths is None:
+            raise ValueError(
+                "`length` and `depths` must be given together. Received: "
+                f"length={self.length}, depths={self.depths}"
+            )
+        check_integer("length", self.length)
+        if len(self.depths) != len(self.needles):
+            raise ValueError(
+                "`depths` must have one number for each needle. Received: "
+                f"depths={self.depths}, needles={self.needles}"
+            )
+        for depth in self.depths:
+            check_number("depths", depth, "[0, 1]")
 
     def _check_answer(self) -> None:
         options = self.options
@@ -119,19 +153,28 @@ class Haystack:
 
     @classmethod
     def from_example(cls, example: Mapping[str, Any]) -> Self:
-        """Makes one from an example of the dataset `visual_haystacks`.
+        """Makes one from an example of `visual_haystacks` or `text_haystacks`.
 
         Args:
             example: Dictionary of NumPy values, of `tfds.as_numpy` or
                 `tfds.data_source`.
         """
+        is_text = "documents" in example
+        options: tuple[str, ...] | None = ANSWERS
+        if is_text:
+            options = tuple(map(_decoded, example["options"])) or None
         return cls(
             question=_decoded(example["question"]),
             answer=_decoded(example["answer"]),
             anchor=_decoded(example["anchor"]),
-            target=_decoded(example["target"]),
+            target="" if is_text else _decoded(example["target"]),
             needles=tuple(int(needle) for needle in example["needles"]),
-            images=example["images"],
+            images=tuple(map(_decoded, example["documents"]))
+            if is_text
+            else example["images"],
+            options=options,
+            length=int(example["length"]) if is_text else None,
+            depths=tuple(map(float, example["depths"])) if is_text else None,
         )
 
 

@@ -20,6 +20,9 @@ class Results(Protocol):
     @property
     def chance(self) -> float: ...
 
+    @property
+    def unit(self) -> str: ...
+
     def by_position(self, bins: int = ...) -> Mapping[int, Any]: ...
 
 
@@ -30,32 +33,36 @@ def plot_accuracy(
     trained_on: int | None = None,
     intervals: Mapping[str, Mapping[int, tuple[float, float]]] | None = None,
     chance: float = 0.5,
+    unit: str = "images",
 ) -> None:
     """Accuracy over haystack size, on a logarithmic axis.
 
     Args:
         path: File to write.
         accuracy: Dictionary from names of models to dictionaries from size, in
-            images, to accuracy, such as `HaystackResults.accuracy`.
+            images or tokens, to accuracy, such as `HaystackResults.accuracy`.
             `"teacher"`, `"before"` and `"after"` have styles of their own here
             and in every other picture. A single model needs no name: `""`.
         windows: Optional dictionary from the same names to effective windows,
-            in images, drawn as marks on the axis.
-        trained_on: Optional largest size trained on, in images.
+            drawn as marks on the axis.
+        trained_on: Optional largest size trained on.
         intervals: Optional dictionary from the same names to dictionaries from
             size to a pair of ends, such as `HaystackResults.intervals()`.
         chance: Float, the accuracy of guessing, drawn as a line. Defaults to
             `0.5`.
+        unit: String, what sizes count, such as `HaystackResults.unit`. Defaults
+            to `"images"`.
     """
     check_some("accuracy", accuracy)
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     styles = styles_of([*accuracy, *(windows or {})])
+    sizes = sorted(set().union(*accuracy.values()))
     lowest = [chance]
     for name, by_size in accuracy.items():
-        sizes = sorted(by_size)
+        measured = sorted(by_size)
         axes.plot(
-            sizes,
-            [by_size[size] for size in sizes],
+            measured,
+            [by_size[size] for size in measured],
             marker="o",
             markersize=4,
             label=label_of(name),
@@ -63,10 +70,10 @@ def plot_accuracy(
         )
         lowest.extend(by_size.values())
     for name, ends in (intervals or {}).items():
-        sizes = sorted(ends)
-        low, high = zip(*(ends[size] for size in sizes), strict=True)
+        measured = sorted(ends)
+        low, high = zip(*(ends[size] for size in measured), strict=True)
         axes.fill_between(
-            sizes, low, high, color=styles[name]["color"], alpha=0.2
+            measured, low, high, color=styles[name]["color"], alpha=0.2
         )
         lowest.extend(low)
     for name, window in (windows or {}).items():
@@ -74,17 +81,16 @@ def plot_accuracy(
             window, ymax=0.06, color=styles[name]["color"], linewidth=5
         )
     if trained_on is not None:
-        axes.axvspan(0.9, trained_on, color="0.95", zorder=0)
-        axes.text(1, 1.012, "sizes trained on", color="0.45", fontsize=9)
+        axes.axvspan(0.9 * sizes[0], trained_on, color="0.95", zorder=0)
+        axes.text(sizes[0], 1.012, "sizes trained on", color="0.45", fontsize=9)
     axes.axhline(chance, color="0.8", linewidth=1, zorder=0)
-    sizes = sorted(set().union(*accuracy.values()))
     axes.set_xscale("log")
     axes.set_xticks(sizes, [str(size) for size in sizes], minor=False)
     axes.minorticks_off()
     axes.set(
-        xlim=(0.9, max(sizes) * 1.15),
+        xlim=(0.9 * sizes[0], 1.15 * sizes[-1]),
         ylim=(max(-0.03, min(lowest) - 0.08), 1.04),
-        xlabel="images in the haystack",
+        xlabel=f"{unit} in the haystack",
         ylabel=f"accuracy (chance {chance:.3g})"
         + (", intervals shaded" if intervals else ""),
     )
@@ -142,12 +148,14 @@ def plot_positions(path: PathLike, results: Results, bins: int = 5) -> None:
                 color="white" if dark else "black",
             )
     axes.set_yticks(range(len(ranges)), [str(size) for size in ranges])
-    axes.set_xticks([0, 0.5, 1], ["first image", "middle", "last image"])
+    ends = {"images": ("first image", "last image"), "tokens": ("start", "end")}
+    first, last = ends[results.unit]
+    axes.set_xticks([0, 0.5, 1], [first, "middle", last])
     axes.set(
         xlim=(0, 1),
         ylim=(len(ranges) - 0.5, -0.5),
         xlabel="position of the needle",
-        ylabel="images in the haystack",
+        ylabel=f"{results.unit} in the haystack",
     )
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)

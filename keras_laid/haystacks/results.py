@@ -22,8 +22,10 @@ class PositionRange(NamedTuple):
     """Accuracy where needles are in one part of the haystack.
 
     Attributes:
-        low: Float, where the part begins, `0` being the first image.
-        high: Float, where it ends, `1` being the end of the last image.
+        low: Float, where the part begins, `0` being the first image, or the
+            start of the prompt.
+        high: Float, where it ends, `1` being the end of the last image, or of
+            the prompt.
         accuracy: Float, 0 to 1, or `None` where no question was asked.
         questions: Integer, how many were asked.
     """
@@ -40,10 +42,22 @@ class HaystackResults:
 
     Attributes:
         records: Tuple of dictionaries, one a question: `index`, `size`,
-            `needles`, `question`, `expected`, `options`, `images` (a checksum),
-            `answer`, `right` and `complied`.
+            `needles`, `depths`, `question`, `expected`, `options`, `images` (a
+            checksum), `answer`, `right` and `complied`.
         settings: Dictionary of how the questions were asked.
     """
+
+    @property
+    def unit(self) -> str:
+        """What sizes count: `"images"`, or `"tokens"` of whole prompts."""
+        kinds = {record["depths"] is None for record in self.records}
+        if len(kinds) > 1:
+            raise ValueError(
+                "Haystacks of images and of text must be evaluated apart, "
+                "since the sizes of the one are images and those of the other "
+                "tokens. Received: both."
+            )
+        return "images" if kinds.pop() else "tokens"
 
     records: tuple[dict[str, Any], ...]
     settings: dict[str, Any]
@@ -124,7 +138,8 @@ class HaystackResults:
         """Accuracy by size and by where the needle was.
 
         Haystacks are cut into equal parts, `bins` of them or as many as there
-        are images. A question with several needles counts once for each.
+        are images. A question with several needles counts once for each. In
+        text, a needle is where it begins.
 
         Args:
             bins: Integer, at least 1. Defaults to `5`.
@@ -143,9 +158,7 @@ class HaystackResults:
             right = np.zeros(parts, int)
             asked = np.zeros(parts, int)
             for record in records:
-                for needle in record["needles"]:
-                    # The middle of image 0 of 10 is at 0.05.
-                    part = (2 * needle + 1) * parts // (2 * size)
+                for part in parts_of(record, parts):
                     asked[part] += 1
                     right[part] += record["right"]
             ranges[size] = tuple(
@@ -179,6 +192,7 @@ class HaystackResults:
         (folder / "results.json").write_text(
             json.dumps(
                 {
+                    "unit": self.unit,
                     "sizes": rows,
                     "positions": {
                         size: [part._asdict() for part in parts]
@@ -199,6 +213,7 @@ class HaystackResults:
             {"": self.accuracy},
             intervals={"": self.intervals()},
             chance=self.chance,
+            unit=self.unit,
         )
         plots.plot_positions(folder / "positions.png", self)
 
@@ -230,3 +245,14 @@ class HaystackResults:
             size: sum(record[name] for record in records) / len(records)
             for size, records in self._by_size().items()
         }
+
+
+def parts_of(record: dict[str, Any], parts: int) -> list[int]:
+    """In which of so many equal parts of the haystack each needle is."""
+    if record["depths"] is not None:
+        return [min(int(d * parts), parts - 1) for d in record["depths"]]
+    # The middle of image 0 of 10 is at 0.05.
+    return [
+        (2 * needle + 1) * parts // (2 * record["size"])
+        for needle in record["needles"]
+    ]

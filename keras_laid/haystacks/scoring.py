@@ -10,7 +10,7 @@ from keras_laid.arguments import check_choice
 from keras_laid.arguments import check_number
 from keras_laid.haystacks.questions import ANSWERS
 
-RULES = ("strict", "official", "exact", "contains")
+RULES = ("strict", "official", "exact", "contains", "contains_all")
 OF_OPTIONS = RULES[:2]  # Rules that compare the options of a question.
 
 # The name of a rule, or a function of an answer and the expected one.
@@ -31,6 +31,7 @@ def score(
     | `"official"` | it holds the expected option, whatever else it holds |
     | `"exact"` | it consists of the expected words |
     | `"contains"` | it holds the expected words, next to each other |
+    | `"contains_all"` | it holds each expected part; commas divide them |
     | a function | the function of the answer and the expected one says so |
 
     Rules by name compare whole words, so that `"not"` does not count as
@@ -43,8 +44,9 @@ def score(
     Args:
         answer: String, the model's answer.
         expected: String, the right answer: one of `options`, if there are any.
-        rule: `"strict"`, `"official"`, `"exact"`, `"contains"`, or a function
-            of two strings that returns a boolean, such as
+        rule: `"strict"`, `"official"`, `"exact"`, `"contains"`,
+            `"contains_all"`, or a function of two strings that returns a
+            boolean, such as
             `keras_laid.haystacks.NumberWithin(relative=0.05)`. Defaults to
             `"strict"`.
         options: Tuple of strings, the possible answers, or `None` for answers
@@ -81,6 +83,8 @@ def score(
         return _words(answer) == _words(expected)
     if rule == "contains":
         return _holds(answer, expected)
+    if rule == "contains_all":
+        return all(_holds(answer, part) for part in expected.split(","))
     said = _said(answer, rule, options)
     return said == {expected} if rule == "strict" else expected in said
 
