@@ -115,16 +115,20 @@ class ModelPrompts:
             word: String, the answer or its first word.
 
         Returns:
-            A set of integers: the first token of the string, and single tokens
-            that are the string in capitals or after a space.
+            A set of integers: the tokens that are the whole string, also in
+            capitals or after a space; if there are none, its first token.
         """
         spellings = (word, word.capitalize(), word.upper())
-        tokens = {self._tokenize(word)[0]}
-        for spelling in (*spellings, *(f" {s}" for s in spellings)):
-            first = self._tokenize(spelling)[0]
-            if self.text(first).strip().lower() == word.lower():
-                tokens.add(first)
-        return tokens
+        first = {
+            self._tokenize(spelling)[0]
+            for spelling in (*spellings, *(f" {s}" for s in spellings))
+        }
+        whole = {
+            token
+            for token in first
+            if self.text(token).strip().lower() == word.lower()
+        }
+        return whole or {self._tokenize(word)[0]}
 
     def text(self, token: int) -> str:
         """A token as a string."""

@@ -1,5 +1,6 @@
 """Reads documents once for several questions about them."""
 
+import functools
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -8,8 +9,6 @@ import keras
 import numpy as np
 from keras import ops
 from keras_hub.models import CausalLM
-
-from keras_laid.typing import Tensor
 
 CHUNK = 1024  # Tokens read at once, so that memory is linear in length.
 STEP = 16  # Lengths of questions are multiples, so that few are compiled.
@@ -27,7 +26,8 @@ class DocumentReader:
 
     def __init__(self, causal_lm: CausalLM) -> None:
         self.causal_lm = causal_lm
-        self.cached_step = CachedStep(causal_lm)
+        self.read = CachedStep(causal_lm, returns_cache=True)
+        self.answer = CachedStep(causal_lm, returns_cache=False)
 
     def __call__(
         self, documents: Sequence[int], questions: Sequence[Sequence[int]]
@@ -47,64 +47,72 @@ class DocumentReader:
         end = multiple(len(documents), chunk)
         tokens = np.zeros(end, "int32")
         tokens[: len(documents)] = documents
-        cache = empty_cache(self.causal_lm, end + longest)
+        cache = self.empty_cache(end + longest)
         for start in range(0, end, chunk):
             piece = tokens[start : start + chunk]
-            _, cache = self.step(piece, cache, start, 0)
+            cache = self.read.predict_on_batch(step_inputs(piece, cache, start))
         rows = []
         for question in questions:
             padded = np.zeros(longest, "int32")
             padded[: len(question)] = question
-            logits, _ = self.step(
-                padded, cache, len(documents), len(question) - 1
-            )
-            rows.append(logits[0])
+            inputs = step_inputs(padded, cache, len(documents))
+            inputs["last"] = np.array([len(question) - 1], "int32")
+            rows.append(self.answer.predict_on_batch(inputs)[0])
         return np.stack(rows)
 
-    def step(
-        self, tokens: np.ndarray, cache: Any, start: int, last: int
-    ) -> tuple[np.ndarray, Any]:
-        return self.cached_step.predict_on_batch(
-            {
-                "tokens": tokens[None],
-                "cache": cache,
-                "start": np.array([start], "int32"),
-                "last": np.array([last], "int32"),
-            }
+    def empty_cache(self, length: int) -> Any:
+        """A cache of keys and values of so many tokens, all of them zero."""
+        return keras.tree.map_structure(
+            lambda one, two: np.zeros(
+                [
+                    length if few < more else few
+                    for few, more in zip(one.shape, two.shape, strict=True)
+                ],
+                keras.backend.standardize_dtype(one.dtype),
+            ),
+            *self.short_caches,
         )
+
+    @functools.cached_property
+    def short_caches(self) -> list[Any]:
+        """The caches of prompts of one and of two tokens."""
+        return [cache_of(self.causal_lm, tokens) for tokens in (1, 2)]
+
+
+def step_inputs(tokens: np.ndarray, cache: Any, start: int) -> dict[str, Any]:
+    """Inputs of a `CachedStep`, for tokens that begin at a place."""
+    return {
+        "tokens": tokens[None],
+        "cache": cache,
+        "start": np.array([start], "int32"),
+    }
 
 
 class CachedStep(keras.Model):
-    """Runs some tokens after those in a cache of keys and values."""
+    """Runs some tokens after those in a cache of keys and values.
 
-    def __init__(self, causal_lm: CausalLM) -> None:
+    Args:
+        causal_lm: A `keras_hub.models.CausalLM`.
+        returns_cache: Boolean, whether the output is the new cache, or the
+            logits at one of the tokens.
+    """
+
+    def __init__(self, causal_lm: CausalLM, returns_cache: bool) -> None:
         super().__init__()
         self.backbone = causal_lm.backbone
         self.causal_lm = causal_lm
+        self.returns_cache = returns_cache
         self.built = True  # Otherwise Keras would first run it uncompiled.
 
-    def call(self, data: dict[str, Any]) -> tuple[Tensor, Any]:
-        """Logits at one of the tokens, and the new cache."""
+    def call(self, data: dict[str, Any]) -> Any:
         _, hidden, cache = self.causal_lm.call_with_cache(
             data["tokens"], data["cache"], data["start"][0]
         )
+        if self.returns_cache:
+            return cache
         last = data["last"][:, None, None]
         hidden = ops.take_along_axis(hidden, last, axis=1)
-        return self.backbone.token_embedding(hidden, reverse=True)[:, 0], cache
-
-
-def empty_cache(causal_lm: CausalLM, length: int) -> Any:
-    """A cache of keys and values of so many tokens, all of them zero."""
-    return keras.tree.map_structure(
-        lambda one, two: np.zeros(
-            [
-                length if few < more else few
-                for few, more in zip(one.shape, two.shape, strict=True)
-            ],
-            keras.backend.standardize_dtype(one.dtype),
-        ),
-        *(cache_of(causal_lm, tokens) for tokens in (1, 2)),
-    )
+        return self.backbone.token_embedding(hidden, reverse=True)[:, 0]
 
 
 def cache_of(causal_lm: CausalLM, tokens: int) -> Any:
