@@ -171,7 +171,9 @@ class SelfExtendedAttention:
         maps = self.softmax(logits, mask=attention_mask)
         maps = ops.cast(maps, value.dtype)
         output = ops.einsum("bkgts,bskh->btkgh", maps, value)
-        return ops.reshape(output, ops.shape(query))
+        return ops.reshape(
+            output, (*ops.shape(query)[:-1], ops.shape(value)[-1])
+        )
 
     def positions(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Positions of queries and of keys, of shape `(batch or 1, length)`."""
