@@ -116,8 +116,8 @@ def read_lines():
     for row in rows.read_rows(PATH):
         platform = row["backend"], row["device"]
         shape = int(row["heads"]), int(row["head_dim"])
-        of_shape = lines.setdefault(platform, {}).setdefault(shape, {})
-        of_shape.setdefault(row["implementation"], []).append(row)
+        by_implementation = lines.setdefault(platform, {}).setdefault(shape, {})
+        by_implementation.setdefault(row["implementation"], []).append(row)
     return lines
 
 

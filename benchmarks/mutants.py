@@ -44,6 +44,7 @@ MOVED = {
         "ops/fused_attention/pallas",
     ],
     "ops/fused": ["ops/fused_attention/availability"],
+    "haystacks/builder": ["haystacks/builder", "haystacks/builder_config"],
     "haystacks/evaluation": ["haystacks/asking", "haystacks/evaluation"],
     "haystacks/sampling": [
         "haystacks/drawing",
@@ -80,12 +81,12 @@ def mutation_testing():
     for package, seed in sorted(samples):
         found = read(package=package, seed=seed)
         killed = sum(map(is_killed, found))
-        of = found[-1][0]["mutants"]
+        total = found[-1][0]["mutants"]
         lines.append(
             [
                 f"`{package}`",
                 seed,
-                f"{int(of):,}",
+                f"{int(total):,}",
                 len(found),
                 killed,
                 f"{killed / len(found):.0%}",

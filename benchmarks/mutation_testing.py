@@ -328,11 +328,11 @@ def main():
         for module in sorted((PACKAGE / args.package).rglob("*.py"))
         for mutant in mutants_of(module)
     ]
-    of = args.package, args.seed
+    chosen = args.package, args.seed
     sample = (
-        list(survivors(found, *of))
+        list(survivors(found, *chosen))
         if args.again
-        else draw(found, *of, args.count)
+        else draw(found, *chosen, args.count)
     )
     where = dict(
         backend=keras.backend.backend(), commit=commit, machine=rows.machine()

@@ -84,9 +84,9 @@ def operations(method, args):
     width, tokens = args.width, args.tokens
     # Queries and outputs, one head of keys and values, gated feedforward.
     weights = 2 * width**2 + 2 * width * (width // 8) + 3 * width * 8 * width
-    of_token = args.layers * (2 * weights + 4 * tokens * width)
+    per_token = args.layers * (2 * weights + 4 * tokens * width)
     logits = 2 * args.response * width * args.vocabulary
-    return PASSES[method] * (tokens * of_token + logits)
+    return PASSES[method] * (tokens * per_token + logits)
 
 
 def make_batch(args):
@@ -191,8 +191,8 @@ def forward_of(model, x):
         import jax
 
         variables = [
-            [v.value for v in of_model]
-            for of_model in (
+            [v.value for v in each]
+            for each in (
                 model.trainable_variables,
                 model.non_trainable_variables,
             )
@@ -294,16 +294,14 @@ def linear_memory():
     for (linear, rematerialize), label in labels.items():
         cells = [label]
         for backend in ("jax", "torch"):
-            of_backend = {"backend": backend, "tokens": 4096}
+            setting = {"backend": backend, "tokens": 4096}
             row = rows.only(
                 "training_step",
                 linear_memory=linear,
                 rematerialize=rematerialize,
-                **of_backend,
+                **setting,
             )
-            plain = rows.only(
-                "training_step", linear_memory=False, **of_backend
-            )
+            plain = rows.only("training_step", linear_memory=False, **setting)
             cells += [
                 "1" if row == plain else f"{rows.ratio('ms', row, plain):.2f}",
                 f"{float(row['peak_mib']):,.0f}",
@@ -372,7 +370,7 @@ def main():
     if args.rematerialize:
         flags.append("--rematerialize")
     provenance = measuring.provenance()
-    of_method = {
+    columns = {
         method: {
             "backend": BACKEND,
             "method": method,
@@ -385,7 +383,7 @@ def main():
     }
     measured = {
         method: []
-        for method, row in of_method.items()
+        for method, row in columns.items()
         if not (
             args.missing
             and rows.is_done(PATH, row | provenance, [*row, "device", "commit"])
@@ -409,7 +407,7 @@ def main():
             (PEAK[name] for name in PEAK if name in provenance["device"]), None
         )
         row = {
-            **of_method[method],
+            **columns[method],
             "rounds": args.rounds,
             "ms": ms,
             "peak_mib": peak_mib,

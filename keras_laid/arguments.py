@@ -206,17 +206,17 @@ def check_tokens(
     if weights is not None and weights.shape != tokens.shape:
         return  # Another check refuses weights of another shape.
     values = keras.ops.convert_to_numpy(tokens)
-    outside, of_least = values >= vocabulary, ""
+    outside, lower_bound = values >= vocabulary, ""
     if least is not None:
         outside |= values < least
-        of_least = f", and at least {least}"
+        lower_bound = f", and at least {least}"
     if weights is not None:
         outside &= keras.ops.convert_to_numpy(weights) > 0
     if outside.any():
         place = tuple(np.argwhere(outside)[0].tolist())
         raise ValueError(
             f"`{name}` must be less than {vocabulary}, the size of the "
-            f"vocabulary{of_least}. Received: {name}{list(place)}="
+            f"vocabulary{lower_bound}. Received: {name}{list(place)}="
             f"{values[place]}. Use the model's own tokenizer, and "
             "give labels that do not count a sample weight of 0."
         )

@@ -109,14 +109,14 @@ def test_attention_of_logits_up_to_ten_thousand(
     bound = length * error * (2 + length * moved(log_p) * apart)
     assert_near(value, exact, bound, "value")
     error = 4 * roundoff("float32") + error * (moved(log_p) + moved(log_q))
-    for name, gradient, of, other in zip(
+    for name, gradient, subscripts, other in zip(
         ("query", "key"),
         gradients,
         ("bhij,bjhd->bihd", "bhij,bihd->bjhd"),
         student[::-1],
         strict=True,
     ):
-        exact = np.einsum(of, slope, other)
+        exact = np.einsum(subscripts, slope, other)
         bound = error * length * scales[0] * np.abs(other).max()
         bound += 2 * roundoff(dtype) * np.abs(exact).max()
         assert_near(gradient, exact, bound, name)
@@ -145,25 +145,27 @@ def test_next_tokens_of_large_logits(dtype, temperature, size):
     )
     log_q = log_softmax(student / temperature)
     log_p = log_softmax(teacher / temperature)
-    of_tokens = temperature**2 * (np.exp(log_p) * (log_p - log_q)).sum(-1)
+    divergences = temperature**2 * (np.exp(log_p) * (log_p - log_q)).sum(-1)
     log_one = log_softmax(student)
-    of_labels = -np.take_along_axis(log_one, labels[..., None], -1)[..., 0]
-    exact = (of_tokens + of_labels).mean()
+    label_losses = -np.take_along_axis(log_one, labels[..., None], -1)[..., 0]
+    exact = (divergences + label_losses).mean()
     is_label = np.arange(9) == labels[..., None]
     slope = temperature * (np.exp(log_q) - np.exp(log_p))
     slope = (slope + np.exp(log_one) - is_label) / 5
     # Four roundings of logits, divided by the temperature or by 1: of numbers
     # up to twice the largest logit, and of 1 for the sums of exponentials.
     largest = max(np.abs(x).max() for x in (student, teacher))
-    error, of_one = (
+    error, error_at_one = (
         4 * roundoff("float32") * (1 + 2 * largest / t)
         for t in (temperature, 1.0)
     )
     apart = np.abs(log_p - log_q).max()
-    of_tokens = error * (2 + 9 * moved(log_p) * apart)
-    assert_near(value, exact, temperature**2 * of_tokens + of_one, "value")
+    divergence_error = error * (2 + 9 * moved(log_p) * apart)
+    assert_near(
+        value, exact, temperature**2 * divergence_error + error_at_one, "value"
+    )
     bound = 4 * roundoff("float32") + error * (moved(log_p) + moved(log_q))
-    bound = temperature * bound + of_one * moved(log_one)
+    bound = temperature * bound + error_at_one * moved(log_one)
     bound = (bound + 4 * roundoff("float32")) / 5
     bound += roundoff(dtype) * np.abs(slope).max()
     assert_near(gradient, slope, bound, "gradient")
@@ -247,18 +249,18 @@ def test_gains_at_their_bounds_survive_folding(per_head, max_gain, dtype):
     ]
     fold_gain_modulation(model)
     gains = max_gain ** np.tile(np.sign(ends), 2)
-    of_parts = (gains, 1.0) if per_head else (gains**0.5, gains**0.5)
+    part_gains = (gains, 1.0) if per_head else (gains**0.5, gains**0.5)
     # The relative error of a gain, whose logarithm of up to `log(max_gain)` is
     # rounded, and of its product with a kernel.
     error = 4 * (1 + np.log(max_gain)) * roundoff("float32") + roundoff(dtype)
     for kernels, attention in zip(before, attentions, strict=True):
-        for kernel, part, of_part in zip(
-            kernels, queries_and_keys(attention), of_parts, strict=True
+        for kernel, part, part_gain in zip(
+            kernels, queries_and_keys(attention), part_gains, strict=True
         ):
             # Float16 has steps of 6e-8 near 0; half a step may be lost.
             smallest = 2.0**-25 if dtype == "float16" else 0.0
             np.testing.assert_allclose(
-                to_numpy(part.kernel), kernel * of_part, error, smallest
+                to_numpy(part.kernel), kernel * part_gain, error, smallest
             )
 
 

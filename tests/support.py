@@ -227,7 +227,9 @@ class GradientRecorder(keras.optimizers.Optimizer):
     def build(self, variables):
         super().build(variables)
         self.gradients = [
-            self.add_variable(each.shape, dtype="float32", name=f"of_{number}")
+            self.add_variable(
+                each.shape, dtype="float32", name=f"gradient_{number}"
+            )
             for number, each in enumerate(variables)
         ]
 
@@ -276,10 +278,10 @@ def assert_as_good_as(fast, plain, exact, name, factor=2.0, terms=0.0):
     )
     assert np.isfinite(fast).all(), f"{name}: not finite"
     largest = np.abs(exact).max()
-    of_plain = np.abs(plain - exact).max()
-    of_plain = max(of_plain, ROUNDING.get(dtype, 0.0) * largest)
+    plain_error = np.abs(plain - exact).max()
+    plain_error = max(plain_error, ROUNDING.get(dtype, 0.0) * largest)
     # Float32 sums over hundreds of terms differ with their order.
-    allowed = factor * of_plain + 2e-6 * max(largest, terms)
+    allowed = factor * plain_error + 2e-6 * max(largest, terms)
     found = np.abs(fast - exact).max()
     assert found <= allowed, f"{name}: {found:.3g} > {allowed:.3g}"
 

@@ -80,7 +80,7 @@ class PartlyLabelled(keras.utils.PyDataset):
         by_size = collections.defaultdict(list)
         for index, size in enumerate(labelled.batch_images):
             by_size[size].append(index)
-        turns = {size: itertools.cycle(of) for size, of in by_size.items()}
+        turns = {size: itertools.cycle(each) for size, each in by_size.items()}
         self._partner = [
             next(turns[size]) for size in unlabelled.haystacks.batch_images
         ]

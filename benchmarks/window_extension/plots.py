@@ -51,12 +51,12 @@ def draw_line(axes, numbers, found, **style):
     )
 
 
-def plot_accuracy(of_config, methods, path):
+def plot_accuracy(by_method, methods, path):
     figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
     colors = plt.get_cmap("tab10").colors
     bases = list(dict.fromkeys(m.removesuffix("_stretched") for m in methods))
     for method in methods:
-        runs = of_config.get(method)
+        runs = by_method.get(method)
         if not runs:
             continue
         base = method.removesuffix("_stretched")
@@ -84,7 +84,7 @@ def plot_accuracy(of_config, methods, path):
     plt.close(figure)
 
 
-def plot_steps(of_config, settings, path):
+def plot_steps(by_method, settings, path):
     """Accuracy over steps of training, a panel for each of some sizes."""
     sizes = sizes_over_steps(settings)
     figure, panels = plt.subplots(
@@ -94,13 +94,13 @@ def plot_steps(of_config, settings, path):
         squeeze=False,
         layout="constrained",
     )
-    untouched = of_config[UNTOUCHED].values()
+    untouched = by_method[UNTOUCHED].values()
     for axes, size in zip(panels[0], sizes, strict=True):
         start = [run[size] for run in untouched]
         for method, by_steps in accuracy_over_steps(settings).items():
             found = [
-                [run[size] for run in of_seeds.values()]
-                for of_seeds in by_steps.values()
+                [run[size] for run in by_seed.values()]
+                for by_seed in by_steps.values()
             ]
             draw_line(
                 axes,
@@ -124,15 +124,15 @@ def plot_steps(of_config, settings, path):
 
 def draw():
     """Draws the study's figures; those of accuracy need several seeds."""
-    for name, of_config in read_runs().items():
-        if max(map(len, of_config.values())) < 2:
+    for name, by_method in read_runs().items():
+        if max(map(len, by_method.values())) < 2:
             continue
         settings = read_settings(name)
         path = rows.RESULTS / f"window_extension_{name}.png"
-        plot_accuracy(of_config, settings.methods, path)
+        plot_accuracy(by_method, settings.methods, path)
         if settings.measured_at and accuracy_over_steps(settings):
             path = rows.RESULTS / f"window_extension_{name}_steps.png"
-            plot_steps(of_config, settings, path)
+            plot_steps(by_method, settings, path)
     for name, by_method in read_spectra().items():
         path = rows.RESULTS / f"window_extension_{name}_spectra.png"
         plot_low_frequency(by_method, path)

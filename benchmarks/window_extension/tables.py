@@ -25,9 +25,9 @@ def read_runs():
     runs = collections.defaultdict(lambda: collections.defaultdict(dict))
     by_steps = read_steps()
     last = {config: steps for config, _, steps in by_steps}
-    for (config, method, steps), of_seeds in by_steps.items():
+    for (config, method, steps), by_seed in by_steps.items():
         if steps == last[config]:
-            runs[config][method] = of_seeds
+            runs[config][method] = by_seed
     return runs
 
 
@@ -95,17 +95,17 @@ def window(accuracy):
     return keras_laid.effective_window(accuracy).window
 
 
-def make_table(of_config, methods):
+def make_table(by_method, methods):
     """Accuracy by size, its mean over short haystacks, and windows."""
     lines = []
     for method in methods:
-        runs = of_config.get(method)
+        runs = by_method.get(method)
         if not runs:
             continue
         short = [np.mean([run[s] for s in SHORT]) for run in runs.values()]
         cells = [cell([run[s] for run in runs.values()]) for s in SIZES]
         windows = geometric([window(run) for run in runs.values()])
-        ratio = ratio_of_windows(runs, of_config[UNTOUCHED])
+        ratio = ratio_of_windows(runs, by_method[UNTOUCHED])
         lines.append([method, len(runs), *cells, cell(short), windows, ratio])
     header = ["method", "seeds", *SIZES, "1 to 5", "window", "window ratio"]
     return markdown_table(header, lines)
@@ -120,9 +120,9 @@ def accuracy_over_steps(settings):
         for method in settings.methods
     }
     return {
-        method: {key[-1]: by_steps[key] for key in of_method}
-        for method, of_method in keys.items()
-        if by_steps.keys() >= {*of_method}
+        method: {key[-1]: by_steps[key] for key in needed}
+        for method, needed in keys.items()
+        if by_steps.keys() >= {*needed}
     }
 
 
@@ -134,8 +134,8 @@ def make_steps_table(settings):
         sizes_over_steps(settings), over_steps
     ):
         cells = [
-            cell([run[size] for run in of_seeds.values()])
-            for of_seeds in over_steps[method].values()
+            cell([run[size] for run in by_seed.values()])
+            for by_seed in over_steps[method].values()
         ]
         reached = steps_until(over_steps[method], size)
         lines.append([size, method, *cells, reached])
@@ -215,20 +215,18 @@ def drawn_heads():
         for row in runs:
             if row["accuracy_20"] and row["retrieval_heads"]:
                 heads = row["retrieval_heads"].split()
-                of_heads = [np.mean(attention[head]) for head in heads]
-                found.append((of_heads, sorted(heads), row))
+                means = [np.mean(attention[head]) for head in heads]
+                found.append((means, sorted(heads), row))
     lines = [
         [
             row["method"],
             row["seed"],
             ", ".join(heads),
-            f"{np.mean(of_heads):.2f}",
-            f"{max(of_heads):.2f}",
+            f"{np.mean(means):.2f}",
+            f"{max(means):.2f}",
             *(f"{float(row[f'accuracy_{size}']):.3f}" for size in (5, 10, 20)),
         ]
-        for of_heads, heads, row in sorted(
-            found, key=lambda each: -max(each[0])
-        )
+        for means, heads, row in sorted(found, key=lambda each: -max(each[0]))
     ]
     header = ["method", "seed", "layer.head", "mean", "largest", 5, 10, 20]
     return markdown_table(header, lines)
@@ -236,14 +234,14 @@ def drawn_heads():
 
 def methods_table(config, names, sizes):
     """Accuracy at some sizes and the window, of methods that have rows."""
-    of_config = read_runs()[config]
+    by_method = read_runs()[config]
     lines = []
     for name, label in names.items():
-        if name not in of_config:
+        if name not in by_method:
             continue
-        runs = of_config[name]
+        runs = by_method[name]
         cells = [cell([run[size] for run in runs.values()]) for size in sizes]
-        window = ratio_of_windows(runs, of_config[UNTOUCHED])
+        window = ratio_of_windows(runs, by_method[UNTOUCHED])
         lines.append([label, len(runs), *cells, window])
     return markdown_table(["method", "seeds", *sizes, "window"], lines)
 
@@ -251,11 +249,11 @@ def methods_table(config, names, sizes):
 def make_tables():
     """Every table of the study that has rows, by the name of its marks."""
     tables = {}
-    for name, of_config in read_runs().items():
+    for name, by_method in read_runs().items():
         settings = read_settings(name)
-        tables[name] = make_table(of_config, settings.methods)
-        if of_config.keys() & {*settings.ablation} - {*settings.methods}:
-            ablation = make_table(of_config, settings.ablation)
+        tables[name] = make_table(by_method, settings.methods)
+        if by_method.keys() & {*settings.ablation} - {*settings.methods}:
+            ablation = make_table(by_method, settings.ablation)
             tables[f"{name}_ablation"] = ablation
         if settings.measured_at:
             tables[f"{name}_steps"] = make_steps_table(settings)

@@ -7,7 +7,7 @@ for a backbone whose blocks keep their attention as `block.attention`:
 from keras_laid.backbones import families
 
 
-def of_my_block(block):
+def read_my_block(block):
     attention = block.attention
     if attention is None:  # A block of another kind.
         return families.linear()
@@ -25,7 +25,7 @@ def of_my_block(block):
     )
 
 
-families.FAMILIES[MyBackbone] = families.Family(of_my_block)
+families.FAMILIES[MyBackbone] = families.Family(read_my_block)
 ```
 
 The function is called with each of `backbone.transformer_layers`. Subclasses of
@@ -156,14 +156,14 @@ def with_maps(layers: Sequence[DecoderLayer]) -> dict[int, AttentionLayer]:
     }
 
 
-def of_gemma(block: keras.layers.Layer) -> AttentionLayer:
+def read_gemma(block: keras.layers.Layer) -> AttentionLayer:
     attention = block.attention
     scaled_dim = attention.head_dim
     if not attention.query_head_dim_normalize:
         scaled_dim = attention.hidden_dim // attention.num_query_heads
     # Only Gemma 3 has norms.
     normalized = getattr(attention, "use_query_key_norm", False)
-    return of_any_gemma(
+    return gemma_layer(
         attention,
         interleaved=not hasattr(attention, "use_query_key_norm"),
         num_key_value_heads=attention.num_key_value_heads,
@@ -176,9 +176,9 @@ def of_gemma(block: keras.layers.Layer) -> AttentionLayer:
     )
 
 
-def of_gemma4(block: keras.layers.Layer) -> AttentionLayer:
+def read_gemma4(block: keras.layers.Layer) -> AttentionLayer:
     attention = block.attention
-    return of_any_gemma(
+    return gemma_layer(
         attention,
         num_key_value_heads=attention.effective_num_kv_heads,
         scale=1.0,
@@ -193,7 +193,7 @@ def of_gemma4(block: keras.layers.Layer) -> AttentionLayer:
     )
 
 
-def of_any_gemma(
+def gemma_layer(
     attention: keras.layers.Layer, **attributes: Any
 ) -> AttentionLayer:
     """The attributes that have the same names in all Gemmas."""
@@ -210,13 +210,13 @@ def of_any_gemma(
     )
 
 
-def of_llama(block: keras.layers.Layer) -> AttentionLayer:
-    return of_projected(block._self_attention_layer, window=None)
+def read_llama(block: keras.layers.Layer) -> AttentionLayer:
+    return projected_layer(block._self_attention_layer, window=None)
 
 
-def of_qwen(block: keras.layers.Layer) -> AttentionLayer:
+def read_qwen(block: keras.layers.Layer) -> AttentionLayer:
     attention = block._self_attention_layer
-    return of_projected(
+    return projected_layer(
         attention,
         window=attention.sliding_window_size
         if attention.use_sliding_window_attention
@@ -224,10 +224,10 @@ def of_qwen(block: keras.layers.Layer) -> AttentionLayer:
     )
 
 
-def of_projected(
+def projected_layer(
     attention: keras.layers.Layer, window: int | None
 ) -> AttentionLayer:
-    return of_grouped(
+    return grouped_layer(
         attention,
         window=window,
         query_layer=attention._query_dense,
@@ -235,9 +235,9 @@ def of_projected(
     )
 
 
-def of_phi3(block: keras.layers.Layer) -> AttentionLayer:
+def read_phi3(block: keras.layers.Layer) -> AttentionLayer:
     attention = block.attention
-    return of_grouped(
+    return grouped_layer(
         attention,
         window=None,
         query_layer=attention.query_dense,
@@ -245,9 +245,9 @@ def of_phi3(block: keras.layers.Layer) -> AttentionLayer:
     )
 
 
-def of_qwen3(block: keras.layers.Layer) -> AttentionLayer:
+def read_qwen3(block: keras.layers.Layer) -> AttentionLayer:
     attention = block._self_attention_layer
-    return of_grouped(
+    return grouped_layer(
         attention,
         window=attention.sliding_window_size or None,
         query_layer=attention._query_dense_layer_norm,
@@ -256,11 +256,11 @@ def of_qwen3(block: keras.layers.Layer) -> AttentionLayer:
     )
 
 
-def of_qwen3_5(block: keras.layers.Layer) -> DecoderLayer:
+def read_qwen3_5(block: keras.layers.Layer) -> DecoderLayer:
     if block.layer_type == "linear_attention":
         return linear()
     attention = block._self_attention_layer
-    return of_grouped(
+    return grouped_layer(
         attention,
         window=attention.sliding_window_size or None,
         rotary_dim=attention.rotary_dim,
@@ -270,7 +270,7 @@ def of_qwen3_5(block: keras.layers.Layer) -> DecoderLayer:
     )
 
 
-def of_grouped(
+def grouped_layer(
     attention: keras.layers.Layer, **attributes: Any
 ) -> AttentionLayer:
     """The attributes that have the same names in Llama, Phi-3 and Qwen."""
@@ -285,7 +285,7 @@ def of_grouped(
     )
 
 
-def of_mistral(block: keras.layers.Layer) -> AttentionLayer:
+def read_mistral(block: keras.layers.Layer) -> AttentionLayer:
     attention = block._self_attention_layer
     return layer(
         attention,
@@ -300,24 +300,24 @@ def of_mistral(block: keras.layers.Layer) -> AttentionLayer:
     )
 
 
-OF_GEMMA = Family(of_gemma, mask_method="_compute_attention_mask")
-OF_LLAMA = Family(of_llama)
+GEMMA = Family(read_gemma, mask_method="_compute_attention_mask")
+LLAMA = Family(read_llama)
 IMAGE_GRID = ("image_size", "num_vision_tokens_per_image", "patch_size")
 
 # From the class of a backbone to the record of its family.
 FAMILIES = {
     # All images stand before the text; `"token_ids"` holds only the text.
     PaliGemmaBackbone: Family(
-        of_gemma,
+        read_gemma,
         mask="prefix",
         mask_method="_compute_attention_mask",
         image_attributes=("image_size", "image_sequence_length"),
         vision_encoder="vit_encoder",
         vision_blocks="resblocks",
     ),
-    GemmaBackbone: OF_GEMMA,
+    GemmaBackbone: GEMMA,
     Gemma3Backbone: Family(
-        of_gemma,
+        read_gemma,
         mask="images",
         mask_method="_compute_attention_mask",
         image_attributes=(*IMAGE_GRID, "pool_size"),
@@ -326,23 +326,23 @@ FAMILIES = {
     ),
     # Tokens of an image attend each other, but only in Gemma 4's local layers.
     Gemma4Backbone: Family(
-        of_gemma4,
+        read_gemma4,
         mask_method="_compute_attention_mask",
         linear_memory="never",
         image_attributes=(*IMAGE_GRID, "pool_size"),
         vision_encoder="vision_encoder",
         vision_blocks="encoder_blocks",
     ),
-    LlamaBackbone: OF_LLAMA,
-    Llama3Backbone: OF_LLAMA,
-    MistralBackbone: Family(of_mistral),
-    Phi3Backbone: Family(of_phi3),
+    LlamaBackbone: LLAMA,
+    Llama3Backbone: LLAMA,
+    MistralBackbone: Family(read_mistral),
+    Phi3Backbone: Family(read_phi3),
     # Fused attention ignores Qwen's sliding window, so its mask depends on the
     # backend.
-    QwenBackbone: Family(of_qwen, linear_memory="without windows"),
-    Qwen3Backbone: Family(of_qwen3, linear_memory="without windows"),
+    QwenBackbone: Family(read_qwen, linear_memory="without windows"),
+    Qwen3Backbone: Family(read_qwen3, linear_memory="without windows"),
     Qwen3_5Backbone: Family(
-        of_qwen3_5,
+        read_qwen3_5,
         linear_memory="without windows",
         image_attributes=(
             "patch_size",

@@ -114,8 +114,8 @@ def examples_of(
             exists[used],
             needle[used],
             {
-                layer: SharpestRows(*(array[used] for array in of_layer))
-                for layer, of_layer in rows.items()
+                layer: SharpestRows(*(array[used] for array in sharpest))
+                for layer, sharpest in rows.items()
             },
         )
     return found

@@ -122,7 +122,7 @@ def sharpest_rows(
             later.
     """
 
-    def of_block(start: int) -> SharpestRows:
+    def sharpest_from(start: int) -> SharpestRows:
         block = slice(start, start + ROWS)
         some = row_index[block]
         query = ops.take(attention.query, some, axis=1)
@@ -131,9 +131,9 @@ def sharpest_rows(
         )
         return sharpest_of_block(log_shares, counts[:, block])
 
-    found = of_block(0)
+    found = sharpest_from(0)
     for start in range(ROWS, len(row_index), ROWS):
-        found = found.or_sharper(of_block(start))
+        found = found.or_sharper(sharpest_from(start))
     return found
 
 
@@ -141,10 +141,10 @@ def sharpest_of_block(log_shares: Tensor, counts: np.ndarray) -> SharpestRows:
     """The sharpest of some rows, from their result of `segment_attention`."""
     batch, heads, rows, segments = log_shares.shape
     # Each head on its own: [batch * heads, 1, rows, segments].
-    of_heads = ops.reshape(log_shares, (batch * heads, 1, rows, segments))
+    single_heads = ops.reshape(log_shares, (batch * heads, 1, rows, segments))
     shares, mass, sharpness = (
         ops.convert_to_numpy(each).reshape(batch, heads, *each.shape[1:])
-        for each in retrieval(of_heads)
+        for each in retrieval(single_heads)
     )
     weight = np.where(counts[:, None], mass * sharpness, -1.0)
     best = weight.argmax(axis=-1)[..., None]

@@ -199,25 +199,25 @@ class LinearBlock:
     def compact_mask(
         self, masks: Mapping[str, Tensor], batch: int, length: int
     ) -> AttentionMask:
-        def of_all_tokens(name: str, of_images: bool) -> Tensor:
+        def extend_to_images(name: str, image_value: bool) -> Tensor:
             """Extends PaliGemma's mask, which covers only text, to images."""
             mask = ops.cast(masks[name], "bool")
             images = length - ops.shape(mask)[1]
             return ops.pad(
-                mask, ((0, 0), (images, 0)), constant_values=of_images
+                mask, ((0, 0), (images, 0)), constant_values=image_value
             )
 
         every = ops.ones((batch, length), "bool")
         present, block = every, None
         if "padding_mask" in masks:
-            present = of_all_tokens("padding_mask", True)
+            present = extend_to_images("padding_mask", True)
         bidirectional, causal = ops.zeros_like(every), present
         has_prefix = "response_mask" in self.signature.parameters
         if has_prefix and "padding_mask" in masks:
             # PaliGemma: every row attends the prompt; the response is causal.
             bidirectional, causal = present, every
             if "response_mask" in masks:
-                causal = of_all_tokens("response_mask", False)
+                causal = extend_to_images("response_mask", False)
                 prompt = ops.logical_not(causal)
                 bidirectional = ops.logical_and(present, prompt)
         elif "vision_mask" in masks:

@@ -43,8 +43,8 @@ def aligned_tokens(
         ValueError: If the two prompts of an example do not have as many marked
             tokens.
     """
-    marked, of_teacher = sample_weight > 0, teacher_sample_weight > 0
-    counts, others = marked.sum(axis=1), of_teacher.sum(axis=1)
+    marked, teacher_marked = sample_weight > 0, teacher_sample_weight > 0
+    counts, others = marked.sum(axis=1), teacher_marked.sum(axis=1)
     differ = np.flatnonzero(counts != others)
     if len(differ):
         row = differ[0]
@@ -53,7 +53,7 @@ def aligned_tokens(
             f"Received: {counts[row]} for the student and {others[row]} for "
             f"the teacher in row {row}. Give both the same response."
         )
-    first_ones = np.argsort(~of_teacher, axis=1, kind="stable")
+    first_ones = np.argsort(~teacher_marked, axis=1, kind="stable")
     rank = np.maximum(np.cumsum(marked, axis=1) - 1, 0)
     rank = np.minimum(rank, first_ones.shape[1] - 1)
     return np.take_along_axis(first_ones, rank, axis=1).astype("int32")

@@ -67,7 +67,7 @@ class TextPrompts(ModelPrompts):
         groups: dict[tuple[str, ...], list[str]] = {}
         for each, prompt in zip(documents, prompts, strict=True):
             groups.setdefault(each, []).append(prompt)
-        found = {}
+        found: dict[tuple[tuple[str, ...], str], np.ndarray] = {}
         for each, texts in groups.items():
             texts = list(dict.fromkeys(texts))
             tokens, _ = self.form.document_tokens(each)

@@ -229,7 +229,7 @@ def plan(
             "The batch must be split evenly over the first axis of the mesh. "
             f"Received: batch_size={batch_size}, mesh_shape={mesh_shape}"
         )
-    of_teacher, of_student = (
+    teacher_blueprint, student_blueprint = (
         blueprint(model, dtype, image_tokens, text_tokens)
         for model, dtype in (
             (teacher, teacher_dtype),
@@ -237,35 +237,38 @@ def plan(
         )
     )
     examples = batch_size // batch_axis
-    trained = of_student.bytes(model_axis, trained_only=True)
+    trained = student_blueprint.bytes(model_axis, trained_only=True)
     captured = sum(
         each.captured * BYTES[each.compute_dtype]
-        for each in (of_teacher, of_student)
+        for each in (teacher_blueprint, student_blueprint)
     )
     tokens = image_tokens + text_tokens
-    rows = max(chunked.ROWS, chunked.ELEMENTS // of_student.vocabulary)
+    rows = max(chunked.ROWS, chunked.ELEMENTS // student_blueprint.vocabulary)
     rows = min(rows, examples * text_tokens)
     # A block's logits, probabilities and slopes; and the kernel's gradient.
-    logits = 4 * of_student.vocabulary * (6 * rows + of_student.width)
+    logits = (
+        4 * student_blueprint.vocabulary * (6 * rows + student_blueprint.width)
+    )
     return MemoryPlan(
         parts={
-            "teacher: weights": of_teacher.bytes(model_axis),
-            "student: weights": of_student.bytes(model_axis),
+            "teacher: weights": teacher_blueprint.bytes(model_axis),
+            "student: weights": student_blueprint.bytes(model_axis),
             "student: gradients": trained,
             "student: optimizer": optimizer_slots * trained,
-            "student: what blocks are given": examples * of_student.kept(),
+            "student: what blocks are given": examples
+            * student_blueprint.kept(),
             "one block at work": examples
             * max(
-                of_student.at_work(model_axis, backward=True),
-                of_teacher.at_work(model_axis, backward=False),
+                student_blueprint.at_work(model_axis, backward=True),
+                teacher_blueprint.at_work(model_axis, backward=False),
             ),
             "queries and keys that are matched": (
                 examples * tokens * matched_layers * captured
             ),
             "logits": logits // model_axis,
         },
-        teacher_parameters=of_teacher.parameters,
-        student_parameters=of_student.parameters,
+        teacher_parameters=teacher_blueprint.parameters,
+        student_parameters=student_blueprint.parameters,
         mesh_shape=(batch_axis, model_axis),
         memory=memory,
     )

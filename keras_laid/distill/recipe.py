@@ -240,7 +240,7 @@ def with_whole_paths(recipe: Recipe, folder: pathlib.Path) -> Recipe:
     def preset(name: str) -> str:
         return whole(name) if (folder / name).is_dir() else name
 
-    def of_table(table: Any) -> Any:
+    def whole_table(table: Any) -> Any:
         if table is None:
             return None
         root = None if table.root is None else whole(table.root)
@@ -252,6 +252,6 @@ def with_whole_paths(recipe: Recipe, folder: pathlib.Path) -> Recipe:
         teacher=preset(recipe.teacher),
         student=preset(recipe.student),
         output=whole(recipe.output),
-        data=of_table(recipe.data),
-        evaluation=of_table(recipe.evaluation),
+        data=whole_table(recipe.data),
+        evaluation=whole_table(recipe.evaluation),
     )

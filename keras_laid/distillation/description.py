@@ -47,7 +47,7 @@ class Description:
     hidden_dim: int | None = None
 
     @classmethod
-    def of(cls, model: keras.Model) -> Self:
+    def from_model(cls, model: keras.Model) -> Self:
         """The description of a `keras_hub.models.CausalLM`."""
         layers = attention_layers(model)
         tokenizer = model.preprocessor and model.preprocessor.tokenizer

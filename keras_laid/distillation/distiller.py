@@ -196,22 +196,22 @@ class DistanceWeightedAttentionDistillation(
         checks.check_task("student", student)
         store = teacher if isinstance(teacher, StoredTeacher) else None
         if store is not None:
-            of_teacher = store.description
+            teacher_description = store.description
         else:
             checks.check_task("teacher", teacher)
             checks.check_two(teacher, student)
-            of_teacher = Description.of(teacher)
-        of_student = Description.of(student)
-        checks.check_pair(of_teacher, of_student)
+            teacher_description = Description.from_model(teacher)
+        student_description = Description.from_model(student)
+        checks.check_pair(teacher_description, student_description)
         for term in terms:
-            term.bind(of_student, of_teacher, store)
+            term.bind(student_description, teacher_description, store)
             term.is_bound = True
 
         super().__init__(**kwargs)
         self.student = student
         # This hides the teacher from Keras, which would train and save it.
         self.__dict__["teacher"] = teacher
-        self.descriptions = (of_student, of_teacher)
+        self.descriptions = (student_description, teacher_description)
         self.distance_weighting = distance_weighting
         self.rematerialize = False
         self.linear_memory: bool | Name = False

@@ -33,27 +33,27 @@ def resolve_layer_map(
         ValueError: If a layer does not exist or does not have full attention,
             or a student layer is named twice.
     """
-    of_student = indices_of_global(student.layers, student.model)
-    of_teacher = indices_of_global(teacher.layers, teacher.model)
+    student_indices = indices_of_global(student.layers, student.model)
+    teacher_indices = indices_of_global(teacher.layers, teacher.model)
     if not (isinstance(layer_map, str) or is_pairs(layer_map)):
         raise refusal(layer_map)
     if layer_map == "last":
-        return ((of_student[-1], of_teacher[-1]),)
+        return ((student_indices[-1], teacher_indices[-1]),)
     if layer_map == "uniform":
-        step = len(of_teacher) / len(of_student)
+        step = len(teacher_indices) / len(student_indices)
         return tuple(
-            (layer, of_teacher[max(0, round((i + 1) * step) - 1)])
-            for i, layer in enumerate(of_student)
+            (layer, teacher_indices[max(0, round((i + 1) * step) - 1)])
+            for i, layer in enumerate(student_indices)
         )
     if isinstance(layer_map, str):
         raise refusal(layer_map)
     pairs = tuple(
         (
             resolve_index(
-                "layer_map", "student", student, of_student, student_layer
+                "layer_map", "student", student, student_indices, student_layer
             ),
             resolve_index(
-                "layer_map", "teacher", teacher, of_teacher, teacher_layer
+                "layer_map", "teacher", teacher, teacher_indices, teacher_layer
             ),
         )
         for student_layer, teacher_layer in layer_map

@@ -34,7 +34,7 @@ class MatchedRows(NamedTuple):
     row_positions: Tensor
     key_positions: Tensor
 
-    def of(self, attention: Attention) -> Attention:
+    def select(self, attention: Attention) -> Attention:
         """`attention` with queries of only these rows."""
         return attention._replace(query=attention.query[:, -self.num_rows :])
 

@@ -112,8 +112,8 @@ class Objective:
             terms["progress"] = progress
         if targets is None:
             targets = [None] * len(self.terms)
-        for term, of_teacher in zip(self.terms, targets, strict=True):
-            weighted, values = term.compute(step, of_teacher)
+        for term, target in zip(self.terms, targets, strict=True):
+            weighted, values = term.compute(step, target)
             terms.update(values)
             loss = loss + weighted
         terms["loss"] = loss

@@ -111,7 +111,7 @@ class PositionStretching:
             )
         vision_mask = vision_mask.astype("int8")
         moved = np.zeros_like(vision_mask, "int32")
-        for of_example, mask in zip(moved, vision_mask, strict=True):
+        for offsets, mask in zip(moved, vision_mask, strict=True):
             edges = np.diff(mask, prepend=0, append=0)
             firsts, ends = (np.flatnonzero(edges == e) for e in (1, -1))
             if not len(firsts):
@@ -120,9 +120,9 @@ class PositionStretching:
             before = np.maximum(firsts - margin, np.append(0, ends[:-1]))
             free = slots[0] - np.arange(len(firsts))
             for start, images in zip(before, free, strict=True):
-                of_example[start:] = images * self.image_length
+                offsets[start:] = images * self.image_length
             free = windows[0, 0] - len(firsts)
-            of_example[ends[-1] + margin :] = free * self.image_length
+            offsets[ends[-1] + margin :] = free * self.image_length
         return np.arange(moved.shape[1], dtype="int32") + moved
 
     def _draw(

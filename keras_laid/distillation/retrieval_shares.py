@@ -83,7 +83,7 @@ def log_shares_of_heads(
     """
     means = {}
     for layer in layers_of(heads):
-        chosen = [head for of, head in heads if of == layer]
+        chosen = [head for each, head in heads if each == layer]
         log_shares = segment_attention(
             only_heads(attention[layer], chosen), mask, *segments
         )
@@ -103,7 +103,7 @@ def text_log_shares(
     key_length = ops.shape(first.key)[1]
     rows = matched_rows(model, x, key_length, "text")
     return log_shares_of_heads(
-        {layer: rows.of(each) for layer, each in attention.items()},
+        {layer: rows.select(each) for layer, each in attention.items()},
         heads,
         rows.mask,
         segments_for(model, x, key_length, num_segments),

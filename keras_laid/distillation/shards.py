@@ -167,20 +167,20 @@ def write_shard(
     )
     batches = []
     for index in indices:
-        epoch, of_epoch = divmod(index, len(data))
+        epoch, batch_index = divmod(index, len(data))
         if hasattr(data, "epoch"):
             data.epoch = epoch
-        given = data[of_epoch]
+        given = data[batch_index]
         x, marked = stored_teacher.inputs_and_marked(given)
         batch = Batch(
             x,
             ops.convert_to_numpy(given[1]),
             marked,
             first=sum(sizes[epoch * len(data) :]),
-            is_last=of_epoch == len(data) - 1,
+            is_last=batch_index == len(data) - 1,
         )
         checks.check_batch(model, (x, batch.y, marked))
-        check_finite(x, of_epoch)
+        check_finite(x, batch_index)
         examples, tokens = records(batch)
         for example in examples:
             writer.write(example)

@@ -130,7 +130,7 @@ def store_log_probabilities(
     ):
         check_integer(name, value)
     # Of the teacher, only the vocabulary is known.
-    description = Description.of(student)
+    description = Description.from_model(student)
     settings: dict[str, Any] = dict(
         layers=[],
         rows="text",

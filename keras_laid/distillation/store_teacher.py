@@ -144,7 +144,7 @@ def store_teacher(
         batches_per_shard=batches_per_shard,
         num_segments=num_segments,
     )
-    description = Description.of(teacher)
+    description = Description.from_model(teacher)
     heads: Heads | None = ()
     if len(retrieval_heads):
         heads = resolve_heads("retrieval_heads", retrieval_heads, description)
@@ -256,8 +256,8 @@ class Targets(keras.Model):
         batch, slots, width = ops.shape(hidden)
         blocks = ops.reshape(hidden, (batch, slots // ROWS, ROWS, width))
 
-        def of_block(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            return TopLogits.of(
+        def top_of_block(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return TopLogits.from_logits(
                 unembedding._replace(hidden=hidden).logits(),
                 self.settings["top_k"],
                 self.settings["temperature"],
@@ -265,7 +265,7 @@ class Targets(keras.Model):
 
         return [
             ops.reshape(ops.moveaxis(each, 0, 1), (batch, slots, -1))
-            for each in ops.map(of_block, ops.moveaxis(blocks, 1, 0))
+            for each in ops.map(top_of_block, ops.moveaxis(blocks, 1, 0))
         ]
 
     def records(self, batch: Batch) -> tuple[list[bytes], int]:

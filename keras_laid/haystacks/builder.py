@@ -17,7 +17,7 @@ from keras_laid.arguments import check_integer
 from keras_laid.haystacks.builder_config import check_counts
 from keras_laid.haystacks.builder_config import dataset_name
 from keras_laid.haystacks.builder_config import default_counts
-from keras_laid.haystacks.builder_config import tfds
+from keras_laid.haystacks.builder_config import require_tfds
 from keras_laid.haystacks.coco import Coco
 from keras_laid.haystacks.coco import read_image
 from keras_laid.haystacks.digits import SPLITS
@@ -30,6 +30,9 @@ from keras_laid.haystacks.question_files import Question
 from keras_laid.haystacks.question_files import read_questions
 from keras_laid.haystacks.sampling import PairSource
 from keras_laid.haystacks.sampling import check_sizes
+
+require_tfds()
+import tensorflow_datasets as tfds  # noqa: E402
 
 SOURCES = ("digits", "openmoji", "coco")
 LONG = (1, 2, 5, 10, 20, 50, 100, 150)

@@ -1,21 +1,21 @@
 """What the configs of the datasets of `tensorflow_datasets` have in common."""
 
 import hashlib
+import importlib.util
 import re
 from typing import Any
 
 from keras_laid.arguments import check_integer
 from keras_laid.haystacks.digits import SPLITS
 
-try:
-    import tensorflow_datasets as tfds
-except ImportError as error:
-    raise ImportError(
-        "The datasets of haystacks need the package tensorflow-datasets. "
-        'Run `pip install "keras-laid[haystacks]"`.'
-    ) from error
 
-__all__ = ["check_counts", "dataset_name", "default_counts", "tfds"]
+def require_tfds() -> None:
+    """Raises `ImportError` where `tensorflow_datasets` is not installed."""
+    if importlib.util.find_spec("tensorflow_datasets") is None:
+        raise ImportError(
+            "The datasets of haystacks need the package tensorflow-datasets. "
+            'Run `pip install "keras-laid[haystacks]"`.'
+        )
 
 
 def default_counts() -> dict[str, int]:

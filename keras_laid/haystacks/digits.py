@@ -78,9 +78,9 @@ class Digits(PairSource):
         # One array of shape (count, 8, 8) a digit.
         self._drawings: list[np.ndarray] = []
         for digit in range(len(NAMES)):
-            of_digit = drawings[data.target == digit]
-            mine = np.isin(np.arange(len(of_digit)) % 20, SPLITS[split])
-            self._drawings.append(of_digit[mine])
+            digit_drawings = drawings[data.target == digit]
+            mine = np.isin(np.arange(len(digit_drawings)) % 20, SPLITS[split])
+            self._drawings.append(digit_drawings[mine])
 
     def render(self, pairs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Draws one image for each pair of digits.

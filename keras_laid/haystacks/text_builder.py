@@ -13,10 +13,13 @@ from keras_laid.arguments import check_integers
 from keras_laid.haystacks.builder_config import check_counts
 from keras_laid.haystacks.builder_config import dataset_name
 from keras_laid.haystacks.builder_config import default_counts
-from keras_laid.haystacks.builder_config import tfds
+from keras_laid.haystacks.builder_config import require_tfds
 from keras_laid.haystacks.text_haystacks import draw_text_haystacks
 from keras_laid.haystacks.text_tasks import SPLITS
 from keras_laid.haystacks.text_tasks import TASKS
+
+require_tfds()
+import tensorflow_datasets as tfds  # noqa: E402
 
 LENGTHS = (512, 1024, 2048, 4096)
 
@@ -117,7 +120,7 @@ class TextHaystacks(tfds.core.GeneratorBasedBuilder):
         }
 
     def _generate_examples(
-        self, split: str, number: int, count: int
+        self, split: Any, number: int, count: int
     ) -> Iterator[tuple[int, dict[str, Any]]]:
         config = self.builder_config
         model = None

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
 from typing import NamedTuple
+from typing import TypeVar
 
 import numpy as np
 
@@ -104,23 +105,26 @@ class Facts(NamedTuple):
 Task = Callable[[np.random.Generator, str, int, float], Facts]
 
 
-def shared_out(words: Sequence, split: str) -> list:
+Item = TypeVar("Item")
+
+
+def shared_out(items: Sequence[Item], split: str) -> list[Item]:
     """The part of a list that belongs to a split."""
-    return [word for i, word in enumerate(words) if i % 20 in SPLITS[split]]
+    return [item for i, item in enumerate(items) if i % 20 in SPLITS[split]]
 
 
 def drawn(
-    words: Sequence, split: str, rng: np.random.Generator, count: int
-) -> list:
-    """Different words of a split, drawn at random."""
-    words = shared_out(words, split)
-    if count > len(words):
+    items: Sequence[Item], split: str, rng: np.random.Generator, count: int
+) -> list[Item]:
+    """Different items of a split, drawn at random."""
+    items = shared_out(items, split)
+    if count > len(items):
         raise ValueError(
             "A text has room for as many questions as the split has words. "
             f"Received: questions_per_text={count}, split={split!r} with "
-            f"{len(words)} words"
+            f"{len(items)} words"
         )
-    return [words[i] for i in rng.permutation(len(words))[:count]]
+    return [items[i] for i in rng.permutation(len(items))[:count]]
 
 
 def numbers(split: str, rng: np.random.Generator, digits: int) -> Iterator[int]:
@@ -226,7 +230,8 @@ def variable_tracking(
     ]
     # Chains are mixed, each in its own order.
     order = rng.permutation(np.repeat(np.arange(count), HOPS + 1)).tolist()
-    sentences, places = [], [[] for _ in range(count)]
+    sentences: list[str] = []
+    places: list[list[int]] = [[] for _ in range(count)]
     for index, chain in enumerate(order):
         step = len(places[chain])
         name = chains[chain][step]

@@ -51,9 +51,9 @@ class Attention(NamedTuple):
 
     def key_of_each_head(self) -> Tensor:
         """Keys of shape `(batch, keys, heads, head_dim)`, in float32."""
-        return self.of_each_head(self.key)
+        return self.repeat_heads(self.key)
 
-    def of_each_head(self, tensor: Tensor) -> Tensor:
+    def repeat_heads(self, tensor: Tensor) -> Tensor:
         """The part of a tensor like `key` that each head reads, in float32."""
         tensor = ops.cast(tensor, "float32")
         repeats = self.query.shape[2] // tensor.shape[2]
@@ -145,8 +145,8 @@ class AttentionMask(NamedTuple):
         later = ops.logical_and(self.causal[:, None], row_index >= key_index)
         allowed = ops.logical_or(self.bidirectional[:, None], later)
         if self.block is not None:
-            of_rows = ops.take(self.block, row_index[:, 0], axis=1)
-            same = self.block[:, None] == of_rows[:, :, None]
+            row_block = ops.take(self.block, row_index[:, 0], axis=1)
+            same = self.block[:, None] == row_block[:, :, None]
             inside = ops.logical_and(same, self.block[:, None] > 0)
             seen = ops.logical_and(inside, self.causal[:, None])
             allowed = ops.logical_or(allowed, seen)

@@ -53,7 +53,7 @@ class RowBlocks:
         zeros = ops.zeros((), dtype=tensor.dtype)
         return ops.where(inside, self.fill(tensor, axis), zeros)
 
-    def of(self, number: int | Tensor) -> Callable[[Tensor, int], Tensor]:
+    def slicer(self, number: int | Tensor) -> Callable[[Tensor, int], Tensor]:
         """Returns `rows(tensor, axis)`, which takes the rows of one block."""
 
         def rows_of(tensor: Tensor, axis: int) -> Tensor:

@@ -43,7 +43,9 @@ class TopLogits(NamedTuple):
     temperature: float = 1.0
 
     @classmethod
-    def of(cls, logits: Tensor, count: int, temperature: float = 1.0) -> Self:
+    def from_logits(
+        cls, logits: Tensor, count: int, temperature: float = 1.0
+    ) -> Self:
         """Takes the largest of all logits.
 
         Args:

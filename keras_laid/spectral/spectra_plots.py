@@ -306,10 +306,10 @@ def plot_gains(
     figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
     axes.axhline(1, color="0.8", linewidth=1)
     colors = plt.get_cmap("viridis")
-    extremes = [value for of_layer in gains.values() for value in of_layer.flat]
-    for position, (layer, of_layer) in enumerate(gains.items()):
+    extremes = [value for each in gains.values() for value in each.flat]
+    for position, (layer, layer_gains) in enumerate(gains.items()):
         color = colors(position / max(1, len(gains) - 1) * 0.9)
-        heads = of_layer.reshape(-1, of_layer.shape[-1])
+        heads = layer_gains.reshape(-1, layer_gains.shape[-1])
         for head, values in enumerate(heads):
             axes.plot(
                 wavelengths,

@@ -191,8 +191,8 @@ def check(scope, wrapper, entries, orders, monkeypatch):
                 assert bool(linear) == inside, message
     if scope != "linear_memory":
         for entry, one, other in zip(entries, *expected.values(), strict=True):
-            of_teacher = entry in ("fit", "train_on_batch", "evaluate")
-            if entry != "generate" and (wrapper != "teacher" or of_teacher):
+            calls_teacher = entry in ("fit", "train_on_batch", "evaluate")
+            if entry != "generate" and (wrapper != "teacher" or calls_teacher):
                 assert np.abs(np.subtract(one, other)).max() > 1e-3, entry
 
 

@@ -69,5 +69,5 @@ def test_retrieval_heads_of_two_batches_are_the_same(model):
     assert chosen and chosen == again
     assert {layer for layer, _ in chosen} <= GLOBAL_LAYERS
     for each in found:
-        of_chosen = [each.score[head] for head in chosen]
-        assert min(of_chosen) > 0.4
+        scores = [each.score[head] for head in chosen]
+        assert min(scores) > 0.4

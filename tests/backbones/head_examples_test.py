@@ -25,15 +25,15 @@ def test_examples_without_two_segments_do_not_count():
     batches[2]["segments"][0, -3:] = 7
     batches[2]["segments"][1, -2] = 2
     found = find_retrieval_heads(model, batches)
-    of_layers = retrieval_support.examples(model, batches)
+    by_layer = retrieval_support.examples(model, batches)
     left = [0, 3, 4, 6, 7]
-    for examples in of_layers.values():
+    for examples in by_layer.values():
         numbers = examples[4].numbers
         examples[4] = examples[4]._replace(numbers=numbers * (numbers < 7))
         assert not examples[5].rows
     kept = {
         layer: [examples[index] for index in left]
-        for layer, examples in of_layers.items()
+        for layer, examples in by_layer.items()
     }
     assert_statistics(found.by_rows["text"], kept)
 
@@ -61,11 +61,11 @@ def test_positions_and_tensors_of_the_backend():
         ({**x, "needle": needle}, x["token_ids"], weight)
         for x, weight in zip(batches, weights(batches), strict=True)
     ]
-    of_arrays = find_retrieval_heads(model, data, ablate=True)
+    from_arrays = find_retrieval_heads(model, data, ablate=True)
     data = keras.tree.map_structure(ops.convert_to_tensor, data)
-    of_tensors = find_retrieval_heads(model, iter(data), ablate=True)
-    np.testing.assert_array_equal(of_tensors.score, of_arrays.score)
-    assert of_tensors.ablation == of_arrays.ablation
+    from_tensors = find_retrieval_heads(model, iter(data), ablate=True)
+    np.testing.assert_array_equal(from_tensors.score, from_arrays.score)
+    assert from_tensors.ablation == from_arrays.ablation
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "mixed_bfloat16"])

@@ -40,8 +40,8 @@ def test_rows_of_text_and_images_in_blocks(family, monkeypatch):
     data = [(x, None, mark) for x, mark in zip(batches, marks, strict=True)]
     kinds = {"text": marks, "image": None}
     examples = {
-        kind: retrieval_support.examples(model, batches, kind, of_kind)
-        for kind, of_kind in kinds.items()
+        kind: retrieval_support.examples(model, batches, kind, row_marks)
+        for kind, row_marks in kinds.items()
     }
     for rows in (512, 5):
         monkeypatch.setattr(head_statistics, "ROWS", rows)
@@ -129,8 +129,8 @@ def test_layers_may_have_different_numbers_of_heads():
         )
         # `ranked` skips heads that do not exist. Needles 0, 1 and 2 are known.
         assert {layer for layer, _ in ranked(table)} == {1, 2}
-    of_layer = examples.rows[1]
-    attention = of_layer.shares * of_layer.mass[..., None]
+    sharpest = examples.rows[1]
+    attention = sharpest.shares * sharpest.mass[..., None]
     score = [
         attention[i, :, i] - np.delete(attention[i], i, -1).mean(-1)
         for i in range(3)

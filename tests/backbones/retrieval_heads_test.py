@@ -30,10 +30,10 @@ def with_needles(batches, examples, head):
             each.maps[head], each.numbers, each.rows
         )
         needles.append(int(shares.argmax()))
-    of_batches = np.reshape(needles, (len(batches), -1))
+    by_batch = np.reshape(needles, (len(batches), -1))
     batches = [
         dict(inputs, needle=needle)
-        for inputs, needle in zip(batches, of_batches, strict=True)
+        for inputs, needle in zip(batches, by_batch, strict=True)
     ]
     return batches, needles
 
@@ -56,9 +56,9 @@ def test_a_planted_head_is_found_in_every_family(family):
     examples = {
         layer: [
             each._replace(needle=needle)
-            for each, needle in zip(of_layer, needles, strict=True)
+            for each, needle in zip(layer_examples, needles, strict=True)
         ]
-        for layer, of_layer in examples.items()
+        for layer, layer_examples in examples.items()
     }
     assert_statistics(found.by_rows["text"], examples)
 
@@ -102,9 +102,9 @@ def test_no_head_is_chosen_where_none_finds_the_needle():
         """The best score of all heads, in one example."""
         return max(
             retrieval_support.statistics(
-                [of_layer[example]._replace(needle=needle)]
+                [layer_examples[example]._replace(needle=needle)]
             )["needle"].max()
-            for of_layer in examples.values()
+            for layer_examples in examples.values()
         )
 
     worst = [

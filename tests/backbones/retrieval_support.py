@@ -51,10 +51,10 @@ def numbers_of(inputs, length):
         runs = np.cumsum(np.diff(inputs["vision_mask"], prepend=0) > 0, axis=1)
         return runs * inputs["vision_mask"]
     batch, images = inputs["images"].shape[:2]
-    of_text = np.zeros(inputs["token_ids"].shape[1], "int64")
-    tokens = (length - len(of_text)) // images
-    of_images = np.repeat(np.arange(images) + 1, tokens)
-    return np.tile(np.concatenate([of_images, of_text]), (batch, 1))
+    text_numbers = np.zeros(inputs["token_ids"].shape[1], "int64")
+    tokens = (length - len(text_numbers)) // images
+    image_numbers = np.repeat(np.arange(images) + 1, tokens)
+    return np.tile(np.concatenate([image_numbers, text_numbers]), (batch, 1))
 
 
 def allowed_keys(model, inputs, length):
@@ -180,9 +180,9 @@ def examples(model, batches, kind="text", weights=None):
         numbers = numbers_of(inputs, allowed.shape[1])
         rows = rows_of_kind(inputs, allowed, kind, weight)
         needle = inputs.get("needle", [None] * len(rows))
-        for layer, of_layer in maps.items():
+        for layer, layer_maps in maps.items():
             found.setdefault(layer, []).extend(
-                map(Example, of_layer, numbers, rows, needle)
+                map(Example, layer_maps, numbers, rows, needle)
             )
     return found
 
@@ -200,11 +200,11 @@ def statistics(examples):
         shares = [shares for _, _, shares in best]
         found["selectivity"].append(mutual_information(shares))
         scores = []
-        for each, (mass, _, of_segments) in zip(used, best, strict=True):
-            if each.needle is None or not 0 <= each.needle < len(of_segments):
+        for each, (mass, _, by_segment) in zip(used, best, strict=True):
+            if each.needle is None or not 0 <= each.needle < len(by_segment):
                 continue
-            others = np.delete(of_segments, each.needle)
-            scores.append(mass * (of_segments[each.needle] - others.mean()))
+            others = np.delete(by_segment, each.needle)
+            scores.append(mass * (by_segment[each.needle] - others.mean()))
         found["needle"].append(np.mean(scores) if scores else np.nan)
     return {name: np.array(values) for name, values in found.items()}
 
@@ -231,20 +231,18 @@ def mutual_information(shares):
 
 def plant(model, layer, head, gain=6.0):
     """Makes one head look sharply, whatever norm follows its projection."""
-    (of_layer,) = attach_gain_modulation(
+    (modulation,) = attach_gain_modulation(
         model, [layer], per_head=True, max_gain=gain
     )
-    log_gain = np.zeros(of_layer.log_gain.shape, "float32")
+    log_gain = np.zeros(modulation.log_gain.shape, "float32")
     log_gain[head] = 20.0
-    of_layer.log_gain.assign(log_gain)
+    modulation.log_gain.assign(log_gain)
     assert len(log_gain) == attention_layers(model)[layer].num_query_heads
 
 
 def assert_statistics(found, examples, atol=1e-4):
     """Asserts statistics as in NumPy, and NaN in layers without examples."""
-    expected = {
-        layer: statistics(of_layer) for layer, of_layer in examples.items()
-    }
+    expected = {layer: statistics(each) for layer, each in examples.items()}
     for name in STATISTICS:
         for layer, values in enumerate(getattr(found, name)):
             if layer not in expected:

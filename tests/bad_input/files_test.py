@@ -260,7 +260,7 @@ class Evil:
         return os.mkdir, (str(self.path),)
 
 
-def of_bytes(content):
+def write_bytes(content):
     return lambda path: path.write_bytes(content)
 
 
@@ -277,8 +277,8 @@ def bomb(path):
 
 
 CACHES = {
-    "nothing": of_bytes(b""),
-    "text": of_bytes(b"icons"),
+    "nothing": write_bytes(b""),
+    "text": write_bytes(b"icons"),
     "a header alone": bomb,
     "a zip file": zipped,
     "other icons": save(np.zeros((3, 16, 16, 3), "uint8")),
@@ -534,7 +534,7 @@ def call(path):
     }
 
 
-def of_config(change):
+def edit_config(change):
     def edit(preset, path):
         file = preset / "config.json"
         config = json.loads(file.read_text())
@@ -555,12 +555,12 @@ def cut(preset, path):
 
 
 POISONED = {
-    "a function as class": of_config(lambda c, p: c.update(call(p))),
-    "a lambda as class": of_config(lambda c, p: c.update(code(str(p)))),
-    "a function as dtype": of_config(
+    "a function as class": edit_config(lambda c, p: c.update(call(p))),
+    "a lambda as class": edit_config(lambda c, p: c.update(code(str(p)))),
+    "a function as dtype": edit_config(
         lambda c, p: c["config"].update(dtype=call(p))
     ),
-    "a lambda as dtype": of_config(
+    "a lambda as dtype": edit_config(
         lambda c, p: c["config"].update(dtype=code(str(p)))
     ),
     "a deep config": lambda preset, path: (preset / "config.json").write_text(
@@ -599,7 +599,7 @@ def test_poisoned_presets_run_nothing(tmp_path, name, load):
 EMBEDDING = "layers/reversible_embedding/vars/0"
 
 
-def of_weights(change):
+def edit_weights(change):
     """An edit that replaces one dataset of a preset's weights."""
 
     def edit(preset, path):
@@ -616,7 +616,7 @@ POISONED_WEIGHTS = {
     "pickled": (pickled, "Unable to synchronously open file"),
     "cut": (cut, "Unable to synchronously open file"),
     "64 GiB of nothing": (
-        of_weights(
+        edit_weights(
             lambda file, shape, path: file.create_dataset(
                 EMBEDDING, (2**20, 2**14), "float32", chunks=(1, 2**14)
             )
@@ -624,7 +624,7 @@ POISONED_WEIGHTS = {
         NOT_LOADED,
     ),
     "another file's bytes": (
-        of_weights(
+        edit_weights(
             lambda file, shape, path: file.create_dataset(
                 EMBEDDING, shape, "float32", external=[(str(path), 0, 2**20)]
             )
@@ -632,7 +632,7 @@ POISONED_WEIGHTS = {
         NOT_LOADED,
     ),
     "a link to another file": (
-        of_weights(
+        edit_weights(
             lambda file, shape, path: file.update(
                 {EMBEDDING: h5py.ExternalLink(str(path), "secret")}
             )
@@ -640,7 +640,7 @@ POISONED_WEIGHTS = {
         NOT_LOADED,
     ),
     "another shape": (
-        of_weights(
+        edit_weights(
             lambda file, shape, path: file.update({EMBEDDING: np.zeros(3)})
         ),
         NOT_LOADED,

@@ -82,7 +82,7 @@ def where_it_looks(**changes):
     return Retrieval(**given | changes)
 
 
-def of_retrieval(**changes):
+def compared_retrieval(**changes):
     given = dict(
         student=zeros(2, 4, 5, 3),
         teacher=where_it_looks(),
@@ -105,7 +105,7 @@ def tokens(**changes):
 
 
 def top(**changes):
-    whole = TopLogits.of(zeros(2, 3, 7), 3)
+    whole = TopLogits.from_logits(zeros(2, 3, 7), 3)
     return tokens(teacher=whole._replace(**changes))
 
 
@@ -464,21 +464,21 @@ def top(**changes):
         ),
         refused(
             "weights of a student's other heads",
-            lambda: of_retrieval(head_weight=zeros(3)),
+            lambda: compared_retrieval(head_weight=zeros(3)),
             ValueError,
             "`head_weight` must have shape (heads) = (4,)",
             "(3,)",
         ),
         refused(
             "a student without heads",
-            lambda: of_retrieval(student=zeros(2, 5, 3)),
+            lambda: compared_retrieval(student=zeros(2, 5, 3)),
             ValueError,
             "`student` must have shape (batch, heads, rows, segments)",
             "(2, 5, 3)",
         ),
         refused(
             "log shares for a teacher",
-            lambda: of_retrieval(teacher=zeros(2, 4, 5, 3)),
+            lambda: compared_retrieval(teacher=zeros(2, 4, 5, 3)),
             TypeError,
             "`teacher` must be a `keras_laid.ops.Retrieval`",
             "Pass what `keras_laid.ops.retrieval` returns",
@@ -486,7 +486,7 @@ def top(**changes):
         *[
             refused(
                 f"a teacher whose {name} is of {shape}",
-                lambda name=name, shape=shape: of_retrieval(
+                lambda name=name, shape=shape: compared_retrieval(
                     teacher=where_it_looks(**{name: zeros(*shape)})
                 ),
                 ValueError,
@@ -501,28 +501,28 @@ def top(**changes):
         ],
         refused(
             "a row mask of another batch",
-            lambda: of_retrieval(row_mask=zeros(1, 5)),
+            lambda: compared_retrieval(row_mask=zeros(1, 5)),
             ValueError,
             "`row_mask` must have shape (batch, rows) = (2, 5)",
             "(1, 5)",
         ),
         refused(
             "an unknown pooling",
-            lambda: of_retrieval(pooling="mean"),
+            lambda: compared_retrieval(pooling="mean"),
             ValueError,
             "`pooling` must be one of ['none', 'heads', 'rows']",
             "'mean'",
         ),
         refused(
             "a number for distances",
-            lambda: of_retrieval(distance=3.0),
+            lambda: compared_retrieval(distance=3.0),
             TypeError,
             "`distance` must be a `keras_laid.ops.Distance`",
             "float",
         ),
         refused(
             "distances to keys instead of segments",
-            lambda: of_retrieval(distance=distance()),
+            lambda: compared_retrieval(distance=distance()),
             ValueError,
             "`distance.key_positions` must have shape (batch, segments)",
             "(1, 6)",
@@ -530,7 +530,7 @@ def top(**changes):
         *[
             refused(
                 f"distances to segments with {words}",
-                lambda changes=changes: of_retrieval(
+                lambda changes=changes: compared_retrieval(
                     distance=distance(key_positions=zeros(1, 3), **changes)
                 ),
                 ValueError,
@@ -715,33 +715,34 @@ def top(**changes):
         refused(
             "largest logits of more tokens",
             lambda: tokens(
-                teacher=TopLogits.of(zeros(2, 3, 8), 2), vocabulary="shared"
+                teacher=TopLogits.from_logits(zeros(2, 3, 8), 2),
+                vocabulary="shared",
             ),
             ValueError,
             "largest of 8, 7 shared",
         ),
         refused(
             "more logits than there are",
-            lambda: TopLogits.of(zeros(2, 3, 7), 8),
+            lambda: TopLogits.from_logits(zeros(2, 3, 7), 8),
             ValueError,
             "`count` must be at most",
             "count=8",
         ),
         refused(
             "no logit at all",
-            lambda: TopLogits.of(zeros(2, 3, 7), 0),
+            lambda: TopLogits.from_logits(zeros(2, 3, 7), 0),
             ValueError,
             "`count` must be at least 1",
         ),
         refused(
             "logits without a batch",
-            lambda: TopLogits.of(zeros(3, 7), 2),
+            lambda: TopLogits.from_logits(zeros(3, 7), 2),
             ValueError,
             "`logits` must have shape (batch, length, vocabulary)",
         ),
         refused(
             "a string for a temperature",
-            lambda: TopLogits.of(zeros(2, 3, 7), 2, "1"),
+            lambda: TopLogits.from_logits(zeros(2, 3, 7), 2, "1"),
             TypeError,
             "`temperature` must be a number",
         ),

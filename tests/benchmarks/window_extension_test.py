@@ -218,8 +218,8 @@ def test_tables_have_means_intervals_and_ratios(tmp_path, monkeypatch):
             ("sft", 1): 0.2,
         },
     )
-    of_config = tables.read_runs()["a"]
-    table = tables.make_table(of_config, ["untouched", "sft", "never_run"])
+    by_method = tables.read_runs()["a"]
+    table = tables.make_table(by_method, ["untouched", "sft", "never_run"])
     _, _, untouched, sft = table.split("\n")
     assert untouched.startswith("| untouched | 2 | 1.000 ± 0.000 |")
     assert untouched.endswith("| 1.0 (1.0 to 1.0) |")

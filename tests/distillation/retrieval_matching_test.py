@@ -90,13 +90,13 @@ def expected_term(distiller, batch, heads, layers, strength):
     distance = abs(positions[:, 4 * images :, None] - places[:, None])
     span = positions.max(1) - places.min(1)
     weights = 1 + strength * distance / np.maximum(span, 1)[:, None, None]
-    total, of_rows = 0.0, 0.0
+    total, total_weight = 0.0, 0.0
     for layer, its_heads in layers.items():
-        of_heads = [
+        head_maps = [
             by_image(maps_of(distiller.teacher, batch, t), images)[:, h]
             for t, h in its_heads
         ]
-        teacher = np.mean(of_heads, axis=0)
+        teacher = np.mean(head_maps, axis=0)
         mass = teacher.sum(-1)
         p = teacher / mass[..., None]
         sharpness = 1 + (p * np.log(p)).sum(-1) / np.log(images)
@@ -106,8 +106,8 @@ def expected_term(distiller, batch, heads, layers, strength):
         p = p[:, None]
         terms = weights[:, None] * (p * np.log(p / q) - p + q)
         total += (terms.sum(-1).mean(1) * g).sum(1)
-        of_rows += g.sum(1)
-    return (total / of_rows).mean()
+        total_weight += g.sum(1)
+    return (total / total_weight).mean()
 
 
 @pytest.mark.parametrize("stretched", [False, True])
@@ -171,7 +171,7 @@ def test_pooled_heads_have_learned_weights(preprocessor, pooling):
 
 
 def description(num_layers):
-    return Description.of(
+    return Description.from_model(
         make_pali_gemma(dict(PALI_GEMMA, num_layers=num_layers))
     )
 

@@ -109,15 +109,15 @@ def step(beside, student):
 def test_loss_and_gradients_are_those_of_the_teachers_own_store(
     shape, store, beside, data, step
 ):
-    expected, of_teacher = step(beside, data)
-    found, of_server = step(store(shape), data)
+    expected, teacher_gradients = step(beside, data)
+    found, server_gradients = step(store(shape), data)
     assert found.keys() == expected.keys()
     assert expected["logits"] > 0.01
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, 1e-5, 1e-6, name)
-    atol = 1e-5 * max(np.abs(each).max() for each in of_teacher)
+    atol = 1e-5 * max(np.abs(each).max() for each in teacher_gradients)
     assert atol > 0
-    for one, other in zip(of_server, of_teacher, strict=True):
+    for one, other in zip(server_gradients, teacher_gradients, strict=True):
         np.testing.assert_allclose(one, other, 1e-4, atol)
 
 
@@ -128,16 +128,16 @@ def test_targets_are_log_probabilities(shape, store, beside, data):
     found, expected = store(shape).read(batch), beside.read(batch)
     assert found.keys() == expected.keys()
     marked = batch[2] > 0
-    (found, index, rest), (of_teacher, expected_index, of_rest) = (
+    (found, index, rest), (expected, expected_index, expected_rest) = (
         [each[f"teacher_{name}"][marked] for name in NAMES]
         for each in (found, expected)
     )
     np.testing.assert_array_equal(index, expected_index)
     total = np.logaddexp(
-        np.logaddexp.reduce(of_teacher, axis=-1), of_rest[:, 0]
+        np.logaddexp.reduce(expected, axis=-1), expected_rest[:, 0]
     )
-    np.testing.assert_allclose(found, of_teacher - total[:, None], atol=1e-5)
-    np.testing.assert_allclose(rest, of_rest - total[:, None], atol=1e-4)
+    np.testing.assert_allclose(found, expected - total[:, None], atol=1e-5)
+    np.testing.assert_allclose(rest, expected_rest - total[:, None], atol=1e-4)
 
 
 def test_tokens_besides_the_largest_count_among_the_others(store, beside, data):

@@ -49,8 +49,8 @@ def loss_of(distiller, x, y, sample_weight):
 
 def test_marked_tokens_are_aligned_in_their_order():
     marked = np.array([[0, 0, 1, 1], [1, 0, 0, 1], [0, 0, 0, 0]])
-    of_teacher = np.array([[1, 1, 0], [0, 1, 1], [0, 0, 0]])
-    index = aligned_tokens(marked, of_teacher)
+    teacher_marked = np.array([[1, 1, 0], [0, 1, 1], [0, 0, 0]])
+    index = aligned_tokens(marked, teacher_marked)
     assert index.dtype == "int32"
     assert index[0, 2:].tolist() == [0, 1]
     assert index[1, [0, 3]].tolist() == [1, 2]
@@ -79,9 +79,9 @@ def test_logits_are_those_of_the_teachers_own_prompt(family):
     index = own.pop("aligned")
     logits = to_numpy(forward(teacher, as_tensors(own)).tokens.logits())
     logits = np.take_along_axis(logits, index[:, :, None], axis=1)
-    of_student = forward(student, as_tensors(x)).tokens.logits()
+    student_logits = forward(student, as_tensors(x)).tokens.logits()
     expected = logits_divergence(
-        Unembedding(of_student),
+        Unembedding(student_logits),
         Unembedding(ops.convert_to_tensor(logits)),
         weights=ops.convert_to_tensor(sample_weight),
     ).divergence

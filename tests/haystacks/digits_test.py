@@ -8,12 +8,12 @@ from keras_laid import Digits
 
 def test_splits_share_no_drawing():
     drawings = {
-        split: [d.tobytes() for of in Digits(split)._drawings for d in of]
+        split: [d.tobytes() for digit in Digits(split)._drawings for d in digit]
         for split in ("train", "validation", "test")
     }
     for one, other in itertools.combinations(drawings.values(), 2):
         assert not set(one) & set(other)
-    counts = np.array([len(of) for of in drawings.values()])
+    counts = np.array([len(each) for each in drawings.values()])
     assert counts.sum() == 1797  # The whole data set.
     np.testing.assert_allclose(counts / 1797, [0.8, 0.05, 0.15], atol=0.01)
 

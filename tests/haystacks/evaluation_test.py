@@ -408,9 +408,9 @@ def test_a_cell_of_the_picture_stands_where_the_needle_was(monkeypatch):
         np.testing.assert_allclose(mesh.get_coordinates()[:, -1, 0], 1.0)
         assert mesh.get_clim() == (0, 1)
     np.testing.assert_allclose(figures[0].axes[1].get_yticks(), [0, 0.5, 1])
-    of_four = [text for text in axes.texts if text.get_position()[1] == 1]
-    assert len(of_four) == 4
-    for text in of_four:
+    row_texts = [text for text in axes.texts if text.get_position()[1] == 1]
+    assert len(row_texts) == 4
+    for text in row_texts:
         first_half = text.get_position()[0] < 0.5
         assert text.get_text() == ("1.00" if first_half else "0.00")
     plt.close(figures[0])

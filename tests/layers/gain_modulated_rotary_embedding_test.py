@@ -56,11 +56,11 @@ def gradient(function, variable):
     if keras.backend.backend() == "jax":
         import jax
 
-        def of_value(value):
+        def evaluate(value):
             with keras.StatelessScope(state_mapping=[(variable, value)]):
                 return function()
 
-        return to_numpy(jax.grad(of_value)(variable.value))
+        return to_numpy(jax.grad(evaluate)(variable.value))
     if keras.backend.backend() == "torch":
         variable.value.grad = None
         function().backward()

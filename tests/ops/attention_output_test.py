@@ -111,7 +111,7 @@ def output_of_rounded_maps(attention, value, mask):
     """Like KerasHub's layers, rounds attention maps to the dtype of values."""
     allowed = mask.allowed()
     p = ops.where(allowed, ops.exp(log_attention(attention, allowed)), 0.0)
-    value_of_each_head = attention.of_each_head(value)
+    value_of_each_head = attention.repeat_heads(value)
     return ops.einsum(
         "bhij,bjhd->bihd",
         ops.cast(p, value.dtype),
@@ -125,7 +125,9 @@ def oracle(case, arrays=None):
         np.asarray(a, "float64") for a in (arrays or case.arrays)
     )
     output = np.zeros(case.upstream.shape)
-    grads = [np.zeros_like(a) for a in (query, key, value)]
+    query_gradient, key_gradient, value_gradient = (
+        np.zeros_like(a) for a in (query, key, value)
+    )
     for b, i, h in np.ndindex(*output.shape[:3]):
         seen = [j for j in range(key.shape[1]) if case.allows(b, i, j)]
         if not seen:
@@ -140,11 +142,11 @@ def oracle(case, arrays=None):
         p /= p.sum()
         output[b, i, h] = p @ v
         up = case.upstream[b, i, h]
-        of_logits = slope * p * (v @ up - output[b, i, h] @ up)
-        grads[0][b, i, h] = of_logits @ k
-        grads[1][b, seen, g] += np.outer(of_logits, q)
-        grads[2][b, seen, g] += np.outer(p, up)
-    return output, *grads
+        logits_gradient = slope * p * (v @ up - output[b, i, h] @ up)
+        query_gradient[b, i, h] = logits_gradient @ k
+        key_gradient[b, seen, g] += np.outer(logits_gradient, q)
+        value_gradient[b, seen, g] += np.outer(p, up)
+    return output, query_gradient, key_gradient, value_gradient
 
 
 def test_oracles_gradients_are_slopes_of_its_values():

@@ -70,8 +70,8 @@ def test_pallas_compiles_for_an_h100(tmp_path):
 def test_pallas_lowers_to_a_gpus_kernels(op):
     import jax
 
-    from keras_laid.ops.attention_divergence import pallas as of_divergence
-    from keras_laid.ops.attention_output import pallas as of_output
+    from keras_laid.ops.attention_divergence import pallas as divergence_pallas
+    from keras_laid.ops.attention_output import pallas as output_pallas
 
     length = 200
 
@@ -79,10 +79,10 @@ def test_pallas_lowers_to_a_gpus_kernels(op):
         attention = Attention(query, key, 0.1, 50.0)
         mask = AttentionMask.from_lengths(length, [length], 90, window=70)
         if op == "attention_output":
-            result = of_output.attention_output(attention, value, mask)
+            result = output_pallas.attention_output(attention, value, mask)
         else:
             index = ops.arange(length)[None]
-            result = of_divergence.attention_divergence(
+            result = divergence_pallas.attention_divergence(
                 attention, attention, mask, Distance(index, index), None
             )
         return ops.sum(ops.cast(result, "float32"))

@@ -45,7 +45,7 @@ class Case:
         soft_caps=(2.0, None),
         temperature=2.0,
         counted=0.5,
-        of="both",
+        target="both",
         top=None,
         beta=0.0,
     ):
@@ -63,7 +63,7 @@ class Case:
         weights = rng.random((2, length)) * (rng.random((2, length)) < counted)
         self.weights = weights.astype("f4")
         self.soft_caps, self.temperature = soft_caps, temperature
-        self.of = of
+        self.target = target
         self.beta = beta
         self.top = top  # The number of known logits of the teacher.
 
@@ -75,14 +75,14 @@ class Case:
         teacher = Unembedding(*teacher, self.soft_caps[1])
         if self.top:
             shared = min(kernel.shape[1], teacher.vocabulary)
-            teacher = TopLogits.of(
+            teacher = TopLogits.from_logits(
                 teacher.first(shared).logits(), self.top, self.temperature
             )
         return logits_divergence(
             Unembedding(hidden, kernel, self.soft_caps[0]),
-            None if self.of == "labels" else teacher,
+            None if self.target == "labels" else teacher,
             None
-            if self.of == "teacher"
+            if self.target == "teacher"
             else ops.convert_to_tensor(self.labels),
             ops.convert_to_tensor(self.weights),
             divergence_weight=0.5,
@@ -117,7 +117,10 @@ def oracle(case, arrays=None):
     hidden, kernel, targets, unembed = (
         np.asarray(a, "float64") for a in (arrays or case.arrays)
     )
-    of_hidden, of_kernel = np.zeros_like(hidden), np.zeros_like(kernel)
+    hidden_gradient, kernel_gradient = (
+        np.zeros_like(hidden),
+        np.zeros_like(kernel),
+    )
     shared = min(kernel.shape[1], unembed.shape[1])
     tau = case.temperature
     labelled = case.weights * (case.labels >= 0)
@@ -156,7 +159,7 @@ def oracle(case, arrays=None):
         z = capped(raw, case.soft_caps[0])
         t = capped(targets[at] @ unembed, case.soft_caps[1])[:shared]
         slope = np.zeros_like(z)
-        if case.of != "labels":
+        if case.target != "labels":
             w = case.weights[at] / totals[0]
             p, q = softmax(t / tau), softmax(z[:shared] / tau)
             p = known(p, q)
@@ -166,7 +169,7 @@ def oracle(case, arrays=None):
             p, q = softmax(t), softmax(z[:shared])
             p = known(p, q)
             losses["kl"] += w * (p * np.log(p / q)).sum()
-        if case.of != "teacher" and case.labels[at] >= 0:
+        if case.target != "teacher" and case.labels[at] >= 0:
             w = case.weights[at] / totals[1]
             q = softmax(z)
             losses["cross_entropy"] -= w * np.log(q[case.labels[at]])
@@ -174,10 +177,10 @@ def oracle(case, arrays=None):
             slope += 3.0 * w * q
         if case.soft_caps[0]:
             slope /= np.cosh(raw / case.soft_caps[0]) ** 2
-        of_hidden[at] = kernel @ slope
-        of_kernel += np.outer(hidden[at], slope)
+        hidden_gradient[at] = kernel @ slope
+        kernel_gradient += np.outer(hidden[at], slope)
     loss = 0.5 * losses["divergence"] + 3.0 * losses["cross_entropy"]
-    return (loss, of_hidden, of_kernel), losses
+    return (loss, hidden_gradient, kernel_gradient), losses
 
 
 BETA = pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
@@ -213,17 +216,17 @@ def assert_is_as_good(case):
         assert_as_good_as(*arrays, name=name, terms=1.0)
 
 
-OF = pytest.mark.parametrize("of", ["both", "teacher", "labels"])
+TARGET = pytest.mark.parametrize("target", ["both", "teacher", "labels"])
 
 
 TOP = pytest.mark.parametrize("top", [None, 3, 11])
 
 
 @TOP
-@OF
+@TARGET
 @IMPLEMENTATION
-def test_is_the_oracles_in_float32(implementation, of, top):
-    assert_is_the_oracles(Case(of=of, top=top), implementation)
+def test_is_the_oracles_in_float32(implementation, target, top):
+    assert_is_the_oracles(Case(target=target, top=top), implementation)
 
 
 @pytest.mark.parametrize("beta", [0.3, 1.0])
@@ -246,10 +249,10 @@ def assert_is_the_oracles(case, implementation):
 
 
 @TOP
-@OF
+@TARGET
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_chunked_is_as_good_as_the_definition(dtype, of, top):
-    assert_is_as_good(Case(dtype=dtype, of=of, top=top))
+def test_chunked_is_as_good_as_the_definition(dtype, target, top):
+    assert_is_as_good(Case(dtype=dtype, target=target, top=top))
 
 
 @strategies.composite
@@ -267,7 +270,7 @@ def cases(draw):
         ),
         temperature=draw(strategies.sampled_from([1.0, 0.5, 4.0])),
         counted=draw(strategies.sampled_from([0.0, 0.2, 1.0])),
-        of=draw(strategies.sampled_from(["both", "teacher", "labels"])),
+        target=draw(strategies.sampled_from(["both", "teacher", "labels"])),
         top=draw(strategies.sampled_from([None, 1, 2])),
         beta=draw(strategies.sampled_from([0.0, 0.5, 0.9, 1.0])),
     )
@@ -358,7 +361,7 @@ def test_a_block_has_no_more_tokens_than_there_are(monkeypatch, known):
 @BETA
 @IMPLEMENTATION
 def test_equal_distributions_have_no_divergence(implementation, beta):
-    case = Case(of="teacher", soft_caps=(None, None), beta=beta)
+    case = Case(target="teacher", soft_caps=(None, None), beta=beta)
     case.arrays[2:] = case.arrays[:2]
     losses = case.run(implementation, *case.tensors())
     np.testing.assert_allclose(to_numpy(losses.divergence), 0.0, atol=1e-6)
@@ -404,7 +407,7 @@ def test_tokens_without_weight_are_not_looked_at(implementation):
 
 @IMPLEMENTATION
 def test_teacher_gets_no_gradient(implementation):
-    case = Case(of="teacher")
+    case = Case(target="teacher")
 
     def loss(hidden, kernel):
         student = Unembedding(

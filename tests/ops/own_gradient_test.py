@@ -48,12 +48,12 @@ def test_variables_have_the_gradient_given_and_constants_none():
             )
         )
 
-    value, (of_x, of_factor) = value_and_grads(
+    value, (x_gradient, factor_gradient) = value_and_grads(
         loss, ops.convert_to_tensor([3.0, 5.0]), ops.convert_to_tensor(2.0)
     )
     assert to_numpy(value) == 6.0 - 20.0
-    np.testing.assert_array_equal(to_numpy(of_x), [7.0, -7.0])
-    assert to_numpy(of_factor) == 0.0
+    np.testing.assert_array_equal(to_numpy(x_gradient), [7.0, -7.0])
+    assert to_numpy(factor_gradient) == 0.0
 
 
 @needs_jax

@@ -142,13 +142,13 @@ def divergences(case, student, head_weight):
             continue
         for i in range(rows):
             if case.pooling == "heads":
-                of_row = divergence(p[i], mean[i], w[i])
+                row_divergence = divergence(p[i], mean[i], w[i])
             else:
-                of_row = sum(
+                row_divergence = sum(
                     head_weight[h] * divergence(p[i], q[h, i], w[i])
                     for h in range(heads)
                 )
-            found[b] += g[i] * of_row / g.sum()
+            found[b] += g[i] * row_divergence / g.sum()
     return found
 
 

@@ -18,8 +18,8 @@ def test_blocks_have_fewer_rows_for_more_keys():
 
 def test_a_block_of_long_prompts_takes_some_megabytes():
     for keys in (2**13, 2**15, 2**17):
-        of_head = 4 * keys * rows_of_block(keys, keys)
-        assert 2**18 <= of_head <= 2**22
+        head_bytes = 4 * keys * rows_of_block(keys, keys)
+        assert 2**18 <= head_bytes <= 2**22
 
 
 @pytest.mark.parametrize("known", [True, False])

@@ -109,7 +109,7 @@ def oracle(case, arrays=None):
     """Log shares and all gradients, row by row, in NumPy float64."""
     query, key = (np.asarray(a, "float64") for a in (arrays or case.arrays))
     found = np.full(case.upstream.shape, float(MASKED))
-    of_query, of_key = np.zeros_like(query), np.zeros_like(key)
+    query_gradient, key_gradient = np.zeros_like(query), np.zeros_like(key)
     for b, h, i in np.ndindex(*found.shape[:3]):
         seen = [j for j in range(key.shape[1]) if case.allows(b, i, j)]
         if not seen:
@@ -121,7 +121,7 @@ def oracle(case, arrays=None):
             slope = case.scale / np.cosh(logits / case.soft_cap) ** 2
             logits = case.soft_cap * np.tanh(logits / case.soft_cap)
         log_a = logits - np.logaddexp.reduce(logits)
-        of_logits = np.zeros(len(seen))
+        logits_gradient = np.zeros(len(seen))
         for g in range(case.num_segments):
             inside = case.segments[b, seen] == g + 1
             if not inside.any():
@@ -129,10 +129,10 @@ def oracle(case, arrays=None):
             found[b, h, i, g] = np.logaddexp.reduce(log_a[inside])
             slopes = -np.exp(log_a)
             slopes[inside] += np.exp(log_a[inside] - found[b, h, i, g])
-            of_logits += case.upstream[b, h, i, g] * slopes
-        of_query[b, i, h] = of_logits * slope @ k
-        of_key[b, seen, group] += np.outer(of_logits * slope, q)
-    return found, of_query, of_key
+            logits_gradient += case.upstream[b, h, i, g] * slopes
+        query_gradient[b, i, h] = logits_gradient * slope @ k
+        key_gradient[b, seen, group] += np.outer(logits_gradient * slope, q)
+    return found, query_gradient, key_gradient
 
 
 def without_masked(log_shares):

@@ -68,7 +68,7 @@ def visited(bounds, number):
     return between(start, end), between(full_start, full_end)
 
 
-def of_arrays(kinds, row_index, window):
+def bounds_from_arrays(kinds, row_index, window):
     """Bounds for tiles of rows and of keys, found before a kernel starts."""
     places = Places(
         ops.convert_to_tensor(kinds.astype("int8")),
@@ -79,7 +79,7 @@ def of_arrays(kinds, row_index, window):
     return [find(places, TILES, window) for find in (row_bounds, key_bounds)]
 
 
-def of_triton(kinds, row_index, window):
+def bounds_from_triton(kinds, row_index, window):
     """Bounds for tiles of rows and of keys, found within Triton's kernels."""
     from tests.ops.triton_bounds import find_bounds
 
@@ -97,9 +97,9 @@ def of_triton(kinds, row_index, window):
 BOUNDS = pytest.mark.parametrize(
     "find",
     [
-        of_arrays,
+        bounds_from_arrays,
         pytest.param(
-            of_triton,
+            bounds_from_triton,
             marks=pytest.mark.skipif(
                 keras.backend.backend() != "torch"
                 or importlib.util.find_spec("triton") is None,
@@ -113,10 +113,10 @@ BOUNDS = pytest.mark.parametrize(
 def both_ways(find, kinds, row_index, window):
     """The allowed tiles, and those that tiles of rows and of keys visit."""
     some, every = by_tile(pairs(kinds, row_index, window))
-    of_rows, of_keys = find(kinds, row_index, window)
-    by_row = visited(of_rows, some.shape[2])
+    row_tiles, key_tiles = find(kinds, row_index, window)
+    by_row = visited(row_tiles, some.shape[2])
     by_key = [
-        np.swapaxes(each, 1, 2) for each in visited(of_keys, len(some[0]))
+        np.swapaxes(each, 1, 2) for each in visited(key_tiles, len(some[0]))
     ]
     return some, every, by_row, by_key
 
@@ -158,7 +158,7 @@ def test_a_window_costs_no_tile_too_many(window, kind, find):
     some, every, by_row, by_key = both_ways(find, kinds, np.arange(24), window)
     # Triton's gradient of keys may visit a tile more at each end of a window:
     # it knows where tiles of keys start, and not where their last key is.
-    exact = (by_row, by_key) if find is of_arrays else (by_row,)
+    exact = (by_row, by_key) if find is bounds_from_arrays else (by_row,)
     for tiles, full in exact:
         np.testing.assert_array_equal(tiles, some)
         np.testing.assert_array_equal(full, every)
@@ -181,10 +181,10 @@ def test_wider_heads_get_no_larger_tiles(kernel):
 def every_choice():
     """Each kernel and head dim, and the tiles it gets."""
     counts, mixed = (1, 2**20), (False, True)
-    for kernel, width, count, item_size, of_mixture in itertools.product(
+    for kernel, width, count, item_size, is_mixed in itertools.product(
         KERNELS, range(1, WIDEST + 1), counts, (2, 4), mixed
     ):
-        tiles = choose_tiles(kernel, width, count, item_size, of_mixture)
+        tiles = choose_tiles(kernel, width, count, item_size, is_mixed)
         yield kernel, width, item_size, tiles
 
 

@@ -41,15 +41,15 @@ def find_bounds(mask, distance, tiles, batch):
         for positions in (distance.row_positions, distance.key_positions)
     )
     form = Form(None, None, mask.window, 1.0, tiles, False)
-    of_rows, of_keys = (
+    row_tiles, key_tiles = (
         places.kinds.new_empty(
             (batch, triton.cdiv(length, size), 4), dtype=torch.int32
         )
         for length, size in ((rows, tiles.rows), (keys, tiles.keys))
     )
-    grid = of_rows.shape[1], batch
-    bounds_of_rows[grid](of_rows, places, rows, form=form)
+    grid = row_tiles.shape[1], batch
+    bounds_of_rows[grid](row_tiles, places, rows, form=form)
     first_rows = kernels.first_rows(places, form, keys)
-    grid = of_keys.shape[1], batch
-    bounds_of_keys[grid](of_keys, places, first_rows, rows, keys, form=form)
-    return of_rows, of_keys
+    grid = key_tiles.shape[1], batch
+    bounds_of_keys[grid](key_tiles, places, first_rows, rows, keys, form=form)
+    return row_tiles, key_tiles

@@ -116,8 +116,8 @@ def test_signal_is_that_of_whole_maps():
     maps = np.exp(logits) * keys[:, None, None]
     maps = maps / maps.sum(axis=-1, keepdims=True)
     expected = [
-        of_example[:, 20:][:, rows].mean(axis=1)[:, 19::-1]
-        for of_example, rows in zip(maps, prompt, strict=True)
+        example_maps[:, 20:][:, rows].mean(axis=1)[:, 19::-1]
+        for example_maps, rows in zip(maps, prompt, strict=True)
     ]
     found = spectral.attention_by_distance(model, batch, (0,))
     np.testing.assert_allclose(found[:, 0], expected, rtol=1e-4)

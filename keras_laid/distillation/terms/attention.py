@@ -150,8 +150,8 @@ class AttentionMatching(Term):
         by_layer: dict[str, list[Tensor]] = {name: [] for name in self.metrics}
         for mixer, (s, t) in zip(self.mixers, self.layer_pairs, strict=True):
             # The queries of a stored teacher are those of only these rows.
-            student = rows.of(step.run.attention[s])
-            teacher = rows.of(targets[t])
+            student = rows.select(step.run.attention[s])
+            teacher = rows.select(targets[t])
             mixture = mixer.mixture()
             if "attention" in by_layer:
                 divergence = attention_divergence(

@@ -198,7 +198,9 @@ class RetrievalMatching(Term):
             depth = (layer + 0.5) / len(teacher.layers) * len(student.layers)
             nearest = min(allowed, key=lambda s: abs(s + 0.5 - depth))
             groups.setdefault(nearest, []).append((layer, head))
-        return tuple(Match(s, tuple(of)) for s, of in sorted(groups.items()))
+        return tuple(
+            Match(s, tuple(heads)) for s, heads in sorted(groups.items())
+        )
 
     @property
     def needs_teacher(self) -> bool:
@@ -248,7 +250,7 @@ class RetrievalMatching(Term):
             x: Dictionary of the batch's inputs.
         """
         layers = layers_of(heads)
-        counts = [sum(of == layer for of, _ in heads) for layer in layers]
+        counts = [sum(each == layer for each, _ in heads) for layer in layers]
         stacked = ops.stack([log_shares[layer] for layer in layers], axis=1)
         weight = [count / len(heads) for count in counts]
         return retrieval(stacked, ops.convert_to_tensor(weight, "float32"))
@@ -305,7 +307,7 @@ class RetrievalMatching(Term):
         """
         found = {
             match.student_layer: segment_attention(
-                rows.of(student[match.student_layer]), rows.mask, *segments
+                rows.select(student[match.student_layer]), rows.mask, *segments
             )
             for match in matches
         }

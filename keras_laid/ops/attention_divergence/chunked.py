@@ -30,7 +30,7 @@ class Block(NamedTuple):
     span: Tensor | None = None  # Of all rows.
     mixture: Tensor | None = None
 
-    def of_rows(self, rows):
+    def map_rows(self, rows):
         """A copy with `rows(tensor, axis)` of every tensor that has rows."""
         mask, distance = self.mask, self.distance
         return self._replace(
@@ -87,13 +87,17 @@ class Block(NamedTuple):
             slope = slope * (1.0 - ops.square(share))
         query = ops.cast(student.query, "float32")
         key = student.key_of_each_head()
-        of_query = ops.einsum("bsij,bjsd->bsid", slope, key)
-        of_key = ops.einsum("bisd,bsij->bsdj", query, slope)
+        query_gradient = ops.einsum("bsij,bjsd->bsid", slope, key)
+        key_gradient = ops.einsum("bisd,bsij->bsdj", query, slope)
         if self.mixture is None:
-            return of_query, of_key
-        of_p = upstream[..., None] * weights * (log_p - log_q)
+            return query_gradient, key_gradient
+        p_slope = upstream[..., None] * weights * (log_p - log_q)
         maps = ops.exp(logits[1] - normalizers[1][..., None])
-        return of_query, of_key, ops.einsum("bsij,btij->st", of_p, maps)
+        return (
+            query_gradient,
+            key_gradient,
+            ops.einsum("bsij,btij->st", p_slope, maps),
+        )
 
 
 def attention_divergence(student, teacher, mask, distance, mixture):
@@ -114,10 +118,10 @@ def attention_divergence(student, teacher, mask, distance, mixture):
             student=student,
             span=constants.distance.span(),
             mixture=mixture[0] if mixture else None,
-        ).of_rows(blocks.fill)
+        ).map_rows(blocks.fill)
 
         def add_sums(number, sums):
-            found = every.of_rows(blocks.of(number)).sums()
+            found = every.map_rows(blocks.slicer(number)).sums()
             return [
                 blocks.put(a, number, 2, b)
                 for a, b in zip(sums, found, strict=True)
@@ -136,15 +140,15 @@ def attention_divergence(student, teacher, mask, distance, mixture):
             upstream = blocks.fill_zeros(upstream, 2)
 
             def add_gradients(number, gradients):
-                rows_of = blocks.of(number)
-                of_query, *others = every.of_rows(rows_of).gradients(
+                rows_of = blocks.slicer(number)
+                query_gradient, *others = every.map_rows(rows_of).gradients(
                     rows_of(upstream, 2),
                     [rows_of(each, 2) for each in normalizers],
                     rows_of(center, 2),
                 )
                 queries, *sums = gradients
                 return [
-                    blocks.put(queries, number, 2, of_query),
+                    blocks.put(queries, number, 2, query_gradient),
                     *[a + b for a, b in zip(sums, others, strict=True)],
                 ]
 
@@ -153,21 +157,26 @@ def attention_divergence(student, teacher, mask, distance, mixture):
                 (batch, heads, width, ops.shape(key)[1]),
                 *[ops.shape(each) for each in mixture],
             ]
-            of_query, of_key, *rest = ops.fori_loop(
+            query_gradient, key_gradient, *rest = ops.fori_loop(
                 0,
                 blocks.count,
                 add_gradients,
                 [ops.zeros(each) for each in shapes],
             )
-            of_query = ops.transpose(of_query[:, :, :rows], (0, 2, 1, 3))
-            # The gradient of a key head is the sum over heads that read it.
-            of_key = ops.reshape(
-                of_key, (batch, key.shape[2], -1, width, ops.shape(key)[1])
+            query_gradient = ops.transpose(
+                query_gradient[:, :, :rows], (0, 2, 1, 3)
             )
-            of_key = ops.transpose(ops.sum(of_key, axis=2), (0, 3, 1, 2))
+            # The gradient of a key head is the sum over heads that read it.
+            key_gradient = ops.reshape(
+                key_gradient,
+                (batch, key.shape[2], -1, width, ops.shape(key)[1]),
+            )
+            key_gradient = ops.transpose(
+                ops.sum(key_gradient, axis=2), (0, 3, 1, 2)
+            )
             return [
-                ops.cast(of_query, query.dtype),
-                ops.cast(of_key, key.dtype),
+                ops.cast(query_gradient, query.dtype),
+                ops.cast(key_gradient, key.dtype),
                 *rest,
             ]
 

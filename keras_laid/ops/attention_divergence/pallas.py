@@ -81,20 +81,21 @@ def load_teacher_query(models, tile, form):
     """The teacher's queries, or `None` for mixtures, which load each head."""
     if models.mixture is not None:
         return None
-    return kernels.load_of_rows(models.teacher.query, tile, form)
+    return kernels.load_row_tile(models.teacher.query, tile, form)
 
 
 def load_teacher_key(models, tile, form):
     """The teacher's keys, or `None` for mixtures, which load each head."""
     if models.mixture is not None:
         return None
-    return kernels.load_of_keys(models.teacher.key, tile, form.teacher, form)
+    return kernels.load_key_tile(models.teacher.key, tile, form.teacher, form)
 
 
 def weights_tile(row_share, key_share, form):
     """The weight of the distance from a row to a key."""
     share = jnp.abs(
-        kernels.of_rows(row_share, form) - kernels.of_keys(key_share, form)
+        kernels.broadcast_rows(row_share, form)
+        - kernels.broadcast_keys(key_share, form)
     )
     if form.exponent != 1.0:
         share = kernels.exp2(form.exponent * kernels.log2(share))
@@ -105,15 +106,15 @@ def map_tile(pair, normalizer, allowed, form):
     """The attention map of one head of the teacher."""
     cap = form.teacher.soft_cap
     t, unit = kernels.logits_tile(*pair, form.teacher_scale, cap, form)
-    p = kernels.exp2(t * unit - kernels.of_rows(normalizer, form))
+    p = kernels.exp2(t * unit - kernels.broadcast_rows(normalizer, form))
     return kernels.where_allowed(allowed, p, 0)
 
 
 def head_tile(teacher, tile, allowed, form):
     """As `map_tile`, for a head whose queries and keys are not loaded yet."""
     pair = Pair(
-        kernels.load_of_rows(teacher.query, tile, form),
-        kernels.load_of_keys(teacher.key, tile, form.teacher, form),
+        kernels.load_row_tile(teacher.query, tile, form),
+        kernels.load_key_tile(teacher.key, tile, form.teacher, form),
     )
     normalizer = teacher.normalizer[tile.head, kernels.rows_of(tile, form)]
     return map_tile(pair, normalizer, allowed, form)
@@ -124,8 +125,8 @@ def mixed_tile(models, tile, allowed, form):
 
     def add(other, p):
         other_tile = tile._replace(head=other)
-        of_head = head_tile(models.teacher, other_tile, allowed, form)
-        return p + models.mixture[tile.head, other] * of_head
+        other_p = head_tile(models.teacher, other_tile, allowed, form)
+        return p + models.mixture[tile.head, other] * other_p
 
     shape = form.tiles.rows, form.tiles.keys
     zeros = jnp.zeros(shape[::-1] if form.tiles.by_key else shape, jnp.float32)
@@ -136,11 +137,11 @@ def normalizer_kernel(models, bounds, normalizer, *, form):
     """Log-sum-exp of each row of the teacher."""
     teacher, spec = models.teacher, form.teacher
     own = kernels.own_rows(form)
-    query = kernels.load_of_rows(teacher.query, own, form)
+    query = kernels.load_row_tile(teacher.query, own, form)
 
     def step(state, tile, check):
         highest, total = state
-        key = kernels.load_of_keys(teacher.key, tile, spec, form)
+        key = kernels.load_key_tile(teacher.key, tile, spec, form)
         t, unit = kernels.logits_tile(
             query, key, form.teacher_scale, spec.soft_cap, form
         )
@@ -169,7 +170,7 @@ def forward_kernel(models, bounds, outputs, *, form):
     student, _, mixture, places = models
     own = kernels.own_rows(form)
     rows = kernels.rows_of(own, form)
-    query = kernels.load_of_rows(student.query, own, form)
+    query = kernels.load_row_tile(student.query, own, form)
     teacher_query = load_teacher_query(models, own, form)
     row_share = places.row_share[rows]
     least = jnp.full(form.tiles.rows, kernels.LEAST, jnp.float32)
@@ -188,7 +189,7 @@ def forward_kernel(models, bounds, outputs, *, form):
         allowed = kernels.allowed_tile(places, tile, form) if check else None
         s, unit = kernels.logits_tile(
             query,
-            kernels.load_of_keys(student.key, tile, form.student, form),
+            kernels.load_key_tile(student.key, tile, form.student, form),
             form.scale,
             form.student.soft_cap,
             form,
@@ -267,7 +268,7 @@ def slope_tile(models, student, teacher, numbers, tile, allowed, form):
     """
     cap = form.student.soft_cap
     s, unit = kernels.logits_tile(*student, form.scale, cap, form)
-    log_q = s * unit - kernels.of_rows(numbers.normalizer, form)
+    log_q = s * unit - kernels.broadcast_rows(numbers.normalizer, form)
     q = kernels.where_allowed(allowed, kernels.exp2(log_q), 0.0)
     if models.mixture is None:
         p = map_tile(teacher, numbers.teacher_normalizer, allowed, form)
@@ -275,7 +276,7 @@ def slope_tile(models, student, teacher, numbers, tile, allowed, form):
         p = mixed_tile(models, tile, allowed, form)
     key_share = models.places.key_share[kernels.keys_of(tile, form)]
     weights = weights_tile(numbers.share, key_share, form)
-    slope = weights * (q - p) - q * kernels.of_rows(numbers.center, form)
+    slope = weights * (q - p) - q * kernels.broadcast_rows(numbers.center, form)
     if cap is not None:
         slope *= 1.0 - s * s
     p_slope = weights * (kernels.log2(jnp.maximum(p, kernels.TINY)) - log_q)
@@ -285,7 +286,7 @@ def slope_tile(models, student, teacher, numbers, tile, allowed, form):
 def query_gradient_kernel(models, bounds, center, upstream, outputs, *, form):
     student, teacher, mixture, places = models
     own = kernels.own_rows(form)
-    query = kernels.load_of_rows(student.query, own, form)
+    query = kernels.load_row_tile(student.query, own, form)
     teacher_query = load_teacher_query(models, own, form)
     numbers = load_numbers(models, center, upstream, own, form)
     teacher_head = jnp.arange(pl.next_power_of_2(form.teacher.heads))
@@ -293,7 +294,7 @@ def query_gradient_kernel(models, bounds, center, upstream, outputs, *, form):
     def step(state, tile, check):
         query_gradient, mixture_gradient = state
         allowed = kernels.allowed_tile(places, tile, form) if check else None
-        key = kernels.load_of_keys(student.key, tile, form.student, form)
+        key = kernels.load_key_tile(student.key, tile, form.student, form)
         slope, p_slope = slope_tile(
             models,
             Pair(query, key),
@@ -345,15 +346,15 @@ def key_gradient_kernel(models, bounds, center, upstream, gradient, *, form):
     where = kernels.keys_of(own, form), own.head, slice(None)
     key = student.key[where]
 
-    def of_head(member, key_gradient):
-        of_query = own._replace(head=own.head * group + member)
-        teacher_key = load_teacher_key(models, of_query, form)
+    def add_head(member, key_gradient):
+        query_tile = own._replace(head=own.head * group + member)
+        teacher_key = load_teacher_key(models, query_tile, form)
 
         def step(key_gradient, tile, check):
             allowed = None
             if check:
                 allowed = kernels.allowed_tile(places, tile, form)
-            query = kernels.load_of_rows(student.query, tile, form)
+            query = kernels.load_row_tile(student.query, tile, form)
             numbers = load_numbers(models, center, upstream, tile, form)
             slope, _ = slope_tile(
                 models,
@@ -364,20 +365,22 @@ def key_gradient_kernel(models, bounds, center, upstream, gradient, *, form):
                 allowed,
                 form,
             )
-            slope *= kernels.of_rows(numbers.upstream, form)
+            slope *= kernels.broadcast_rows(numbers.upstream, form)
             if not form.tiles.by_key:
                 slope = slope.T
             return kernels.dot_in_two(slope, query, key_gradient)
 
-        return kernels.for_each_rows(bounds, of_query, step, key_gradient, form)
+        return kernels.for_each_rows(
+            bounds, query_tile, step, key_gradient, form
+        )
 
     key_gradient = jnp.zeros(key.shape, jnp.float32)
-    key_gradient = lax.fori_loop(0, group, of_head, key_gradient)
+    key_gradient = lax.fori_loop(0, group, add_head, key_gradient)
     key_gradient *= form.scale / kernels.lift_of(key.dtype)
     gradient[where] = key_gradient.astype(gradient.dtype)
 
 
-def of_each_row(student, heads):
+def row_struct(student, heads):
     batch, rows = student.query.shape[:2]
     return jax.ShapeDtypeStruct((batch, heads, rows), jnp.float32)
 
@@ -395,12 +398,12 @@ def forward(forms, trained, fixed):
     teacher = Side(teacher_query, teacher_key, None)
     models = Models(student, teacher, mixture, places)
     outputs = {
-        name: of_each_row(student, form.student.heads)
+        name: row_struct(student, form.student.heads)
         for name in ("divergence", "normalizer", "center")
     }
-    of_teacher = of_each_row(student, form.teacher.heads)
+    teacher_normalizer = row_struct(student, form.teacher.heads)
     if mixture is None:
-        outputs["teacher_normalizer"] = of_teacher
+        outputs["teacher_normalizer"] = teacher_normalizer
     else:
         normalizer = kernels.launch(
             normalizer_kernel,
@@ -409,7 +412,7 @@ def forward(forms, trained, fixed):
             form.teacher.heads,
             models,
             (),
-            of_teacher,
+            teacher_normalizer,
         )
         teacher = teacher._replace(normalizer=normalizer)
         models = models._replace(teacher=teacher)
@@ -470,7 +473,10 @@ divergence.defvjp(forward, backward)
 
 
 def attention_divergence(student, teacher, mask, distance, mixture):
-    specs = tiles.Spec.of(student), tiles.Spec.of(teacher)
+    specs = (
+        tiles.Spec.from_attention(student),
+        tiles.Spec.from_attention(teacher),
+    )
     forms = kernels.Kernels(
         *(
             Form(
@@ -492,9 +498,11 @@ def attention_divergence(student, teacher, mask, distance, mixture):
             for kernel in kernels.Kernels._fields
         )
     )
-    padding = kernels.Padding.of(forms)
+    padding = kernels.Padding.from_forms(forms)
     batch, rows = student.query.shape[:2]
-    places = padding.places(tiles.Places.of(mask, distance, batch))
+    places = padding.places(
+        tiles.Places.from_mask_and_distance(mask, distance, batch)
+    )
     trained = (
         padding.queries(student.query),
         padding.keys_or_values(student.key),

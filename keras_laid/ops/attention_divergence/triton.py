@@ -60,9 +60,9 @@ class Divergence(torch.autograd.Function):
         keys = student_key.shape[1]
         count = triton.cdiv(rows, form.tiles.rows)
         normalizer, divergence, center = (
-            kernels.of_each_row(student_query) for _ in range(3)
+            kernels.empty_rows(student_query) for _ in range(3)
         )
-        teacher_normalizer = kernels.of_each_row(teacher_query)
+        teacher_normalizer = kernels.empty_rows(teacher_query)
         if mixture is not None:
             kernels.launch(
                 triton_kernels.normalizer_kernel,
@@ -186,8 +186,8 @@ def attention_divergence(student, teacher, mask, distance, mixture):
     )
     call = Call(
         places,
-        tiles.Spec.of(student),
-        tiles.Spec.of(teacher),
+        tiles.Spec.from_attention(student),
+        tiles.Spec.from_attention(teacher),
         float(student.scale),
         float(teacher.scale),
         mask.window,

@@ -56,19 +56,24 @@ class Form(NamedTuple):
 def weights_tile(places, tile, form: tl.constexpr, CHECK: tl.constexpr):
     """The weight of the distance from a row to a key."""
     row, key = tl.arange(0, form.tiles.rows), tl.arange(0, form.tiles.keys)
-    of_row = places.row_share + (tile.batch * tile.rows + tile.row) + row
-    of_key = places.key_share + (tile.batch * tile.keys + tile.key) + key
+    row_share = places.row_share + (tile.batch * tile.rows + tile.row) + row
+    key_share = places.key_share + (tile.batch * tile.keys + tile.key) + key
     # A program's own tile may reach beyond the last row or key.
     if CHECK or not form.over_rows:
-        of_row = tl.load(of_row, mask=tile.row + row < tile.rows, other=0.0)
+        row_share = tl.load(
+            row_share, mask=tile.row + row < tile.rows, other=0.0
+        )
     else:
-        of_row = tl.load(of_row)
+        row_share = tl.load(row_share)
     if CHECK or form.over_rows:
-        of_key = tl.load(of_key, mask=tile.key + key < tile.keys, other=0.0)
+        key_share = tl.load(
+            key_share, mask=tile.key + key < tile.keys, other=0.0
+        )
     else:
-        of_key = tl.load(of_key)
+        key_share = tl.load(key_share)
     share = tl.abs(
-        kernels.of_rows(of_row, form) - kernels.of_keys(of_key, form)
+        kernels.broadcast_rows(row_share, form)
+        - kernels.broadcast_keys(key_share, form)
     )
     if form.exponent != 1.0:
         share = tl.exp2(form.exponent * tl.log2(share))
@@ -84,7 +89,7 @@ def map_tile(
     t, unit = kernels.logits_tile(
         pair.query, pair.key, teacher.scale, cap, form
     )
-    p = tl.exp2(t * unit - kernels.of_rows(normalizer, form))
+    p = tl.exp2(t * unit - kernels.broadcast_rows(normalizer, form))
     if CHECK:
         p = tl.where(allowed, p, 0.0)
     return p
@@ -95,8 +100,8 @@ def head_tile(teacher, tile, allowed, form: tl.constexpr, CHECK: tl.constexpr):
     """As `map_tile`, for a head whose queries and keys are not loaded yet."""
     spec: tl.constexpr = form.teacher
     pair = Pair(
-        kernels.load_of_rows(teacher.query, tile),
-        kernels.load_of_keys(teacher.key, tile, spec),
+        kernels.load_row_tile(teacher.query, tile),
+        kernels.load_key_tile(teacher.key, tile, spec),
     )
     normalizer = kernels.load_rows(
         teacher.normalizer, tile, spec.heads, form, True
@@ -128,7 +133,7 @@ def normalizer_step(
     highest, total = state
     spec: tl.constexpr = form.teacher
     side = inputs.teacher
-    key = kernels.load_of_keys(side.key, tile, spec)
+    key = kernels.load_key_tile(side.key, tile, spec)
     t, unit = kernels.logits_tile(
         own.teacher, key, side.scale, spec.soft_cap, form
     )
@@ -168,8 +173,8 @@ def normalizer_kernel(
     )
     total = tl.sum(parts, 1)
     # The normalizer of a row without keys is not used: any number will do.
-    of_row = tl.where(total > 0.0, highest + tl.log2(total), 0.0)
-    kernels.store_rows(normalizer, of_row, tile, spec.heads, form)
+    row_normalizer = tl.where(total > 0.0, highest + tl.log2(total), 0.0)
+    kernels.store_rows(normalizer, row_normalizer, tile, spec.heads, form)
 
 
 @triton.jit
@@ -182,7 +187,7 @@ def forward_step(
     allowed = None
     if CHECK:
         allowed = kernels.allowed_tile(inputs.places, tile, form)
-    key = kernels.load_of_keys(inputs.student.key, tile, spec)
+    key = kernels.load_key_tile(inputs.student.key, tile, spec)
     s, unit = kernels.logits_tile(
         own.student, key, inputs.student.scale, spec.soft_cap, form
     )
@@ -194,7 +199,7 @@ def forward_step(
     exp_s = tl.exp2(s)
     if inputs.mixture is None:
         teacher_spec: tl.constexpr = form.teacher
-        key = kernels.load_of_keys(inputs.teacher.key, tile, teacher_spec)
+        key = kernels.load_key_tile(inputs.teacher.key, tile, teacher_spec)
         t, unit = kernels.logits_tile(
             own.teacher, key, inputs.teacher.scale, teacher_spec.soft_cap, form
         )
@@ -309,17 +314,19 @@ def forward_kernel(
     sum_s = tl.where(sum_s > 0.0, sum_s, 1.0)
     sum_t = tl.where(sum_t > 0.0, sum_t, 1.0)
     log_s, log_t = tl.log2(sum_s), tl.log2(sum_t)
-    of_row = tl.sum(sum_wtd, 1) + sum_wt * (log_s - log_t)
-    of_row /= sum_t * kernels.LOG2_E
-    of_center = sum_ws / sum_s - sum_wt / sum_t
+    row_divergence = tl.sum(sum_wtd, 1) + sum_wt * (log_s - log_t)
+    row_divergence /= sum_t * kernels.LOG2_E
+    row_center = sum_ws / sum_s - sum_wt / sum_t
     kernels.store_rows(normalizer, highest_s + log_s, tile, heads, form)
     if mixture is None:
-        of_teacher = highest_t + log_t
-        kernels.store_rows(teacher_normalizer, of_teacher, tile, heads, form)
-    kernels.store_rows(center, of_center, tile, heads, form)
+        row_normalizer = highest_t + log_t
+        kernels.store_rows(
+            teacher_normalizer, row_normalizer, tile, heads, form
+        )
+    kernels.store_rows(center, row_center, tile, heads, form)
     # The sum is never negative; rounding may make it so.
-    of_row = tl.maximum(of_row + of_center, 0.0)
-    kernels.store_rows(divergence, of_row, tile, heads, form)
+    row_divergence = tl.maximum(row_divergence + row_center, 0.0)
+    kernels.store_rows(divergence, row_divergence, tile, heads, form)
 
 
 @triton.jit
@@ -344,7 +351,7 @@ def slope_tile(
     normalizer = kernels.load_rows(
         inputs.student.normalizer, tile, heads, form, CHECK
     )
-    log_q = s * unit - kernels.of_rows(normalizer, form)
+    log_q = s * unit - kernels.broadcast_rows(normalizer, form)
     q = tl.exp2(log_q)
     if CHECK:
         q = tl.where(allowed, q, 0.0)
@@ -356,14 +363,14 @@ def slope_tile(
     else:
         p = mixed_tile(inputs, tile, allowed, form, CHECK)
     weights = weights_tile(inputs.places, tile, form, CHECK)
-    of_center = kernels.load_rows(inputs.center, tile, heads, form, CHECK)
-    slope = weights * (q - p) - q * kernels.of_rows(of_center, form)
+    row_center = kernels.load_rows(inputs.center, tile, heads, form, CHECK)
+    slope = weights * (q - p) - q * kernels.broadcast_rows(row_center, form)
     if cap is not None:
         slope *= 1.0 - s * s
-    of_p = weights * (tl.log2(tl.maximum(p, kernels.TINY)) - log_q)
+    p_slope = weights * (tl.log2(tl.maximum(p, kernels.TINY)) - log_q)
     if CHECK:
-        of_p = tl.where(allowed, of_p, 0.0)
-    return slope, of_p
+        p_slope = tl.where(allowed, p_slope, 0.0)
+    return slope, p_slope
 
 
 @triton.jit
@@ -377,13 +384,13 @@ def query_step(
     allowed = None
     if CHECK:
         allowed = kernels.allowed_tile(inputs.places, tile, form)
-    key = kernels.load_of_keys(inputs.student.key, tile, spec)
+    key = kernels.load_key_tile(inputs.student.key, tile, spec)
     teacher_key = None
     if inputs.mixture is None:
-        teacher_key = kernels.load_of_keys(
+        teacher_key = kernels.load_key_tile(
             inputs.teacher.key, tile, teacher_spec
         )
-    slope, of_p = slope_tile(
+    slope, p_slope = slope_tile(
         inputs,
         Pair(own.student, key),
         Pair(own.teacher, teacher_key),
@@ -394,12 +401,12 @@ def query_step(
     )
     query_gradient = kernels.dot_in_two(slope, key, query_gradient)
     if inputs.mixture is not None:
-        of_p *= own.upstream[:, None]
+        p_slope *= own.upstream[:, None]
         teacher_head = tl.arange(0, mixture_gradient.shape[0])
         for other in range(teacher_spec.heads):
             other_tile = kernels.at_head(tile, other)
             p = head_tile(inputs.teacher, other_tile, allowed, form, CHECK)
-            total = tl.sum(tl.sum(of_p * p, 1), 0)
+            total = tl.sum(tl.sum(p_slope * p, 1), 0)
             mixture_gradient += tl.where(teacher_head == other, total, 0.0)
     return query_gradient, mixture_gradient
 
@@ -440,22 +447,27 @@ def query_gradient_kernel(
     student, teacher = load_own_queries(
         student_query, teacher_query, mixture, tile, rows, form
     )
-    of_row = kernels.load_rows(upstream, tile, heads, form, True)
+    row_upstream = kernels.load_rows(upstream, tile, heads, form, True)
     teacher_head = tl.arange(0, triton.next_power_of_2(TEACHER_HEADS))
     state = (
         tl.zeros(student.shape, tl.float32),
         tl.zeros(teacher_head.shape, tl.float32),
     )
     query_sum, mixture_sum = kernels.for_each_keys(
-        query_step, state, inputs, Own(student, teacher, of_row), tile, form
+        query_step,
+        state,
+        inputs,
+        Own(student, teacher, row_upstream),
+        tile,
+        form,
     )
-    query_sum *= scale / kernels.lift(student.dtype) * of_row[:, None]
+    query_sum *= scale / kernels.lift(student.dtype) * row_upstream[:, None]
     kernels.store_tile(gradient, query_sum, tile.batch, tile.head, tile.row)
     if mixture is not None:
         number = tl.num_programs(0) - 1 - tl.program_id(0)
-        of_head = tl.program_id(1) * tl.num_programs(0) + number
+        tile_index = tl.program_id(1) * tl.num_programs(0) + number
         tl.store(
-            mixture_gradient + of_head * TEACHER_HEADS + teacher_head,
+            mixture_gradient + tile_index * TEACHER_HEADS + teacher_head,
             mixture_sum / kernels.LOG2_E,
             mask=teacher_head < TEACHER_HEADS,
         )
@@ -469,10 +481,10 @@ def key_step(
     allowed = None
     if CHECK:
         allowed = kernels.allowed_tile(inputs.places, tile, form)
-    query = kernels.load_of_rows(inputs.student.query, tile)
+    query = kernels.load_row_tile(inputs.student.query, tile)
     teacher_query = None
     if inputs.mixture is None:
-        teacher_query = kernels.load_of_rows(inputs.teacher.query, tile)
+        teacher_query = kernels.load_row_tile(inputs.teacher.query, tile)
     slope, _ = slope_tile(
         inputs,
         Pair(query, own.student),
@@ -483,8 +495,8 @@ def key_step(
         CHECK,
     )
     heads: tl.constexpr = form.student.heads
-    of_row = kernels.load_rows(inputs.upstream, tile, heads, form, CHECK)
-    slope *= kernels.of_rows(of_row, form)
+    row_upstream = kernels.load_rows(inputs.upstream, tile, heads, form, CHECK)
+    slope *= kernels.broadcast_rows(row_upstream, form)
     if not form.tiles.by_key:
         slope = tl.trans(slope)
     return kernels.dot_in_two(slope, query, key_gradient)

@@ -25,7 +25,7 @@ class Block(NamedTuple):
     value: Tensor | None
     mask: AttentionMask
 
-    def of_rows(self, rows):
+    def map_rows(self, rows):
         """A copy with `rows(tensor, axis)` of every tensor that has rows."""
         query = rows(self.attention.query, 1)
         row_index = rows(self.mask.row_index, 0)
@@ -46,7 +46,7 @@ class Block(NamedTuple):
         logits = self.logits()
         normalizer = ops.logsumexp(logits, axis=-1)
         p = self.map(logits, normalizer)
-        value = self.attention.of_each_head(self.value)
+        value = self.attention.repeat_heads(self.value)
         return ops.einsum("bhij,bjhd->bihd", p, value), normalizer
 
     def gradients(self, upstream, output, normalizer):
@@ -55,10 +55,10 @@ class Block(NamedTuple):
         attention = self.attention
         logits = self.logits()
         p = self.map(logits, normalizer)
-        value = attention.of_each_head(self.value)
-        of_p = ops.einsum("bihd,bjhd->bhij", upstream, value)
+        value = attention.repeat_heads(self.value)
+        p_slope = ops.einsum("bihd,bjhd->bhij", upstream, value)
         mean = ops.transpose(ops.sum(upstream * output, axis=-1), (0, 2, 1))
-        slope = p * (of_p - mean[..., None]) * attention.scale
+        slope = p * (p_slope - mean[..., None]) * attention.scale
         if attention.soft_cap is not None:
             # Masked logits are far below minus the cap.
             share = ops.maximum(logits / attention.soft_cap, -1.0)
@@ -82,11 +82,11 @@ def attention_output(attention, value, mask):
     def outputs(constants, query, key, value):
         attention = constants.attention._replace(query=query, key=key)
         every = constants._replace(attention=attention, value=value)
-        every = every.of_rows(blocks.fill)
+        every = every.map_rows(blocks.fill)
         shape = (batch, blocks.filled, heads, value.shape[3])
 
         def add_output(number, kept):
-            output, normalizer = every.of_rows(blocks.of(number)).output()
+            output, normalizer = every.map_rows(blocks.slicer(number)).output()
             return [
                 blocks.put(kept[0], number, 1, output),
                 blocks.put(kept[1], number, 2, normalizer),
@@ -105,19 +105,19 @@ def attention_output(attention, value, mask):
             upstream = blocks.fill_zeros(upstream, 1)
 
             def add_gradients(number, sums):
-                rows_of = blocks.of(number)
-                of_query, *others = every.of_rows(rows_of).gradients(
+                rows_of = blocks.slicer(number)
+                query_gradient, *others = every.map_rows(rows_of).gradients(
                     rows_of(upstream, 1),
                     rows_of(output, 1),
                     rows_of(normalizer, 2),
                 )
-                queries = blocks.put(sums[0], number, 1, of_query)
+                queries = blocks.put(sums[0], number, 1, query_gradient)
                 added = zip(sums[1:], others, strict=True)
                 return [queries, *[a + b for a, b in added]]
 
             key_shape = ops.shape(key)[:3]
             keys = key_shape[1]
-            of_query, *of_keys = ops.fori_loop(
+            query_gradient, *key_gradients = ops.fori_loop(
                 0,
                 blocks.count,
                 add_gradients,
@@ -128,16 +128,16 @@ def attention_output(attention, value, mask):
                 ],
             )
             # The gradient of a key head is the sum over heads that read it.
-            of_key, of_value = [
+            key_gradient, value_gradient = [
                 ops.sum(
                     ops.reshape(each, (*key_shape, -1, each.shape[3])), axis=3
                 )
-                for each in of_keys
+                for each in key_gradients
             ]
             return [
-                ops.cast(of_query[:, :rows], query.dtype),
-                ops.cast(of_key, key.dtype),
-                ops.cast(of_value, value.dtype),
+                ops.cast(query_gradient[:, :rows], query.dtype),
+                ops.cast(key_gradient, key.dtype),
+                ops.cast(value_gradient, value.dtype),
             ]
 
         return ops.cast(output[:, :rows], value.dtype), gradients

@@ -14,5 +14,5 @@ def attention_output(
     # b = batch, h = head, i = row, j = key, d = value dim
     allowed = mask.allowed()
     p = ops.where(allowed, ops.exp(log_attention(attention, allowed)), 0.0)
-    output = ops.einsum("bhij,bjhd->bihd", p, attention.of_each_head(value))
+    output = ops.einsum("bhij,bjhd->bihd", p, attention.repeat_heads(value))
     return ops.cast(output, value.dtype)

@@ -51,11 +51,11 @@ def forward_kernel(inputs, bounds, outputs, *, form):
     """Outputs and normalizers, from running maxima and sums."""
     own = kernels.own_rows(form)
     rows = kernels.rows_of(own, form)
-    query = kernels.load_of_rows(inputs.query, own, form)
+    query = kernels.load_row_tile(inputs.query, own, form)
 
     def step(state, tile, check):
         highest, total, output = state
-        key = kernels.load_of_keys(inputs.key, tile, form.spec, form)
+        key = kernels.load_key_tile(inputs.key, tile, form.spec, form)
         s, unit = logits_tile(query, key, form)
         if check:
             allowed = kernels.allowed_tile(inputs.places, tile, form)
@@ -63,7 +63,7 @@ def forward_kernel(inputs, bounds, outputs, *, form):
         higher = jnp.maximum(highest, jnp.max(s, axis=1) * unit)
         terms = kernels.exp2(s * unit - higher[:, None])
         keep = kernels.exp2(highest - higher)[:, None]
-        value = kernels.load_of_keys(inputs.value, tile, form.spec, form)
+        value = kernels.load_key_tile(inputs.value, tile, form.spec, form)
         return (
             higher,
             total * keep + kernels.part_sums(terms),
@@ -94,8 +94,10 @@ def slope_tile(inputs, slopes, own, tile, check, form):
     query, key, value = own
     rows = kernels.rows_of(tile, form)
     upstream = slopes.upstream[rows, tile.head, :]
-    normalizer = kernels.of_rows(slopes.normalizer[tile.head, rows], form)
-    mean = kernels.of_rows(slopes.mean[tile.head, rows], form)
+    normalizer = kernels.broadcast_rows(
+        slopes.normalizer[tile.head, rows], form
+    )
+    mean = kernels.broadcast_rows(slopes.mean[tile.head, rows], form)
     allowed = None
     if check:
         allowed = kernels.allowed_tile(inputs.places, tile, form)
@@ -114,11 +116,11 @@ def slope_tile(inputs, slopes, own, tile, check, form):
 
 def query_gradient_kernel(inputs, bounds, slopes, gradient, *, form):
     own = kernels.own_rows(form)
-    query = kernels.load_of_rows(inputs.query, own, form)
+    query = kernels.load_row_tile(inputs.query, own, form)
 
     def step(query_gradient, tile, check):
-        key = kernels.load_of_keys(inputs.key, tile, form.spec, form)
-        value = kernels.load_of_keys(inputs.value, tile, form.spec, form)
+        key = kernels.load_key_tile(inputs.key, tile, form.spec, form)
+        value = kernels.load_key_tile(inputs.value, tile, form.spec, form)
         _, slope, _ = slope_tile(
             inputs, slopes, (query, key, value), tile, check, form
         )
@@ -140,12 +142,12 @@ def key_gradient_kernel(inputs, bounds, slopes, gradients, *, form):
     where = kernels.keys_of(own, form), own.head, slice(None)
     key, value = inputs.key[where], inputs.value[where]
 
-    def of_head(member, state):
-        of_query = own._replace(head=own.head * group + member)
+    def add_head(member, state):
+        query_tile = own._replace(head=own.head * group + member)
 
         def step(state, tile, check):
             key_gradient, value_gradient = state
-            query = kernels.load_of_rows(inputs.query, tile, form)
+            query = kernels.load_row_tile(inputs.query, tile, form)
             p, slope, upstream = slope_tile(
                 inputs, slopes, (query, key, value), tile, check, form
             )
@@ -157,10 +159,10 @@ def key_gradient_kernel(inputs, bounds, slopes, gradients, *, form):
                 + kernels.dot(p.astype(upstream.dtype), upstream),
             )
 
-        return kernels.for_each_rows(bounds, of_query, step, state, form)
+        return kernels.for_each_rows(bounds, query_tile, step, state, form)
 
     state = tuple(jnp.zeros(x.shape, jnp.float32) for x in (key, value))
-    key_gradient, value_gradient = lax.fori_loop(0, group, of_head, state)
+    key_gradient, value_gradient = lax.fori_loop(0, group, add_head, state)
     key_gradient *= form.scale / kernels.lift_of(key.dtype)
     for name, array in (("key", key_gradient), ("value", value_gradient)):
         gradient = gradients[name]
@@ -234,7 +236,7 @@ def attention_output(attention, value, mask):
     forms = kernels.Kernels(
         *(
             Form(
-                tiles.Spec.of(attention),
+                tiles.Spec.from_attention(attention),
                 float(attention.scale),
                 mask.window,
                 kernels.choose_tiles(
@@ -252,8 +254,8 @@ def attention_output(attention, value, mask):
             )
         )
     )
-    padding = kernels.Padding.of(forms)
-    places = padding.places(tiles.Places.of_mask(mask))
+    padding = kernels.Padding.from_forms(forms)
+    places = padding.places(tiles.Places.from_mask(mask))
     trained = (
         padding.queries(query),
         padding.keys_or_values(key),

@@ -61,7 +61,7 @@ def forward_step(
     """Running maxima, sums and outputs, after another tile of keys."""
     highest, total, output = state
     spec: tl.constexpr = form.spec
-    key = kernels.load_of_keys(inputs.side.key, tile, spec)
+    key = kernels.load_key_tile(inputs.side.key, tile, spec)
     s, unit = kernels.logits_tile(
         query, key, inputs.side.scale, spec.soft_cap, form
     )
@@ -71,7 +71,7 @@ def forward_step(
     higher = tl.maximum(highest, tl.max(s, 1) * unit)
     terms = tl.exp2(s * unit - higher[:, None])
     keep = tl.exp2(highest - higher)[:, None]
-    value = kernels.load_of_keys(inputs.value, tile, spec)
+    value = kernels.load_key_tile(inputs.value, tile, spec)
     output = tl.dot(
         terms.to(value.dtype),
         value,
@@ -107,7 +107,7 @@ def forward_kernel(
         tl.zeros([ROWS, 8], tl.float32),
         tl.zeros([ROWS, width], tl.float32),
     )
-    highest, total, of_row = kernels.for_each_keys(
+    highest, total, row_output = kernels.for_each_keys(
         forward_step, state, inputs, own, tile, form
     )
     total = tl.sum(total, 1)
@@ -116,8 +116,8 @@ def forward_kernel(
     kernels.store_rows(
         normalizer, highest + tl.log2(total), tile, spec.heads, form
     )
-    of_row /= total[:, None]
-    kernels.store_tile(output, of_row, tile.batch, tile.head, tile.row)
+    row_output /= total[:, None]
+    kernels.store_tile(output, row_output, tile.batch, tile.head, tile.row)
 
 
 @triton.jit
@@ -131,20 +131,20 @@ def slope_tile(inputs, here, tile, form: tl.constexpr, CHECK: tl.constexpr):
     normalizer = kernels.load_rows(
         inputs.side.normalizer, tile, heads, form, CHECK
     )
-    p = tl.exp2(s * unit - kernels.of_rows(normalizer, form))
+    p = tl.exp2(s * unit - kernels.broadcast_rows(normalizer, form))
     if CHECK:
         allowed = kernels.allowed_tile(inputs.places, tile, form)
         p = tl.where(allowed, p, 0.0)
     if form.tiles.by_key:
-        of_p = tl.dot(
+        p_slope = tl.dot(
             here.value, tl.trans(here.upstream), input_precision=kernels.FLOAT32
         )
     else:
-        of_p = tl.dot(
+        p_slope = tl.dot(
             here.upstream, tl.trans(here.value), input_precision=kernels.FLOAT32
         )
-    of_mean = kernels.load_rows(inputs.mean, tile, heads, form, CHECK)
-    slope = p * (of_p - kernels.of_rows(of_mean, form))
+    row_mean = kernels.load_rows(inputs.mean, tile, heads, form, CHECK)
+    slope = p * (p_slope - kernels.broadcast_rows(row_mean, form))
     if cap is not None:
         slope *= 1.0 - s * s
     return p, slope
@@ -157,8 +157,8 @@ def query_step(
     """Gradient of queries, after another tile of keys."""
     spec: tl.constexpr = form.spec
     query, upstream = own.query_or_key, own.upstream_or_value
-    key = kernels.load_of_keys(inputs.side.key, tile, spec)
-    value = kernels.load_of_keys(inputs.value, tile, spec)
+    key = kernels.load_key_tile(inputs.side.key, tile, spec)
+    value = kernels.load_key_tile(inputs.value, tile, spec)
     here = Visited(query, key, value, upstream)
     _, slope = slope_tile(inputs, here, tile, form, CHECK)
     return kernels.dot_in_two(slope, key, gradient)
@@ -202,8 +202,8 @@ def key_step(state, inputs, own, tile, form: tl.constexpr, CHECK: tl.constexpr):
     """Gradients of keys and values, after another tile of rows."""
     key_sum, value_sum = state
     key, value = own.query_or_key, own.upstream_or_value
-    query = kernels.load_of_rows(inputs.side.query, tile)
-    upstream = kernels.load_of_rows(inputs.upstream, tile)
+    query = kernels.load_row_tile(inputs.side.query, tile)
+    upstream = kernels.load_row_tile(inputs.upstream, tile)
     here = Visited(query, key, value, upstream)
     p, slope = slope_tile(inputs, here, tile, form, CHECK)
     if not form.tiles.by_key:
@@ -308,7 +308,7 @@ class Output(torch.autograd.Function):
         output = query.new_empty(
             (batch, rows, heads, call.value_width), dtype=torch.float32
         )
-        normalizer = kernels.of_each_row(query)
+        normalizer = kernels.empty_rows(query)
         kernels.launch(
             forward_kernel,
             form,
@@ -386,7 +386,7 @@ def attention_output(attention, value, mask):
     )
     call = Call(
         kernels.find_places(mask, distance, query.shape[0]),
-        tiles.Spec.of(attention._replace(query=query, key=key)),
+        tiles.Spec.from_attention(attention._replace(query=query, key=key)),
         values.shape[3],
         float(attention.scale),
         mask.window,

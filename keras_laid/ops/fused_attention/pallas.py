@@ -94,23 +94,23 @@ def keys_of(tile, form):
     return pl.ds(tile.key, form.tiles.keys)
 
 
-def load_of_rows(array, tile, form):
+def load_row_tile(array, tile, form):
     """A tile of queries, or of an array with their layout."""
     return array[rows_of(tile, form), tile.head, :]
 
 
-def load_of_keys(array, tile, spec, form):
+def load_key_tile(array, tile, spec, form):
     """A tile of the keys, or values, that the tile's query head reads."""
     key_head = tile.head // (spec.heads // spec.key_heads)
     return array[keys_of(tile, form), key_head, :]
 
 
-def of_rows(values, form):
+def broadcast_rows(values, form):
     """Numbers of rows, in a shape that broadcasts over a tile."""
     return values[None] if form.tiles.by_key else values[:, None]
 
 
-def of_keys(values, form):
+def broadcast_keys(values, form):
     return values[:, None] if form.tiles.by_key else values[None]
 
 
@@ -139,10 +139,10 @@ def where_allowed(allowed, values, other):
 def allowed_tile(places, tile, form):
     """Which of a tile's rows attend which of its keys."""
     kind = places.kinds[keys_of(tile, form)].astype(jnp.int32)
-    kind = of_keys(kind, form)
+    kind = broadcast_keys(kind, form)
     index = places.row_index[rows_of(tile, form)]
     key_index = tile.key + jnp.arange(form.tiles.keys)
-    ahead = of_rows(index, form) - of_keys(key_index, form)
+    ahead = broadcast_rows(index, form) - broadcast_keys(key_index, form)
     allowed = (kind == 1) | ((kind == 2) & (ahead >= 0))
     if form.window is not None:
         allowed &= jnp.abs(ahead) < form.window
@@ -174,33 +174,33 @@ def for_each_keys(bounds, tile, step, state, form):
     attends every key, so that no mask is needed.
     """
 
-    def of_tile(number, check, state):
+    def visit(number, check, state):
         visited = tile._replace(key=number * form.tiles.keys)
         return step(state, visited, check)
 
     parts = (1, 2) if form.window is None else (0, 1, 2)
     own = tile.row // form.tiles.rows
-    return for_each_tile(bounds, own, parts, of_tile, state)
+    return for_each_tile(bounds, own, parts, visit, state)
 
 
 def for_each_rows(bounds, tile, step, state, form):
     """As `for_each_keys`, on each tile of rows that attend some keys."""
 
-    def of_tile(number, check, state):
+    def visit(number, check, state):
         visited = tile._replace(row=number * form.tiles.rows)
         return step(state, visited, check)
 
     parts = (0, 1) if form.window is None else (0, 1, 2)
     own = tile.key // form.tiles.keys
-    return for_each_tile(bounds, own, parts, of_tile, state)
+    return for_each_tile(bounds, own, parts, visit, state)
 
 
-def for_each_tile(bounds, own, parts, of_tile, state):
+def for_each_tile(bounds, own, parts, visit, state):
     """One loop for each range of tiles: only the middle one needs no mask."""
     for part in parts:
 
         def body(number, state, check=part != 1):
-            return of_tile(number, check, state)
+            return visit(number, check, state)
 
         ends = bounds[own, part], bounds[own, part + 1]
         state = lax.fori_loop(*ends, body, state)
@@ -213,7 +213,7 @@ def launch(kernel, form, bounds, heads, models, arguments, outputs):
     The first axis of every array is the batch, or 1 if all examples share it.
     """
 
-    def of_example(array):
+    def block_spec(array):
         _, *shape = array.shape
         shared = array.shape[0] == 1
 
@@ -227,8 +227,8 @@ def launch(kernel, form, bounds, heads, models, arguments, outputs):
     return pl.pallas_call(
         functools.partial(kernel, form=form),
         grid=(tile_count, batch, heads),
-        in_specs=jax.tree.map(of_example, arguments),
-        out_specs=jax.tree.map(of_example, outputs),
+        in_specs=jax.tree.map(block_spec, arguments),
+        out_specs=jax.tree.map(block_spec, outputs),
         out_shape=outputs,
         compiler_params=pltriton.CompilerParams(
             num_warps=form.tiles.warps, num_stages=form.tiles.stages
@@ -244,7 +244,7 @@ class Padding(NamedTuple):
     keys: int
 
     @classmethod
-    def of(cls, forms):
+    def from_forms(cls, forms):
         # Sizes of tiles are powers of 2: the largest is a multiple of each.
         return cls(
             max(form.tiles.rows for form in forms),
@@ -252,10 +252,10 @@ class Padding(NamedTuple):
         )
 
     def queries(self, array):
-        return of_width(pad(array, 1, self.rows))
+        return pad_width(pad(array, 1, self.rows))
 
     def keys_or_values(self, array):
-        return of_width(pad(array, 1, self.keys))
+        return pad_width(pad(array, 1, self.keys))
 
     def places(self, places):
         """Rows beyond the last get its index, and have a gradient of 0."""
@@ -268,7 +268,7 @@ class Padding(NamedTuple):
         )
 
 
-def of_width(array):
+def pad_width(array):
     # Tensor cores multiply matrices that are at least 16 wide.
     return pad(array, -1, max(pl.next_power_of_2(array.shape[-1]), 16))
 

@@ -20,7 +20,7 @@ class Spec(NamedTuple):
     soft_cap: float | None
 
     @classmethod
-    def of(cls, attention: Attention) -> Self:
+    def from_attention(cls, attention: Attention) -> Self:
         return cls(
             attention.query.shape[2],
             attention.key.shape[2],
@@ -42,15 +42,15 @@ class Places(NamedTuple):
     key_share: Tensor | None = None  # (batch, keys)
 
     @classmethod
-    def of_mask(cls, mask: AttentionMask) -> Self:
+    def from_mask(cls, mask: AttentionMask) -> Self:
         kinds = ops.where(mask.bidirectional, 1, ops.where(mask.causal, 2, 0))
         return cls(ops.cast(kinds, "int8"), ops.cast(mask.row_index, "int32"))
 
     @classmethod
-    def of(
+    def from_mask_and_distance(
         cls, mask: AttentionMask, distance: Distance, batch: int | Tensor
     ) -> Self:
-        kinds, row_index, _, _ = cls.of_mask(mask)
+        kinds, row_index, _, _ = cls.from_mask(mask)
         rows = ops.cast(distance.row_positions, "float32")
         keys = ops.cast(distance.key_positions, "float32")
         unit = distance.strength ** (1.0 / distance.exponent)

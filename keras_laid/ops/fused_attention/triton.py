@@ -377,13 +377,13 @@ def store_tile(tensor, tile, batch, head, start):
 
 
 @triton.jit
-def load_of_rows(tensor, tile):
+def load_row_tile(tensor, tile):
     """A tile of queries, or of a tensor with their layout."""
     return load_tile(tensor, tile.batch, tile.head, tile.row)
 
 
 @triton.jit
-def load_of_keys(tensor, tile, spec: tl.constexpr):
+def load_key_tile(tensor, tile, spec: tl.constexpr):
     """A tile of the keys, or values, that the tile's query head reads."""
     key_head = tile.head // (spec.heads // spec.key_heads)
     return load_tile(tensor, tile.batch, key_head, tile.key)
@@ -423,13 +423,13 @@ def store_rows(tensor, values, tile, heads: tl.constexpr, form: tl.constexpr):
 
 
 @triton.jit
-def of_rows(values, form: tl.constexpr):
+def broadcast_rows(values, form: tl.constexpr):
     """Numbers of rows, in a shape that broadcasts over a tile."""
     return values[None] if form.tiles.by_key else values[:, None]
 
 
 @triton.jit
-def of_keys(values, form: tl.constexpr):
+def broadcast_keys(values, form: tl.constexpr):
     return values[:, None] if form.tiles.by_key else values[None]
 
 
@@ -481,8 +481,8 @@ def allowed_tile(places, tile, form: tl.constexpr):
     kinds = places.kinds + tile.batch * tile.keys
     kind = tl.load(kinds + key, mask=key < tile.keys, other=0)
     index = tl.load(places.row_index + row, mask=row < tile.rows, other=-1)
-    kind = of_keys(kind, form)
-    ahead = of_rows(index, form) - of_keys(key, form)
+    kind = broadcast_keys(kind, form)
+    ahead = broadcast_rows(index, form) - broadcast_keys(key, form)
     allowed = (kind == 1) | ((kind == 2) & (ahead >= 0))
     if form.window is not None:
         allowed = allowed & (tl.abs(ahead) < form.window)
@@ -510,7 +510,7 @@ def first_rows(places, form, keys):
     return torch.searchsorted(index, edges, out_int32=True)
 
 
-def of_each_row(query):
+def empty_rows(query):
     batch, rows, heads, _ = query.shape
     return query.new_empty(
         (batch, heads, rows + missing(rows)), dtype=torch.float32

@@ -175,12 +175,12 @@ def logits_divergence(
     chosen = select(
         "logits_divergence", IMPLEMENTATIONS, implementation, *arguments
     )
-    loss, *of_tokens = chosen.run(*arguments)
+    loss, *token_losses = chosen.run(*arguments)
     return LogitsLosses(
         loss,
         *[
             ops.stop_gradient(ops.sum(mean * each))
-            for mean, each in zip([*means, means[0]], of_tokens, strict=True)
+            for mean, each in zip([*means, means[0]], token_losses, strict=True)
         ],
     )
 

@@ -63,10 +63,12 @@ class Block(NamedTuple):
             kl = definition.kl_divergence(*softened)
         if self.labels is not None:
             log_q = ops.log_softmax(logits)
-            cross_entropy = -definition.of_labels(log_q, self.labels)
+            cross_entropy = -definition.label_log_probabilities(
+                log_q, self.labels
+            )
             is_label = ops.arange(logits.shape[-1]) == self.labels[..., None]
-            of_labels = ops.exp(log_q) - ops.cast(is_label, "float32")
-            slope = slope + of_labels * self.shares[1][..., None]
+            cross_entropy_slope = ops.exp(log_q) - ops.cast(is_label, "float32")
+            slope = slope + cross_entropy_slope * self.shares[1][..., None]
         soft_cap = self.student.soft_cap
         if soft_cap is not None:
             slope = slope * (1.0 - ops.square(logits / soft_cap))
@@ -88,8 +90,8 @@ def logits_divergence(
     unit = unit_of(
         [
             share
-            for share, of in zip(shares, (teacher, labels), strict=True)
-            if of is not None
+            for share, target in zip(shares, (teacher, labels), strict=True)
+            if target is not None
         ]
     )
     every = Block(student, teacher, labels, [each / unit for each in shares])
@@ -106,12 +108,12 @@ def logits_divergence(
         block = block._replace(
             shares=[ops.where(slot < count, each, 0.0) for each in block.shares]
         )
-        of_tokens, slope = block.losses(temperature, beta)
-        of_hidden = ops.matmul(
+        token_losses, slope = block.losses(temperature, beta)
+        hidden_gradient = ops.matmul(
             ops.cast(slope, kernel.dtype), ops.transpose(kernel)
         )
         # In float32: in a smaller dtype the sum over blocks would be rounded.
-        of_kernel = ops.einsum(
+        kernel_gradient = ops.einsum(
             "bid,biv->dv", ops.cast(block.student.hidden, "float32"), slope
         )
         *columns, kernels = sums
@@ -120,13 +122,13 @@ def logits_divergence(
                 column, [0, number * rows] + [0] * (len(found.shape) - 2), found
             )
             for column, found in zip(
-                columns, [*of_tokens, of_hidden], strict=True
+                columns, [*token_losses, hidden_gradient], strict=True
             )
         ]
-        return [*columns, kernels + of_kernel]
+        return [*columns, kernels + kernel_gradient]
 
     slots = (length + rows - 1) // rows * rows
-    *columns, of_kernel = ops.fori_loop(
+    *columns, kernel_gradient = ops.fori_loop(
         0,
         (ops.max(count) + rows - 1) // rows,
         add_block,
@@ -137,14 +139,16 @@ def logits_divergence(
         ],
     )
     place = ops.argsort(order, axis=1)  # The slot of each token.
-    *of_tokens, of_hidden = [tokens_at(column, place) for column in columns]
+    *token_losses, hidden_gradient = [
+        tokens_at(column, place) for column in columns
+    ]
 
     value = sum(
         ops.sum(share * each)
-        for share, each in zip(shares, of_tokens[:2], strict=True)
+        for share, each in zip(shares, token_losses[:2], strict=True)
     )
-    constants = value, unit, of_hidden, of_kernel
-    return with_own_gradient(loss, list(trained), constants), *of_tokens
+    constants = value, unit, hidden_gradient, kernel_gradient
+    return with_own_gradient(loss, list(trained), constants), *token_losses
 
 
 def slope_of_divergence(log_q, log_p, beta):
@@ -164,13 +168,13 @@ def centered(x, q):
 
 
 def loss(constants, hidden, kernel):
-    value, unit, of_hidden, of_kernel = constants
+    value, unit, hidden_gradient, kernel_gradient = constants
 
     def gradients(upstream):
         scale = upstream * unit
         return [
-            ops.cast(ops.multiply(scale, of_hidden), hidden.dtype),
-            ops.cast(scale * of_kernel, kernel.dtype),
+            ops.cast(ops.multiply(scale, hidden_gradient), hidden.dtype),
+            ops.cast(scale * kernel_gradient, kernel.dtype),
         ]
 
     return value, gradients

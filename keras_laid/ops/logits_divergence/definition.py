@@ -28,7 +28,9 @@ def logits_divergence(
         divergence = temperature**2 * jensen_shannon(log_q, log_p, beta)
         kl = kl_divergence(*softened(shared, teacher, 1.0))
     if labels is not None:
-        cross_entropy = -of_labels(ops.log_softmax(logits), labels)
+        cross_entropy = -label_log_probabilities(
+            ops.log_softmax(logits), labels
+        )
     loss = ops.sum(shares[0] * divergence) + ops.sum(shares[1] * cross_entropy)
     return loss, divergence, cross_entropy, kl
 
@@ -53,8 +55,8 @@ def jensen_shannon(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
     if beta == 1:
         return kl_divergence(log_p, log_q)
     log_m = log_mixture(log_q, log_p, beta)
-    of_p, of_q = (kl_divergence(log_m, each) for each in (log_p, log_q))
-    return beta * of_p + (1 - beta) * of_q
+    kl_p, kl_q = (kl_divergence(log_m, each) for each in (log_p, log_q))
+    return beta * kl_p + (1 - beta) * kl_q
 
 
 def log_mixture(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
@@ -67,7 +69,7 @@ def kl_divergence(log_q: Tensor, log_p: Tensor) -> Tensor:
     return ops.sum(ops.exp(log_p) * (log_p - log_q), axis=-1)
 
 
-def of_labels(log_q: Tensor, labels: Tensor) -> Tensor:
+def label_log_probabilities(log_q: Tensor, labels: Tensor) -> Tensor:
     """Log-probabilities of labels.
 
     They are NaN for labels beyond the vocabulary, and of no meaning for labels

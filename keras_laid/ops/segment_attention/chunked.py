@@ -25,7 +25,7 @@ class Block(NamedTuple):
     segments: Tensor
     num_segments: int | Tensor
 
-    def of_rows(self, rows):
+    def map_rows(self, rows):
         """A copy with `rows(tensor, axis)` of every tensor that has rows."""
         attention, mask = self.attention, self.mask
         return self._replace(
@@ -41,10 +41,11 @@ class Block(NamedTuple):
         logits = ops.where(allowed, attention.logits(), MASKED)
         log_a = ops.where(allowed, ops.log_softmax(logits), MASKED)
         upstream = ops.where(log_shares > MASKED, upstream, 0.0)
-        of_share = definition.of_keys(upstream, self.segments)
-        log_share = definition.of_keys(log_shares, self.segments)
+        key_upstream = definition.per_key(upstream, self.segments)
+        log_share = definition.per_key(log_shares, self.segments)
         total = ops.sum(upstream, axis=-1, keepdims=True)
-        slope = of_share * ops.exp(log_a - log_share) - total * ops.exp(log_a)
+        slope = key_upstream * ops.exp(log_a - log_share)
+        slope = slope - total * ops.exp(log_a)
         slope = slope * attention.scale
         if attention.soft_cap is not None:
             # Masked logits are far below minus the cap.
@@ -69,10 +70,10 @@ def segment_attention(attention, mask, segments, num_segments):
 
     def log_shares(constants, query, key):
         attention = constants.attention._replace(query=query, key=key)
-        every = constants._replace(attention=attention).of_rows(blocks.fill)
+        every = constants._replace(attention=attention).map_rows(blocks.fill)
 
         def put_shares(number, shares):
-            block = every.of_rows(blocks.of(number))
+            block = every.map_rows(blocks.slicer(number))
             found = definition.segment_attention(*block)
             return blocks.put(shares, number, 2, found)
 
@@ -88,16 +89,17 @@ def segment_attention(attention, mask, segments, num_segments):
             upstream = blocks.fill_zeros(upstream, 2)
 
             def add_gradients(number, gradients):
-                rows_of = blocks.of(number)
-                of_query, of_key = every.of_rows(rows_of).gradients(
+                rows_of = blocks.slicer(number)
+                block = every.map_rows(rows_of)
+                query_gradient, key_gradient = block.gradients(
                     rows_of(upstream, 2), rows_of(shares, 2)
                 )
                 queries, keys = gradients
-                queries = blocks.put(queries, number, 1, of_query)
-                return [queries, keys + of_key]
+                queries = blocks.put(queries, number, 1, query_gradient)
+                return [queries, keys + key_gradient]
 
             key_shape, width = ops.shape(key)[:3], query.shape[3]
-            of_query, of_key = ops.fori_loop(
+            query_gradient, key_gradient = ops.fori_loop(
                 0,
                 blocks.count,
                 add_gradients,
@@ -107,12 +109,12 @@ def segment_attention(attention, mask, segments, num_segments):
                 ],
             )
             # The gradient of a key head is the sum over heads that read it.
-            of_key = ops.sum(
-                ops.reshape(of_key, (*key_shape, -1, width)), axis=3
+            key_gradient = ops.sum(
+                ops.reshape(key_gradient, (*key_shape, -1, width)), axis=3
             )
             return [
-                ops.cast(of_query[:, :rows], query.dtype),
-                ops.cast(of_key, key.dtype),
+                ops.cast(query_gradient[:, :rows], query.dtype),
+                ops.cast(key_gradient, key.dtype),
             ]
 
         return shares[:, :, :rows], gradients

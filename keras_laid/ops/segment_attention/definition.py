@@ -21,7 +21,7 @@ def segment_attention(
     # Each segment is scaled by its own maximum: by that of the row, segments
     # would underflow next to a key that gets almost all attention.
     largest = maxima(ops.stop_gradient(log_a), segments, num_segments)
-    relative = ops.exp(log_a - of_keys(largest, segments))  # [b, h, i, j]
+    relative = ops.exp(log_a - per_key(largest, segments))  # [b, h, i, j]
     is_member = ops.cast(membership(segments, num_segments), "float32")
     sums = ops.einsum("bhij,bjg->bhig", relative, is_member)
     return ops.log(ops.where(largest > MASKED, sums, 1.0)) + largest
@@ -57,8 +57,8 @@ def maxima(
     return ops.maximum(ops.transpose(found, (0, 2, 3, 1)), MASKED)
 
 
-def of_keys(of_segments: Tensor, segments: Tensor) -> Tensor:
+def per_key(values: Tensor, segments: Tensor) -> Tensor:
     """The value of each key's segment, and 0 for keys without a segment."""
-    padded = ops.pad(of_segments, [(0, 0), (0, 0), (0, 0), (1, 0)])
-    index = known(segments, ops.shape(of_segments)[-1])
+    padded = ops.pad(values, [(0, 0), (0, 0), (0, 0), (1, 0)])
+    index = known(segments, ops.shape(values)[-1])
     return ops.take_along_axis(padded, index[:, None, None], axis=-1)
