@@ -249,12 +249,13 @@ class Text:
             self.documents.append(
                 " ".join(self.paragraph(waiting, self.used + step))
             )
-        rest = self.room - sum(self.counter.documents(self.documents))
         left = sum(length for _, length, _ in waiting)
-        self.used = self.room - rest
         begun = self.paragraph(waiting, self.room - left - step)
-        begun += [self.place(*waiting.pop(0)) for _ in [*waiting]]
-        self.documents.append(self.filled(begun, rest))
+        # The last facts end the text, after filler of the right length.
+        rest = self.room - sum(self.counter.documents(self.documents))
+        self.used = self.room - sum(length for _, length, _ in waiting)
+        ending = [self.place(*waiting.pop(0)) for _ in [*waiting]]
+        self.documents.append(self.filled(begun, ending, rest))
 
     def place(self, fact: str, length: int, place: float) -> str:
         self.needles.append((len(self.documents), self.used))
@@ -275,9 +276,9 @@ class Text:
                 self.used += length
         return sentences
 
-    def filled(self, begun: list[str], room: int) -> str:
-        """A paragraph of exactly so many tokens, with some given sentences."""
-        gap = room - self.count(begun)
+    def filled(self, begun: list[str], ending: list[str], room: int) -> str:
+        """A paragraph of exactly so many tokens, with given ends."""
+        gap = room - self.count([*begun, *ending])
         for _ in range(TRIES):
             added: list[str] = []
             length = 0
@@ -286,13 +287,13 @@ class Text:
                 added.append(sentence)
                 length += tokens
             # A sentence has about as many tokens beside others as alone.
-            if abs(length - gap) <= len(added) and (
-                self.count([*begun, *added]) == room
-            ):
-                return " ".join([*begun, *added])
+            whole = [*begun, *added, *ending]
+            if abs(length - gap) <= len(added) and self.count(whole) == room:
+                return " ".join(whole)
         raise ValueError(
             "A text must have room for its facts and the question. Received: "
-            f"{room} tokens for {' '.join(begun)!r:.80}. Pass larger `lengths`."
+            f"{room} tokens for {' '.join([*begun, *ending])!r:.80}. Pass "
+            "larger `lengths`."
         )
 
     def count(self, sentences: list[str]) -> int:

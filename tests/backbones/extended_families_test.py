@@ -14,9 +14,9 @@ from tests.backbones import small_models
 from tests.support import to_numpy
 
 PLAIN = (
+    small_models.llama,
     small_models.gemma_2,
     small_models.gemma_3,
-    small_models.llama,
     small_models.mistral,
     small_models.qwen_3,
 )
@@ -26,7 +26,13 @@ GROUP, WINDOW = 2, 3
 
 
 def families(chosen):
-    return pytest.mark.parametrize("family", chosen, ids=small_models.name_of)
+    only_torch = pytest.mark.extra_large_but_on("torch")
+    first, *others = chosen
+    return pytest.mark.parametrize(
+        "family",
+        [first, *(pytest.param(each, marks=only_torch) for each in others)],
+        ids=small_models.name_of,
+    )
 
 
 @families(PLAIN)

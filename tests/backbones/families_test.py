@@ -56,7 +56,7 @@ def gemma_2():
         sliding_window_size=3,
     )
     # Gemma's blocks scale by the head dim whatever the backbone is told.
-    common = with_head_dim(8, soft_cap=50.0)
+    common = with_head_dim(8, soft_cap=50.0, interleaved=True)
     return backbone, [
         AttentionLayer(index=0, kind="local", window=3, **common),
         AttentionLayer(index=1, kind="global", **common),

@@ -23,6 +23,8 @@ from tests.backbones import small_models
 from tests.haystacks.families import PREPROCESSORS
 from tests.haystacks.families import make_pair
 
+# Texts are the same on every backend.
+pytestmark = pytest.mark.extra_large_but_on("torch")
 SHARED = ("multi_key", "variable_tracking", "meaning")
 EACH = pytest.mark.parametrize("task", TASKS)
 
@@ -182,7 +184,6 @@ def test_tokens_of_a_model_are_counted(model):
         assert len(tokens) == haystack.length
 
 
-@pytest.mark.extra_large_but_on("torch")
 def test_shared_documents_change_no_answer(model, tmp_path):
     drawn = [
         *draw_text_haystacks(model, 8, (1200,), "multi_key", "test", 4),

@@ -118,9 +118,15 @@ def main():
         index = torch.arange(length)
         distance = Distance(index[None], index[None], 3.0)
         attention_output(attention, value, mask).sum().backward()
-        attention_divergence(
-            attention, attention, mask, distance, None
-        ).sum().backward()
+        mixtures = [None]
+        if (length, width) == (LENGTHS[0], 64):  # Once: it takes long.
+            mixtures.append(
+                torch.full((heads, heads), 1 / heads, requires_grad=True)
+            )
+        for mixture in mixtures:
+            attention_divergence(
+                attention, attention, mask, distance, mixture
+            ).sum().backward()
 
 
 if __name__ == "__main__":

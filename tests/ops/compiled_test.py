@@ -31,7 +31,7 @@ def test_triton_compiles_for_an_h100():
     )
     assert done.returncode == 0, done.stderr
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(kernels) == 48
+    assert len(kernels) == 48 + 4  # Four of them with a mixture.
     for kernel in kernels:
         assert kernel["shared_bytes"] <= H100, kernel
         # The fastest tiles spill no more than this.

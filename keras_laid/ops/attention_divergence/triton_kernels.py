@@ -241,13 +241,13 @@ def forward_step(
 def load_own_queries(
     student_query, teacher_query, mixture, tile, rows, form: tl.constexpr
 ):
-    """A program's tiles of queries; the teacher's is None for mixtures."""
+    """A program's tiles of queries; a mixture has no use for the second."""
     spec: tl.constexpr = form.student
     teacher_spec: tl.constexpr = form.teacher
     student = kernels.load_own_rows(
         student_query, tile, rows, spec.heads, spec.width, form
     )
-    teacher = None
+    teacher = student  # A function cannot return None in a tuple.
     if mixture is None:
         teacher = kernels.load_own_rows(
             teacher_query,
