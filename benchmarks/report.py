@@ -12,6 +12,7 @@ import pathlib
 import keras_laid
 from benchmarks import attention_divergence
 from benchmarks import rows
+from benchmarks import text_windows
 from benchmarks.markdown import fill
 from benchmarks.markdown import marks
 from benchmarks.tables import make_tables
@@ -22,6 +23,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 TEXTS = (
     "README.md",
     "benchmarks/mutation_testing.md",
+    "benchmarks/text_windows.md",
     "benchmarks/window_extension.md",
     "keras_laid/distillation/README.md",
     "keras_laid/ops/attention_divergence/README.md",
@@ -64,6 +66,7 @@ def main():
     draw_guide()
     attention_divergence.draw()
     study.draw()
+    text_windows.draw()
 
 
 if __name__ == "__main__":

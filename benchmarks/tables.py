@@ -10,6 +10,7 @@ from benchmarks import logits_divergence
 from benchmarks import memory_plan
 from benchmarks import mutants
 from benchmarks import preset_scores
+from benchmarks import text_windows
 from benchmarks import training_step
 from benchmarks.window_extension import tables as study
 
@@ -20,6 +21,7 @@ BENCHMARKS = (
     memory_plan,
     mutants,
     preset_scores,
+    text_windows,
     training_step,
 )
 

@@ -19,10 +19,14 @@ import pathlib
 import time
 
 import keras_hub
+import matplotlib.pyplot as plt
+import numpy as np
 
 import keras_laid
 from benchmarks import rows
+from benchmarks.markdown import markdown_table
 from keras_laid.haystacks import draw_text_haystacks
+from keras_laid.plotting import finish
 
 PATH = rows.RESULTS / "text_windows.csv"
 RUNS = pathlib.Path("runs/text_windows")
@@ -35,6 +39,7 @@ LENGTHS = (512, 1024, 2048, 4096, 8192)
 TASKS = {"multi_key": (20, 13, 5), "variable_tracking": (10, 25, 10)}
 LONG = 4096
 DEPTHS = 5
+PARTS = range(1, DEPTHS + 1)
 SEED = 0
 NEIGHBORS = 1024
 
@@ -114,6 +119,106 @@ def measure(name, method, task, length):
             **rows.versions(),
         ),
     )
+
+
+def read_runs():
+    """From (model, method, task) to the row of each length, shortest first."""
+    runs = {}
+    for row in sorted(rows.read_rows(PATH), key=lambda row: int(row["length"])):
+        key = row["model"], row["method"], row["task"]
+        runs.setdefault(key, {})[int(row["length"])] = row
+    return runs
+
+
+def accuracy_table():
+    """Accuracy by length, and the window by three rules, in tokens."""
+    runs = read_runs()
+    lengths = sorted({length for run in runs.values() for length in run})
+    lines = []
+    for key, run in runs.items():
+        cells = [
+            f"{float(run[n]['accuracy']):.2f} ({float(run[n]['low']):.2f} to "
+            f"{float(run[n]['high']):.2f})"
+            if n in run
+            else ""
+            for n in lengths
+        ]
+        lines.append([*key, *cells, *windows_of(run)])
+    header = ["model", "method", "task", *(f"{n:,}" for n in lengths)]
+    return markdown_table([*header, "relative", "RULER", "NoLiMa"], lines)
+
+
+def windows_of(run):
+    """Windows by the relative rule, RULER's and NoLiMa's, with intervals."""
+    accuracy = {n: float(row["accuracy"]) for n, row in run.items()}
+    questions = {n: int(row["questions"]) for n, row in run.items()}
+    (chance,) = {float(row["chance"]) for row in run.values()}
+    cells = []
+    for arguments in (
+        dict(rule="relative", chance=chance),
+        dict(rule="ruler"),
+        dict(rule="nolima"),
+    ):
+        ends = keras_laid.effective_window_interval(
+            accuracy, questions, **arguments
+        )
+        window = keras_laid.effective_window(accuracy, **arguments)
+        low, high = map(window_text, ends)
+        cells.append(f"{window_text(window)} ({low} to {high})")
+    return cells
+
+
+def window_text(window):
+    sign = {"above": "≥ ", "below": "< ", None: ""}[window.censored]
+    return f"{sign}{window.window:,.0f}"
+
+
+def depth_table():
+    """Accuracy by length and by the fifth of the prompt with the needle."""
+    lines = [
+        [
+            *(row[name] for name in ("model", "method", "task")),
+            f"{length:,}",
+            *(f"{float(row[f'depth_{n}']):.2f}" for n in PARTS),
+            row["least_in_a_cell"],
+        ]
+        for run in read_runs().values()
+        for length, row in run.items()
+    ]
+    header = ["model", "method", "task", "tokens"]
+    parts = ["first fifth", "second", "third", "fourth", "last fifth"]
+    return markdown_table([*header, *parts, "questions, at least"], lines)
+
+
+TABLES = {"text_windows": accuracy_table, "text_windows_depth": depth_table}
+
+
+def draw():
+    """A picture of accuracy by length and depth, a panel for each run."""
+    runs = read_runs()
+    figure, panels = plt.subplots(
+        1,
+        len(runs),
+        figsize=(1.2 + 3.4 * len(runs), 3.4),
+        layout="constrained",
+        squeeze=False,
+    )
+    for axes, (key, run) in zip(panels[0], runs.items(), strict=True):
+        values = np.array(
+            [[float(r[f"depth_{n}"]) for r in run.values()] for n in PARTS]
+        )
+        image = axes.imshow(
+            values, cmap="RdYlBu", vmin=0, vmax=1, aspect="auto"
+        )
+        for (y, x), value in np.ndenumerate(values):
+            axes.text(x, y, f"{value:.2f}", ha="center", va="center")
+        axes.set_xticks(range(len(run)), [f"{n:,}" for n in run])
+        axes.set_yticks(range(DEPTHS), ["start", "", "middle", "", "end"])
+        axes.set(title="\n".join(key), xlabel="tokens in the prompt")
+        axes.tick_params(length=0)
+    panels[0][0].set_ylabel("where the needle is")
+    figure.colorbar(image, ax=panels[0], label="accuracy (chance 0.25)")
+    finish(figure, rows.RESULTS / "text_windows.png")
 
 
 def main():
