@@ -1,5 +1,6 @@
 """Draws haystacks of text: facts in a long text, and questions about them."""
 
+import functools
 import itertools
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -245,59 +246,58 @@ class Text:
         lengths = self.counter.documents([*facts])
         waiting = [*zip(facts, lengths, places, strict=True)]
         step = self.sentences.paragraph_length
-        while self.room - self.used > 3 * step:
-            self.documents.append(
-                " ".join(self.paragraph(waiting, self.used + step))
-            )
-        left = sum(length for _, length, _ in waiting)
-        begun = self.paragraph(waiting, self.room - left - step)
-        # The last facts end the text, after filler of the right length.
-        rest = self.room - sum(self.counter.documents(self.documents))
-        self.used = self.room - sum(length for _, length, _ in waiting)
-        ending = [self.place(*waiting.pop(0)) for _ in [*waiting]]
-        self.documents.append(self.filled(begun, ending, rest))
+        while self.room - self.used > 2 * step:
+            end = self.used + step
+            sentences = []
+            while self.used < end:
+                sentences.append(self.sentence(waiting, self.sentences.next))
+            self.documents.append(" ".join(sentences))
+        self.documents.append(self.last_paragraph(waiting))
 
-    def place(self, fact: str, length: int, place: float) -> str:
-        self.needles.append((len(self.documents), self.used))
+    def sentence(
+        self,
+        waiting: list[tuple[str, int, float]],
+        next_filler: Callable[[], tuple[str, int]],
+    ) -> str:
+        """The next fact, if its place has come, or else filler."""
+        if waiting and waiting[0][2] * self.room <= self.used:
+            sentence, length, _ = waiting.pop(0)
+            self.needles.append((len(self.documents), self.used))
+        else:
+            sentence, length = next_filler()
         self.used += length
-        return fact
+        return sentence
 
-    def paragraph(
-        self, waiting: list[tuple[str, int, float]], until: float
-    ) -> list[str]:
-        """Filler up to about so many tokens, with the facts placed there."""
-        sentences: list[str] = []
-        while self.used < until:
-            if waiting and waiting[0][2] * self.room <= self.used:
-                sentences.append(self.place(*waiting.pop(0)))
-            else:
-                sentence, length = self.sentences.next()
-                sentences.append(sentence)
-                self.used += length
-        return sentences
-
-    def filled(self, begun: list[str], ending: list[str], room: int) -> str:
-        """A paragraph of exactly so many tokens, with given ends."""
-        gap = room - self.count([*begun, *ending])
+    def last_paragraph(self, waiting: list[tuple[str, int, float]]) -> str:
+        """A paragraph with the last facts that fills the text to the token."""
+        rest = self.room - sum(self.counter.documents(self.documents))
+        gap = rest - sum(length for _, length, _ in waiting)
         for _ in range(TRIES):
-            added: list[str] = []
-            length = 0
-            while length < gap:
-                sentence, tokens = self.sentences.next()
-                added.append(sentence)
-                length += tokens
+            filler: list[tuple[str, int]] = []
+            while sum(length for _, length in filler) < gap:
+                filler.append(self.sentences.next())
+            count = len(filler) + len(waiting)
             # A sentence has about as many tokens beside others as alone.
-            whole = [*begun, *added, *ending]
-            if abs(length - gap) <= len(added) and self.count(whole) == room:
-                return " ".join(whole)
+            if abs(sum(length for _, length in filler) - gap) > count:
+                continue
+            started = self.used, [*self.needles], [*waiting]
+            sentences = []
+            while filler:
+                take = functools.partial(filler.pop, 0)
+                sentences.append(self.sentence(waiting, take))
+            for fact, length, _ in waiting:
+                self.needles.append((len(self.documents), self.used))
+                self.used += length
+                sentences.append(fact)
+            paragraph = " ".join(sentences)
+            if self.counter.documents([paragraph]) == [rest]:
+                return paragraph
+            self.used, self.needles, waiting = started
         raise ValueError(
             "A text must have room for its facts and the question. Received: "
-            f"{room} tokens for {' '.join([*begun, *ending])!r:.80}. Pass "
+            f"{rest} tokens left for {len(waiting)} facts and filler. Pass "
             "larger `lengths`."
         )
-
-    def count(self, sentences: list[str]) -> int:
-        return self.counter.documents([" ".join(sentences)])[0]
 
 
 def make_counter(model: keras.Model | None) -> Counter:
