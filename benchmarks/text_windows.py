@@ -36,7 +36,7 @@ KEY = ("model", "method", "task", "length", "seed")
 WINDOWS = {"smollm2_135m_instruct": 8192, "gemma_3_270m": 32768}
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 # Questions about one text, and texts up to 4,096 tokens and beyond.
-TASKS = {"multi_key": (20, 14, 6), "variable_tracking": (10, 28, 12)}
+TASKS = {"multi_key": (20, 16, 6), "variable_tracking": (10, 32, 12)}
 LONG = 4096
 DEPTHS = 5
 PARTS = range(1, DEPTHS + 1)

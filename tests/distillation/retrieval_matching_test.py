@@ -236,6 +236,7 @@ def test_heads_are_found_on_the_first_batches_and_logged(
     assert caplog.text.count("Retrieval heads") == 1
 
 
+@pytest.mark.extra_large_but_on("torch")
 def test_heads_of_arrays_are_those_of_batches(preprocessor):
     haystacks = make_haystacks(preprocessor, 8, sizes=(3,), batch_size=8)
     x, y, sample_weight = haystacks[0]
@@ -261,6 +262,7 @@ def test_batches_that_can_be_read_once_are_not_used_up(preprocessor):
     assert int(distiller.step) == 2
 
 
+@pytest.mark.extra_large_but_on("torch")
 def test_weight_files_hold_the_heads(preprocessor, tmp_path):
     haystacks = make_haystacks(preprocessor, sizes=(3,))
     distiller = make_distiller(preprocessor)
@@ -280,6 +282,7 @@ def test_weight_files_hold_the_heads(preprocessor, tmp_path):
     assert without.retrieval_heads == ()
 
 
+@pytest.mark.extra_large_but_on("torch")
 def test_prompts_of_one_image_have_no_retrieval(preprocessor):
     distiller = make_distiller(preprocessor)
     haystacks = make_haystacks(preprocessor, sizes=(1,))

@@ -70,7 +70,13 @@ def test_the_last_block_puts_out_what_is_unembedded(family):
     )
 
 
-@pytest.mark.parametrize("rows", ["text", "all"])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param("text", marks=pytest.mark.extra_large_but_on("torch")),
+        "all",
+    ],
+)
 def test_hidden_states_are_the_plain_computation(preprocessor, haystacks, rows):
     distiller = make_distiller(
         preprocessor,
@@ -109,7 +115,7 @@ def test_hidden_states_are_the_plain_computation(preprocessor, haystacks, rows):
     )
 
 
-@pytest.mark.extra_large_but_on("jax", "torch")
+@pytest.mark.extra_large_but_on("torch")
 def test_projections_learn_and_are_saved(preprocessor, haystacks, tmp_path):
     def make():
         return make_distiller(

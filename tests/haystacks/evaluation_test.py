@@ -600,7 +600,7 @@ def compiled(model):
         pytest.param("itself", marks=pytest.mark.extra_large_but_on("torch")),
         pytest.param("student", marks=pytest.mark.extra_large_but_on("jax")),
         pytest.param(
-            "distiller", marks=pytest.mark.extra_large_but_on("jax", "torch")
+            "distiller", marks=pytest.mark.extra_large_but_on("torch")
         ),
     ],
 )
