@@ -93,7 +93,9 @@ def draw_text_haystacks(
         num_questions: Integer, at least 1, a multiple of `questions_per_text`.
         lengths: Sequence of integers: how many tokens a prompt has, with its
             first token and the question, as
-            `keras_laid.evaluate_haystacks(..., prompt="question")` asks it.
+            `keras_laid.evaluate_haystacks(..., prompt="question")` asks it. Of
+            several questions about a text, this is the longest; the others may
+            be some tokens shorter.
         task: One of those above. Defaults to `"single_word"`.
         split: `"train"`, `"validation"` or `"test"`. They share no city, word,
             name, number or meaning. Defaults to `"test"`.
@@ -163,19 +165,20 @@ def _draw(
         documents = tuple(text.documents)
         for asked in facts.asked:
             # From the document of each fact to where the fact begins.
-            begins = dict(text.needles[fact] for fact in asked.facts[::-1])
+            found = sorted({text.needles[fact] for fact in asked.facts})
+            begins = dict(found[::-1])
             yield Haystack(
                 asked.question,
                 asked.answer,
                 anchor=asked.subject,
                 target="",
-                needles=tuple(begins),
+                needles=tuple(sorted(begins)),
                 images=documents,
                 options=asked.options,
                 length=length,
                 depths=tuple(
                     (counter.start + begin) / length
-                    for begin in begins.values()
+                    for _, begin in sorted(begins.items())
                 ),
             )
 
@@ -311,11 +314,14 @@ def make_counter(model: keras.Model | None) -> Counter:
             f"Received: {type(model).__name__}, which reads images"
         )
     form: TextForm = prompts.form
-    return Counter(
-        lambda texts: form.count_tokens([t + form.separator for t in texts]),
-        form.count_tokens,
-        int(bool(form.preprocessor.add_start_token)),
-    )
+
+    def count_documents(texts: list[str]) -> list[int]:
+        # Tokenizers refuse an empty list.
+        ended = [text + form.separator for text in texts]
+        return form.count_tokens(ended) if ended else []
+
+    start = int(bool(form.preprocessor.add_start_token))
+    return Counter(count_documents, form.count_tokens, start)
 
 
 def count_words(texts: list[str]) -> list[int]:

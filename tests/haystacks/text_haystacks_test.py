@@ -207,6 +207,11 @@ def test_shared_documents_change_no_answer(model, tmp_path):
         assert (tmp_path / name).stat().st_size
 
 
+def test_a_text_too_short_for_a_models_tokens(model):
+    with pytest.raises(ValueError, match="room for its facts"):
+        list(draw_text_haystacks(model, 1, (60,)))
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
