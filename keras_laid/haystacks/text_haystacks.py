@@ -25,6 +25,7 @@ from keras_laid.haystacks.text_tasks import TASKS
 PLACES = 5  # Parts of a text over which single needles are shared out.
 PARAGRAPH = 5  # About how many sentences a document has.
 BLOCK = 64  # Sentences of filler that are counted at once.
+MARGIN = 8  # Tokens by which the sum of a paragraph's sentences may be wrong.
 TRIES = 2000
 
 
@@ -41,6 +42,10 @@ class Counter(NamedTuple):
     documents: Callable[[list[str]], list[int]]
     questions: Callable[[list[str]], list[int]]
     start: int
+
+    def sentences(self, texts: list[str]) -> list[int]:
+        """About how many tokens each text has among others."""
+        return self.questions([f" {text}" for text in texts])
 
 
 def draw_text_haystacks(
@@ -177,7 +182,7 @@ def _draw(
                 options=asked.options,
                 length=length,
                 depths=tuple(
-                    (counter.start + begin) / length
+                    min(1.0, (counter.start + begin) / length)
                     for _, begin in sorted(begins.items())
                 ),
             )
@@ -233,7 +238,7 @@ class Text:
         self, counter: Counter, filler: Callable[[], str], room: int
     ) -> None:
         self.counter = counter
-        self.sentences = Sentences(counter.documents, filler)
+        self.sentences = Sentences(counter.sentences, filler)
         self.room = room
         self.documents: list[str] = []
         self.needles: list[tuple[int, int]] = []
@@ -246,7 +251,7 @@ class Text:
             facts: Sequence of strings, in their order in the text.
             places: Sequence of floats, about where each is, from 0 to 1.
         """
-        lengths = self.counter.documents([*facts])
+        lengths = self.counter.sentences([*facts])
         waiting = [*zip(facts, lengths, places, strict=True)]
         step = self.sentences.paragraph_length
         while self.room - self.used > 2 * step:
@@ -277,7 +282,7 @@ class Text:
         gap = rest - sum(length for _, length, _ in waiting)
         for _ in range(TRIES):
             filler: list[tuple[str, int]] = []
-            while sum(length for _, length in filler) < gap:
+            while sum(length for _, length in filler) < gap - MARGIN:
                 filler.append(self.sentences.next())
             count = len(filler) + len(waiting)
             # A sentence has about as many tokens beside others as alone.
