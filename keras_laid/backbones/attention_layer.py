@@ -128,3 +128,8 @@ def layer(
 def linear() -> LinearLayer:
     """Makes a `LinearLayer`, in a function that reads a block."""
     return LinearLayer(index=0)
+
+
+def is_su_scaled(layer: AttentionLayer) -> bool:
+    """Whether a layer has Phi-3's rotary embedding for long contexts."""
+    return hasattr(layer.rotary, "inverese_freq_long_factor")

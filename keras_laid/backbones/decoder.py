@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
-from keras_hub.layers import RotaryEmbedding
 from keras_hub.models import PaliGemmaBackbone
 
 from keras_laid.arguments import check_dtype
@@ -16,6 +15,7 @@ from keras_laid.arguments import check_shape
 from keras_laid.arguments import check_tokens
 from keras_laid.backbones.attention_layer import AttentionLayer
 from keras_laid.backbones.attention_layer import DecoderLayer
+from keras_laid.backbones.attention_layer import is_su_scaled
 from keras_laid.backbones.families import attention_layers
 from keras_laid.backbones.families import family_of
 from keras_laid.backbones.families import layers_with_maps
@@ -59,9 +59,7 @@ def plainly_rotated(model: keras.Model) -> list[AttentionLayer]:
     attentions = layers_with_maps(model)
     layers = [attentions[index] for index in global_layers(model)]
     for layer in layers:
-        if layer.rotary_dim != layer.head_dim or not isinstance(
-            layer.rotary, RotaryEmbedding
-        ):
+        if not rotates_plainly(layer):
             raise ValueError(
                 "Rotary embeddings must rotate all features of a head, by one "
                 f"set of frequencies. Received: decoder layer {layer.index} of "
@@ -70,6 +68,15 @@ def plainly_rotated(model: keras.Model) -> list[AttentionLayer]:
                 f"{type(layer.rotary).__name__}"
             )
     return layers
+
+
+def rotates_plainly(layer: DecoderLayer) -> bool:
+    """Whether a layer rotates all features of a head by fixed frequencies."""
+    return (
+        isinstance(layer, AttentionLayer)
+        and layer.rotary_dim == layer.head_dim
+        and not is_su_scaled(layer)
+    )
 
 
 def check_no_dropout(model: keras.Model, name: str) -> None:

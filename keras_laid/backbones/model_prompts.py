@@ -26,11 +26,14 @@ class ModelPrompts:
 
     Attributes:
         takes_images: Boolean, or else prompts hold documents of text.
+        reads_once: Boolean, whether documents are read once for several
+            prompts about them.
         image_size: Tuple of integers, height and width that images need, in
             pixels. Prompts of text have none.
     """
 
     takes_images = True
+    reads_once = False
     image_size: tuple[int, int]
 
     def __init__(

@@ -10,8 +10,24 @@ import numpy as np
 from keras import ops
 from keras_hub.models import CausalLM
 
+from keras_laid.backbones.decoder import rotates_plainly
+from keras_laid.backbones.families import FAMILIES
+from keras_laid.backbones.families import attention_layers
+from keras_laid.backbones.prompt_forms import LENGTH_STEP
+
 CHUNK = 1024  # Tokens read at once, so that memory is linear in length.
-STEP = 16  # Lengths of questions are multiples, so that few are compiled.
+
+
+def can_be_read_once(model: keras.Model) -> bool:
+    """Whether cached decoding in chunks gives what a single pass gives.
+
+    It does not where layers are recurrent, whose state the padding of a chunk
+    would change, or where frequencies depend on the length of the prompt. It is
+    not known for families without a record.
+    """
+    if not isinstance(model.backbone, tuple(FAMILIES)):
+        return False
+    return all(map(rotates_plainly, attention_layers(model)))
 
 
 class DocumentReader:
@@ -41,8 +57,8 @@ class DocumentReader:
         Returns:
             A float array of shape `(questions, vocabulary)`.
         """
-        longest = multiple(max(map(len, questions)), STEP)
-        chunk = min(CHUNK, multiple(len(documents), STEP))
+        longest = multiple(max(map(len, questions)), LENGTH_STEP)
+        chunk = min(CHUNK, multiple(len(documents), LENGTH_STEP))
         # What is read of the last chunk after the documents is written over.
         end = multiple(len(documents), chunk)
         tokens = np.zeros(end, "int32")

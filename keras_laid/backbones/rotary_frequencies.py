@@ -8,9 +8,9 @@ from keras import ops
 
 from keras_laid.arguments import is_integer
 from keras_laid.backbones.attention_layer import LinearLayer
+from keras_laid.backbones.attention_layer import is_su_scaled
 from keras_laid.backbones.decoder import backbone_of
 from keras_laid.backbones.families import attention_layers
-from keras_laid.backbones.rotary_positions import is_su_scaled
 from keras_laid.typing import Tensor
 
 

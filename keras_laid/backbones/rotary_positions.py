@@ -11,6 +11,7 @@ from keras import ops
 from keras_laid.arguments import check_dtype
 from keras_laid.arguments import check_positions
 from keras_laid.backbones.attention_layer import AttentionLayer
+from keras_laid.backbones.attention_layer import is_su_scaled
 from keras_laid.backbones.compiled import compiled_apart
 from keras_laid.backbones.decoder import replaced_method
 from keras_laid.backbones.families import layers_with_maps
@@ -116,11 +117,6 @@ def turned_at(
 def is_multi_dimensional(layer: AttentionLayer) -> bool:
     """Whether a layer has M-RoPE, which may bypass `RotaryEmbedding.call`."""
     return getattr(layer.layer, "mrope_section", None) is not None
-
-
-def is_su_scaled(layer: AttentionLayer) -> bool:
-    """Whether a layer has Phi-3's rotary embedding for long contexts."""
-    return hasattr(layer.rotary, "inverese_freq_long_factor")
 
 
 def check_kind_of(positions: Tensor) -> None:

@@ -64,9 +64,9 @@ def self_extend(
         TypeError: On entry, if a number is not an integer.
         ValueError: On entry, if the model's family is unknown, if the model has
             no layer without a sliding window, rotates a part of the features
-            (Gemma 4, Qwen 3.5), has dropout, or has its attention replaced by
-            another scope already, or if an argument is out of its range. The
-            model is then unchanged.
+            (Gemma 4, Qwen 3.5), has Phi-3's frequencies for long contexts, has
+            dropout, or has its attention replaced by another scope already, or
+            if an argument is out of its range. The model is then unchanged.
 
     Example:
 

@@ -14,6 +14,7 @@ from keras_laid.backbones.model_prompts import ModelPrompts
 from keras_laid.backbones.prompt_forms import LENGTH_STEP
 from keras_laid.backbones.prompt_forms import TextForm
 from keras_laid.backbones.read_documents import DocumentReader
+from keras_laid.backbones.read_documents import can_be_read_once
 
 STEPS = 8  # Padded lengths between a number of tokens and twice as many.
 
@@ -32,6 +33,7 @@ class TextPrompts(ModelPrompts):
         causal_lm = type(model)(backbone=model.backbone, preprocessor=None)
         super().__init__(causal_lm, model.preprocessor, model.backbone)
         self.form = TextForm(model.preprocessor)
+        self.reads_once = can_be_read_once(model)
         self._reader = DocumentReader(self.causal_lm)
 
     def fill(self, template: str, images: int, **texts: str) -> str:
@@ -52,7 +54,7 @@ class TextPrompts(ModelPrompts):
     ) -> np.ndarray:
         documents = [*map(tuple, images)]
         asked = {*zip(documents, prompts, strict=True)}
-        if len(asked) > len({*documents}):
+        if self.reads_once and len(asked) > len({*documents}):
             return self.logits_of_shared(documents, prompts)
         inputs, lengths = self.inputs(images, prompts)
         return self._first_logits.predict_on_batch(

@@ -88,8 +88,9 @@ def yarn(
         TypeError: On entry, if an argument has the wrong type.
         ValueError: On entry, if the model's family is unknown, if the model has
             no layer without a sliding window, rotates a part of the features
-            (Gemma 4, Qwen 3.5) or has scaled frequencies already, or if an
-            argument is out of its range. The model is then unchanged.
+            (Gemma 4, Qwen 3.5), has Phi-3's frequencies for long contexts or
+            frequencies that are scaled already, or if an argument is out of its
+            range. The model is then unchanged.
 
     Example:
 

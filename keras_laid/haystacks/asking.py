@@ -268,7 +268,7 @@ class Asking:
         """
         return (
             self.prompts is not None
-            and not self.prompts.takes_images
+            and self.prompts.reads_once
             and self.through != "generate"
         )
 

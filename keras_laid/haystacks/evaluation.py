@@ -69,7 +69,8 @@ def evaluate_haystacks(
             `Haystack.from_example(example)` of the dataset. No more than a
             batch of each size is held at a time. By `"logits"` and `"choice"`,
             a decoder of text reads documents once for all questions about them
-            that follow each other.
+            that follow each other, if its layers allow it: not with recurrent
+            layers (Qwen 3.5), nor with Phi-3's frequencies for long contexts.
         through: `"logits"`, `"choice"` or `"generate"`, the only one for a
             function. Defaults to `"logits"`.
         rule: `"strict"`; or, with `through="generate"`, also `"official"`,

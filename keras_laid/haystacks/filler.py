@@ -79,37 +79,18 @@ NOISE = (
 )
 
 
-class Stories:
-    """Sentences of four parts that hardly ever repeat.
-
-    Args:
-        rng: A `numpy.random.Generator`.
-    """
-
-    def __init__(self, rng: np.random.Generator) -> None:
-        self.rng = rng
-
-    def __call__(self) -> str:
-        who, did, where, when = (
-            str(part[self.rng.integers(len(part))])
-            for part in (WHO, DID, WHERE, WHEN)
-        )
-        if self.rng.integers(2):
-            text = f"{who} {did} {where} {when}."
-        else:
-            text = f"{when}, {who} {did} {where}."
-        return text[0].upper() + text[1:]
+def story(rng: np.random.Generator) -> str:
+    """A sentence of four parts that hardly ever repeats."""
+    who, did, where, when = (
+        str(part[rng.integers(len(part))]) for part in (WHO, DID, WHERE, WHEN)
+    )
+    if rng.integers(2):
+        text = f"{who} {did} {where} {when}."
+    else:
+        text = f"{when}, {who} {did} {where}."
+    return text[0].upper() + text[1:]
 
 
-class Noise:
-    """The sentences of `NOISE`, in random order.
-
-    Args:
-        rng: A `numpy.random.Generator`.
-    """
-
-    def __init__(self, rng: np.random.Generator) -> None:
-        self.rng = rng
-
-    def __call__(self) -> str:
-        return NOISE[self.rng.integers(len(NOISE))]
+def noise(rng: np.random.Generator) -> str:
+    """One of the sentences of `NOISE`."""
+    return NOISE[rng.integers(len(NOISE))]

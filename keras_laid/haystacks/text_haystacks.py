@@ -165,7 +165,8 @@ def _draw(
         if count > 1:
             places = ((np.arange(count) + child.random(count)) / count).tolist()
         question = max(counter.questions([q.question for q in facts.asked]))
-        text = Text(counter, filler(child), length - counter.start - question)
+        next_filler = functools.partial(filler, child)
+        text = Text(counter, next_filler, length - counter.start - question)
         text.write(facts.sentences, places)
         documents = tuple(text.documents)
         for asked in facts.asked:

@@ -8,8 +8,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from keras_laid.haystacks.filler import Noise
-from keras_laid.haystacks.filler import Stories
+from keras_laid.haystacks.filler import noise
+from keras_laid.haystacks.filler import story
 
 CHOICES = 4  # Options of a question.
 HOPS = 2  # Times that a variable is set to another one.
@@ -304,12 +304,12 @@ def check_one(task: str, questions: int) -> None:
 
 
 # From the name of a task to the task and its filler.
-TASKS: dict[str, tuple[Task, type[Stories] | type[Noise]]] = {
-    "single_word": (single_word, Stories),
-    "single_number": (single_number, Stories),
-    "multi_key": (multi_key, Stories),
-    "multi_value": (multi_value, Stories),
-    "variable_tracking": (variable_tracking, Stories),
-    "meaning": (meaning, Stories),
-    "pass_key": (pass_key, Noise),
+TASKS: dict[str, tuple[Task, Callable[[np.random.Generator], str]]] = {
+    "single_word": (single_word, story),
+    "single_number": (single_number, story),
+    "multi_key": (multi_key, story),
+    "multi_value": (multi_value, story),
+    "variable_tracking": (variable_tracking, story),
+    "meaning": (meaning, story),
+    "pass_key": (pass_key, noise),
 }

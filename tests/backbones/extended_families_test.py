@@ -20,7 +20,7 @@ PLAIN = (
     small_models.mistral,
     small_models.qwen_3,
 )
-PARTIAL = (small_models.gemma_4, small_models.qwen_3_5)
+PARTIAL = (small_models.phi_3, small_models.gemma_4, small_models.qwen_3_5)
 LENGTH = 8
 GROUP, WINDOW = 2, 3
 

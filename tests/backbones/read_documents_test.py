@@ -9,6 +9,7 @@ from keras_laid import self_extend
 from keras_laid import yarn
 from keras_laid.backbones import read_documents
 from keras_laid.backbones.read_documents import DocumentReader
+from keras_laid.backbones.read_documents import can_be_read_once
 from tests.backbones import small_models
 from tests.support import to_numpy
 
@@ -61,3 +62,16 @@ def test_each_question_is_answered_as_alone(family, scope, monkeypatch):
                 for question in questions
             ]
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "family, known",
+    [
+        (small_models.llama, True),
+        (small_models.phi_3, False),  # Frequencies depend on the length.
+        (small_models.qwen_3_5, False),  # Some layers are recurrent.
+    ],
+    ids=["llama", "phi_3", "qwen_3_5"],
+)
+def test_where_cached_decoding_is_the_same(family, known):
+    assert can_be_read_once(small_models.make_model(family)) == known
