@@ -7,6 +7,7 @@ PACKAGE_ENV := .venv-package
 LOWEST_ENV := .venv-lowest
 NEWEST_ENV := .venv-newest
 WHEEL_ENV := .venv-wheel
+TPU_ENV := .venv-tpu
 EXTRA_ENV := .venv-extra
 EXTRAS := jax,tensorflow,torch,haystacks,test
 BACKENDS ?= jax tensorflow torch
@@ -26,7 +27,7 @@ REPRODUCED ?= runs/reproduced
 .DELETE_ON_ERROR:
 .PHONY: guide test coverage test-all test-lowest test-newest test-wheel format check \
 	docs package extras real-models reproduce reproduce-all reproduce-gpu test-gpu \
-	rows-gpu
+	rows-gpu compile-for test-tpu
 
 guide: $(GUIDE_ENV)/ready
 	$(QUIET) KERAS_BACKEND=jax $(GUIDE_ENV)/bin/python guides/distill_paligemma.py $(ARGS)
@@ -126,6 +127,13 @@ rows-gpu: export RESULTS = $(REPRODUCED)
 rows-gpu:
 	$(GPU_PYTHON) -m benchmarks.gpu_rows
 
+# Steps compiled for TPUs that are not there.
+compile-for: $(TPU_ENV)/ready
+	$(TPU_ENV)/bin/python -m benchmarks.compile_for $(ARGS)
+
+test-tpu: $(TPU_ENV)/ready
+	$(QUIET) $(TPU_ENV)/bin/python -m pytest -q tests/benchmarks/compile_for_test.py
+
 format: $(TEST_ENV)/ready
 	$(TEST_ENV)/bin/ruff check --fix .
 	$(TEST_ENV)/bin/ruff format .
@@ -174,6 +182,7 @@ extras: package
 $(GUIDE_ENV)/ready: WHAT := -e ".[jax]"
 $(TEST_ENV)/ready: WHAT := -e ".[$(EXTRAS)]"
 $(DOCS_ENV)/ready: WHAT := -e ".[docs]"
+$(TPU_ENV)/ready: WHAT := -e ".[jax,test]" "jax[tpu]"
 $(PACKAGE_ENV)/ready: WHAT := ".[jax,package]"
 
 %/ready: pyproject.toml constraints.txt
