@@ -65,7 +65,8 @@ def run(settings, name, seed, split, learning_rate, missing):
         split=split,
         learning_rate=learning_rate,
     )
-    student = study.prior_student(settings)
+    prior = study.prior_teacher if name == "teacher" else study.prior_student
+    student = prior(settings)
     keras.utils.set_random_seed(seed)
     output = RUNS / settings.name / f"{name}_{seed}_{split}_{learning_rate}"
     commit = rows.commit()

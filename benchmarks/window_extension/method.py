@@ -19,6 +19,8 @@ class Method:
         lora_rank: Integer, the rank of LoRA, or `None` to train all weights.
             With LoRA the learning rate is multiplied by 4, since LoRA needs a
             larger one.
+        needle_alone: Boolean, whether the teacher reads only the image that the
+            question is about, where the student reads the whole haystack.
         terms: Dictionary from the class of a term of the loss to its arguments;
             each run makes new terms.
     """
@@ -28,6 +30,7 @@ class Method:
     yarn: bool = False
     lora_rank: int | None = None
     strength: float = 4.0
+    needle_alone: bool = False
     terms: dict = dataclasses.field(default_factory=dict)
 
     @property
@@ -65,8 +68,13 @@ def laid(
     )
 
 
-def kd(stretching, yarn=False):
-    return Method(stretching=stretching, gains=False, yarn=yarn)
+def kd(stretching, yarn=False, needle_alone=False):
+    return Method(
+        stretching=stretching,
+        gains=False,
+        yarn=yarn,
+        needle_alone=needle_alone,
+    )
 
 
 def sft(stretching, yarn=False, lora_rank=None):

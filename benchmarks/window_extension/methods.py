@@ -9,6 +9,7 @@ import keras_hub
 
 import keras_laid
 from benchmarks.window_extension import retrieval_methods
+from benchmarks.window_extension.data import NeedleAlone
 from benchmarks.window_extension.data import make_data
 from benchmarks.window_extension.method import kd
 from benchmarks.window_extension.method import laid
@@ -65,6 +66,7 @@ UNTRAINED = {
     "untouched": untouched,
     "yarn": yarn,
     "self_extend": self_extend,
+    "teacher": untouched,
 }
 
 METHODS = {
@@ -111,25 +113,46 @@ METHODS = {
 def prior_student(settings):
     """The student that every method of a config starts from."""
     student = load(getattr(keras_laid.presets, settings.student))
-    if not settings.prior_steps:
-        return student
-    weights = RUNS / settings.name / "prior.weights.h5"
+    train_beforehand(
+        student, settings, "prior", settings.prior_steps, settings.prior_sizes
+    )
+    return student
+
+
+def prior_teacher(settings):
+    """The teacher of every method of a config."""
+    teacher = load(getattr(keras_laid.presets, settings.teacher))
+    train_beforehand(
+        teacher,
+        settings,
+        "teacher",
+        settings.teacher_steps,
+        settings.teacher_sizes,
+    )
+    return teacher
+
+
+def train_beforehand(model, settings, name, steps, sizes):
+    """Trains a model on labels, once for all runs of a config."""
+    if not steps:
+        return
+    weights = RUNS / settings.name / f"{name}.weights.h5"
     if not weights.is_file():
-        prior = dataclasses.replace(
+        beforehand = dataclasses.replace(
             settings,
-            labelled=settings.batch_size * settings.prior_steps,
+            labelled=settings.batch_size * steps,
             unlabelled=0,
-            sizes=settings.prior_sizes,
-            steps=settings.prior_steps,
+            sizes=sizes,
+            steps=steps,
+            teacher_steps=0,
         )
         keras.utils.set_random_seed(PRIOR_SEED)
-        train(METHODS["sft"], prior, PRIOR_SEED, PRIOR_RATE, student)
+        train(METHODS["sft"], beforehand, PRIOR_SEED, PRIOR_RATE, model)
         weights.parent.mkdir(parents=True, exist_ok=True)
         new = weights.with_name("new.weights.h5")
-        student.backbone.save_weights(new)
+        model.backbone.save_weights(new)
         new.replace(weights)
-    student.backbone.load_weights(weights)
-    return student
+    model.backbone.load_weights(weights)
 
 
 class AfterSteps(keras.callbacks.Callback):
@@ -150,7 +173,7 @@ class AfterSteps(keras.callbacks.Callback):
 
 def train(method, settings, seed, learning_rate, student, callbacks=()):
     """Trains a student in place, and returns the distiller."""
-    teacher = load(keras_laid.presets.TEACHER)
+    teacher = prior_teacher(settings)
     image_length = student.backbone.image_sequence_length
     stretching = keras_laid.PositionStretching(WINDOW, image_length)
     data = make_data(
@@ -160,6 +183,8 @@ def train(method, settings, seed, learning_rate, student, callbacks=()):
         stretching=stretching if method.stretching else None,
         seed=seed,
     )
+    if method.needle_alone:
+        data = NeedleAlone(data)
     if method.lora_rank:
         student.backbone.enable_lora(method.lora_rank)
     if method.gains:

@@ -44,6 +44,11 @@ class Settings:
             the steps of `measured_at`. Defaults to all sizes.
         student: String, the name in `keras_laid.presets` of the student that
             every method starts from.
+        teacher: String, the name in `keras_laid.presets` of the teacher.
+        teacher_steps: Integer, supervised steps on haystacks of `teacher_sizes`
+            images that the teacher is trained for beforehand. Defaults to 0:
+            the embedded model is the teacher.
+        teacher_sizes: List of integers, images in a haystack of these steps.
     """
 
     name: str
@@ -64,6 +69,9 @@ class Settings:
     measured_at: tuple = ()
     measured_sizes: tuple = ()
     student: str = "STUDENT"
+    teacher: str = "TEACHER"
+    teacher_steps: int = 0
+    teacher_sizes: tuple = ()
 
 
 def read_settings(name):

@@ -13,6 +13,7 @@ from benchmarks.window_extension import methods as study
 from benchmarks.window_extension import retrieval_methods
 from benchmarks.window_extension import tables
 from benchmarks.window_extension.data import IGNORED
+from benchmarks.window_extension.data import NeedleAlone
 from benchmarks.window_extension.data import make_data
 from benchmarks.window_extension.settings import Settings
 from benchmarks.window_extension.settings import names_of_configs
@@ -83,6 +84,20 @@ def test_without_labelled_questions_labels_alone_has_all_answers():
         x, y, _ = alone[index]
         assert (y != IGNORED).any()
         np.testing.assert_array_equal(x["images"], hidden[index][0]["images"])
+
+
+def test_a_teacher_of_the_needle_alone_reads_only_the_needle():
+    hidden = data(labelled=0, unlabelled=24)
+    for index in range(len(hidden)):
+        x, y, _ = hidden[index]
+        own = NeedleAlone(hidden)[index][0]["teacher"]
+        assert own["images"].shape[1] == 1
+        for row, needle in enumerate(x["needle"]):
+            np.testing.assert_array_equal(
+                own["images"][row, 0], x["images"][row, needle]
+            )
+        np.testing.assert_array_equal(own["token_ids"], x["token_ids"])
+        assert (own["aligned"] == np.arange(y.shape[1])).all()
 
 
 def test_wrong_heads_do_not_retrieve():
