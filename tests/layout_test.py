@@ -4,6 +4,7 @@ import ast
 import graphlib
 import inspect
 import pathlib
+import re
 
 import keras_laid
 
@@ -93,3 +94,17 @@ def test_modules_and_signatures_stay_short():
     distiller = keras_laid.DistanceWeightedAttentionDistillation
     arguments = {*inspect.signature(distiller).parameters} - {"kwargs"}
     assert len(arguments) <= 8
+
+
+def test_a_part_of_the_readme_is_a_module_or_a_public_name():
+    """The documentation has a page for each row of this table."""
+    readme = (PACKAGE / "README.md").read_text()
+    rows = re.findall(r"^\| `([\w.]+)`", readme, re.MULTILINE)
+    assert len(rows) > 10
+    for name in rows:
+        module = name.removesuffix(".attention_layers")
+        if module.startswith("keras_laid."):
+            folder = PACKAGE.parent / module.replace(".", "/")
+            assert (folder / "__init__.py").is_file(), name
+        else:
+            assert name in keras_laid.__all__, name
