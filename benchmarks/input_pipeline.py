@@ -21,23 +21,10 @@ from tqdm import tqdm
 
 import keras_laid
 from benchmarks import rows
+from benchmarks.measuring import Prepared
 from keras_laid.backbones import several_images
 
 PATH = rows.RESULTS / "input_pipeline.csv"
-
-
-class Prepared(keras.utils.PyDataset):
-    """Batches made beforehand, which no feeder can beat."""
-
-    def __init__(self, haystacks):
-        super().__init__()
-        self.batches = [haystacks[i] for i in range(len(haystacks))]
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __getitem__(self, index):
-        return self.batches[index]
 
 
 def tf_data(haystacks):
