@@ -226,9 +226,8 @@ def text_rows(inputs: Mapping[str, Tensor]) -> Tensor:
 
     Args:
         inputs: Dictionary of a model's inputs. Those of Gemma have
-            `"vision_mask"`; those of Qwen 3.5 have `"vision_indices"`, indices
-            into the flattened tokens of the batch. In PaliGemma all of
-            `"token_ids"` are text.
+            `"vision_mask"`; those of Qwen 3.5 have `"vision_indices"`. In
+            PaliGemma all of `"token_ids"` are text.
 
     Returns:
         A boolean tensor of shape `(batch, length)`.
@@ -239,8 +238,26 @@ def text_rows(inputs: Mapping[str, Tensor]) -> Tensor:
     text = ops.ones_like(token_ids, dtype="bool")
     if "vision_indices" not in inputs:
         return text
-    index = ops.reshape(inputs["vision_indices"], (-1, 1))
+    index = ops.reshape(vision_indices(inputs), (-1, 1))
     text = ops.scatter_update(
         ops.reshape(text, (-1,)), index, ops.zeros_like(index[:, 0], "bool")
     )
     return ops.reshape(text, ops.shape(token_ids))
+
+
+def vision_indices(inputs: Mapping[str, Tensor]) -> Tensor:
+    """Where the tokens of images stand, in the flattened tokens of the batch.
+
+    KerasHub counts through the tokens of the batch in which a prompt was made.
+    Here it is counted again, since `fit` may have put the prompt elsewhere.
+
+    Args:
+        inputs: Dictionary of inputs of Qwen 3.5, whose `"vision_indices"` have
+            shape `(batch, tokens)`; or `(tokens,)`, which cannot have moved.
+    """
+    index = ops.convert_to_tensor(inputs["vision_indices"])
+    if len(index.shape) == 1:
+        return index
+    batch, length = ops.shape(inputs["token_ids"])
+    first = ops.cast(length * ops.arange(batch), index.dtype)
+    return first[:, None] + index % length

@@ -18,6 +18,7 @@ from keras_laid.backbones.attention_layer import DecoderLayer
 from keras_laid.backbones.attention_layer import is_su_scaled
 from keras_laid.backbones.families import attention_layers
 from keras_laid.backbones.families import family_of
+from keras_laid.backbones.families import has_linear_layers
 from keras_laid.backbones.families import layers_with_maps
 from keras_laid.typing import Tensor
 
@@ -184,6 +185,15 @@ def check_inputs(model: keras.Model, inputs: dict[str, Tensor]) -> None:
     vocabulary = backbone_of(model).vocabulary_size
     check_tokens("token_ids", token_ids, vocabulary, least=0)
     batch, length = token_ids.shape
+    if length is None and has_linear_layers(model):
+        raise ValueError(
+            "All prompts of a model with linear layers must have one length "
+            "where TensorFlow compiles a step, since KerasHub computes these "
+            "layers by a Python loop over tokens. Received: "
+            f"token_ids.shape={tuple(token_ids.shape)}. Give batches of one "
+            "length, such as prompts with equally many images, or compile "
+            "with `run_eagerly=True`."
+        )
     for name in TOKEN_MASKS:
         if name in inputs:
             check_shape(name, inputs[name], batch=batch, length=length)

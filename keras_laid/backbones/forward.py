@@ -12,6 +12,10 @@ from keras_laid.backbones.attention_capture import captured_attention
 from keras_laid.backbones.hidden_states import captured_hidden_states
 from keras_laid.backbones.linear_memory import linear_blocks
 from keras_laid.backbones.linear_memory import named
+from keras_laid.backbones.qwen_vision import check_image_shapes
+from keras_laid.backbones.qwen_vision import compiled_images
+from keras_laid.backbones.qwen_vision import model_inputs
+from keras_laid.backbones.qwen_vision import positions_of
 from keras_laid.backbones.rematerialization import rematerialized
 from keras_laid.backbones.rotary_positions import rotary_embeddings_at
 from keras_laid.backbones.unembedding import hidden_states_for_logits
@@ -64,7 +68,7 @@ def forward(
         model: As in `keras_laid.backbones.attention_layers`.
         inputs: Dictionary of the model's inputs. Other entries are ignored,
             except `"positions"`, which replace the positions of every rotary
-            embedding.
+            embedding. For Qwen 3.5 with images, `"position_ids"` do so too.
         layers: Sequence of integers, indices of the layers whose attention is
             returned. Defaults to `()`.
         training: Boolean or `None`, passed to the model. Defaults to `False`.
@@ -83,13 +87,16 @@ def forward(
     Raises:
         TypeError: If `inputs` is not a dictionary, or token ids are not
             integers.
-        ValueError: If an input is missing or has the wrong shape.
+        ValueError: If an input is missing or has the wrong shape, or if images
+            of Qwen 3.5 have different numbers of patches.
     """
     decoder.check_inputs(model, inputs)
     decoder.check_values(model)
-    positions = inputs.get("positions")
-    inputs = {name: inputs[name] for name in decoder.input_names(model)}
+    check_image_shapes(model, inputs)
+    positions = positions_of(model, inputs)
+    inputs = model_inputs(model, inputs)
     with contextlib.ExitStack() as scopes:
+        scopes.enter_context(compiled_images(model))
         # The order matters, as each scope wraps the methods that it finds.
         # Capture wraps the attention of linear memory, rematerialised blocks
         # run again with both, and hidden states are outputs of those blocks.

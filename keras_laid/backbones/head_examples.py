@@ -21,6 +21,7 @@ from keras_laid.backbones.forward import forward
 from keras_laid.backbones.head_statistics import Examples
 from keras_laid.backbones.head_statistics import SharpestRows
 from keras_laid.backbones.head_statistics import sharpest_rows
+from keras_laid.backbones.qwen_vision import check_grids
 from keras_laid.backbones.segments import Segments
 from keras_laid.backbones.segments import segment_numbers
 from keras_laid.ops.attention import AttentionMask
@@ -124,6 +125,7 @@ def examples_of(
 def check_batch(model: keras.Model, batch: Batch) -> None:
     """Refuses a batch that lacks inputs, or whose shapes do not fit."""
     check_inputs(model, batch.x)
+    check_grids(batch.x)
     size, length = batch.x["token_ids"].shape
     if "needle" in batch.x:
         check_shape("needle", batch.x["needle"], batch=size)

@@ -1,5 +1,6 @@
 """Prompts with several images, in the form that each family expects."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from keras_hub.models import CausalLM
 from keras_hub.models import Gemma3CausalLM
 from keras_hub.models import Gemma4CausalLM
 from keras_hub.models import PaliGemmaCausalLM
+from keras_hub.models import Qwen3_5CausalLM
 
 from keras_laid.backbones.decoder import check_values
 from keras_laid.backbones.decoder import replaced_method
@@ -17,22 +19,58 @@ from keras_laid.backbones.model_prompts import ModelPrompts
 from keras_laid.backbones.multi_image_pali_gemma import (
     MultiImagePaliGemmaCausalLM,
 )
-from keras_laid.backbones.prompt_forms import LENGTH_STEP
+from keras_laid.backbones.prompt_form_base import LENGTH_STEP
+from keras_laid.backbones.prompt_form_base import PromptForm
 from keras_laid.backbones.prompt_forms import Gemma3Form
 from keras_laid.backbones.prompt_forms import Gemma4Form
 from keras_laid.backbones.prompt_forms import PlaceholderForm
-from keras_laid.backbones.prompt_forms import PromptForm
+from keras_laid.backbones.qwen_form import Qwen3_5Form
+from keras_laid.backbones.qwen_vision import hidden_states_of
 from keras_laid.typing import Tensor
 
 TEXT_LENGTH = 32  # About how many tokens a question takes.
 
 
-class PaliGemmaPrompts:
+class FamilyPrompts:
+    """The prompts of one family, as `ImagePrompts` uses them.
+
+    Attributes:
+        causal_lm_class: Class of the family's models in KerasHub.
+        placeholder: String that stands for an image in the text; empty where
+            images stand before all text.
+        resizes: Boolean, whether the image converter takes images of any size.
+        generates: Boolean, whether KerasHub's `generate` takes several images.
+    """
+
+    causal_lm_class: type
+    placeholder = ""
+    resizes = False
+    generates = True
+    causal_lm: CausalLM
+    image_length: int
+
+    def tokens_of(self, images: Sequence[Any]) -> int:
+        """How many tokens images take."""
+        return len(images) * self.image_length
+
+    def first_length(self, images: np.ndarray) -> int:
+        """A first guess at the length of prompts with these images."""
+        raise NotImplementedError
+
+    def inputs(
+        self, images: np.ndarray, prompts: Sequence[str], length: int
+    ) -> dict[str, Tensor]:
+        """Inputs of the model, cut or padded to `length` tokens of text."""
+        return self.causal_lm.preprocessor.generate_preprocess(
+            {"images": images, "prompts": list(prompts)},
+            sequence_length=length,
+        )
+
+
+class PaliGemmaPrompts(FamilyPrompts):
     """All images stand before the text; their tokens are not part of it."""
 
     causal_lm_class = PaliGemmaCausalLM
-    placeholder = ""
-    resizes = False
 
     def __init__(self, model: PaliGemmaCausalLM) -> None:
         self.causal_lm = MultiImagePaliGemmaCausalLM.from_causal_lm(model)
@@ -40,20 +78,14 @@ class PaliGemmaPrompts:
         self.hidden_states = self.causal_lm.hidden_states
         self.image_size = as_pair(model.backbone.image_size)
 
-    def first_length(self, images: int) -> int:
-        """A first guess at the length of a prompt with `images` images."""
+    def first_length(self, images: np.ndarray) -> int:
         return LENGTH_STEP
 
-    def set_images(self, images: int) -> None:
-        """Prepares for prompts with `images` images each."""
 
-
-class PlaceholderPrompts:
+class PlaceholderPrompts(FamilyPrompts):
     """A placeholder in the text stands for each image."""
 
-    causal_lm_class: type
     form: type[PlaceholderForm]
-    resizes = False  # Whether the image converter takes images of any size.
 
     def __init__(self, model: CausalLM) -> None:
         form = self.form(model.preprocessor)
@@ -71,12 +103,14 @@ class PlaceholderPrompts:
         """Height and width that images need, in pixels."""
         return as_pair(model.backbone.image_size)
 
-    def first_length(self, images: int) -> int:
-        length = images * self.image_length + 2 * LENGTH_STEP
-        return -(-length // LENGTH_STEP) * LENGTH_STEP
+    def first_length(self, images: np.ndarray) -> int:
+        return with_room_for_text(images.shape[1] * self.image_length)
 
-    def set_images(self, images: int) -> None:
-        self.causal_lm.preprocessor.max_images_per_prompt = images
+    def inputs(
+        self, images: np.ndarray, prompts: Sequence[str], length: int
+    ) -> dict[str, Tensor]:
+        self.causal_lm.preprocessor.max_images_per_prompt = images.shape[1]
+        return super().inputs(images, prompts, length)
 
 
 class Gemma3Prompts(PlaceholderPrompts):
@@ -93,7 +127,52 @@ class Gemma4Prompts(PlaceholderPrompts):
         return form.image_size
 
 
-FAMILIES = (PaliGemmaPrompts, Gemma3Prompts, Gemma4Prompts)
+class Qwen3_5Prompts(FamilyPrompts):
+    """Images have marks around them, and any one size in a batch.
+
+    KerasHub's `generate` cannot be compiled with images, runs linear layers
+    over padding, and gives answers other positions than M-RoPE does. So each
+    token of an answer takes a pass over the prompt.
+    """
+
+    causal_lm_class = Qwen3_5CausalLM
+    placeholder = Qwen3_5Form.placeholder
+    resizes = True
+    generates = False
+
+    def __init__(self, model: Qwen3_5CausalLM) -> None:
+        if model.backbone.vision_encoder is None:
+            raise ValueError(
+                "A Qwen 3.5 must have a vision encoder to be asked about "
+                f"images. Received: {model.name!r}, whose backbone has "
+                "vision_encoder=None. Pass a model with one, or set "
+                "`model.preprocessor.image_converter = None` to ask about text."
+            )
+        self.form = Qwen3_5Form(model.preprocessor)
+        self.image_size = self.form.image_size
+        self.image_length = self.form.image_length
+        self.causal_lm = Qwen3_5CausalLM(
+            backbone=model.backbone, preprocessor=model.preprocessor
+        )
+        self.hidden_states = functools.partial(hidden_states_of, model.backbone)
+
+    def tokens_of(self, images: Sequence[Any]) -> int:
+        size = self.image_size  # That paths are made to have.
+        if not isinstance(images[0], str):
+            size = images[0].shape[:2]
+        tokens = self.form.tokens_of(size) + 2 * self.form.margin
+        return len(images) * tokens
+
+    def first_length(self, images: np.ndarray) -> int:
+        return with_room_for_text(self.tokens_of(images[0]))
+
+    def inputs(
+        self, images: np.ndarray, prompts: Sequence[str], length: int
+    ) -> dict[str, Tensor]:
+        return self.form.prompt_inputs(images, prompts, length)
+
+
+FAMILIES = (PaliGemmaPrompts, Gemma3Prompts, Gemma4Prompts, Qwen3_5Prompts)
 
 
 class ImagePrompts(ModelPrompts):
@@ -138,7 +217,7 @@ class ImagePrompts(ModelPrompts):
         super().__init__(
             causal_lm, causal_lm.preprocessor, self._family.hidden_states
         )
-        # From a number of images to tokens of a prompt.
+        # From the tokens of a prompt's images to all of its tokens.
         self._lengths: dict[int, int] = {}
         self.image_length = self._family.image_length
         self.image_size = self._family.image_size
@@ -155,20 +234,22 @@ class ImagePrompts(ModelPrompts):
         return template.format(images=placeholder * images, **texts)
 
     def length(self, images: Sequence[Any], prompt: str) -> int:
-        return len(images) * self.image_length + TEXT_LENGTH
+        return self._family.tokens_of(images) + TEXT_LENGTH
 
     def first_logits(
         self, images: np.ndarray, prompts: Sequence[str]
     ) -> np.ndarray:
         inputs, lengths = self._preprocess(images, prompts)
-        return self._first_logits.predict_on_batch(
-            {"inputs": inputs, "last": lengths - 1}
-        )
+        return self.logits_at(inputs, lengths - 1)
 
     def generate(
         self, images: np.ndarray, prompts: Sequence[str], max_tokens: int
     ) -> list[str]:
-        self._preprocess(images, prompts)  # Sets `self._lengths`.
+        _, lengths = self._preprocess(images, prompts)
+        length = self._length_of(images) + max_tokens
+        if not self._family.generates:
+            inputs = as_arrays(self._family.inputs(images, prompts, length))
+            return self._generate_by_logits(inputs, lengths, max_tokens)
         to_words = self.preprocessor.generate_postprocess
 
         def to_first_words(outputs: dict[str, Tensor]) -> list[str]:
@@ -182,9 +263,35 @@ class ImagePrompts(ModelPrompts):
         ):
             return self.causal_lm.generate(
                 {"images": images, "prompts": list(prompts)},
-                max_length=self._lengths[images.shape[1]] + max_tokens,
+                max_length=length,
                 strip_prompt=True,
             )
+
+    def _generate_by_logits(
+        self, inputs: dict[str, np.ndarray], lengths: np.ndarray, most: int
+    ) -> list[str]:
+        """Greedy answers, each token by a pass over the whole prompt.
+
+        Args:
+            inputs: Inputs of the model with room for `most` tokens.
+            lengths: Integer array of shape `(batch,)`, tokens of each prompt.
+            most: Integer, the largest number of tokens of an answer.
+        """
+        rows = np.arange(len(lengths))
+        end = self.preprocessor.tokenizer.end_token_id
+        tokens = np.full((len(rows), most), end, "int32")
+        going = np.ones(len(rows), "bool")
+        for step in range(most):
+            logits = self.logits_at(inputs, lengths + step - 1)
+            tokens[going, step] = logits.argmax(axis=-1)[going]
+            going &= tokens[:, step] != end
+            if not going.any():
+                break
+            inputs["token_ids"][rows, lengths + step] = tokens[:, step]
+            inputs["padding_mask"][rows, lengths + step] = 1
+        return self.preprocessor.generate_postprocess(
+            {"token_ids": tokens, "padding_mask": tokens != end}
+        )
 
     def _preprocess(
         self, images: np.ndarray, prompts: Sequence[str]
@@ -192,23 +299,25 @@ class ImagePrompts(ModelPrompts):
         """Inputs of the model, and the length of each prompt in tokens."""
         check_values(self.causal_lm)
         self._check_images(images)
-        count = images.shape[1]
-        self._family.set_images(count)
-        length = self._lengths.get(count, self._family.first_length(count))
+        length = self._length_of(images)
         while True:
-            inputs = self.preprocessor.generate_preprocess(
-                {"images": images, "prompts": list(prompts)},
-                sequence_length=length,
-            )
-            inputs = {
-                name: ops.convert_to_numpy(value)
-                for name, value in inputs.items()
-            }
+            inputs = as_arrays(self._family.inputs(images, prompts, length))
+            # Some preprocessors make more room themselves.
+            length = inputs["padding_mask"].shape[1]
             lengths = inputs["padding_mask"].sum(axis=1).astype("int32")
             if lengths.max() < length:
-                self._lengths[count] = length
+                self._lengths[self._family.tokens_of(images[0])] = length
                 return inputs, lengths
             length += LENGTH_STEP  # A full row may have been cut.
+
+    def _length_of(self, images: np.ndarray) -> int:
+        """Tokens that prompts with such images have room for, as far as known.
+
+        A number of tokens stands for a number of images and their size.
+        """
+        return self._lengths.get(
+            self._family.tokens_of(images[0]), self._family.first_length(images)
+        )
 
     def _check_images(self, images: np.ndarray) -> None:
         if images.dtype != "uint8" or images.shape[4:] != (3,):
@@ -229,6 +338,15 @@ class ImagePrompts(ModelPrompts):
                 f"model that takes {self.image_size}. Pass `image_size` to the "
                 "source of the images."
             )
+
+
+def with_room_for_text(tokens: int) -> int:
+    """A multiple of `LENGTH_STEP` that is larger by two steps or more."""
+    return -(-(tokens + 2 * LENGTH_STEP) // LENGTH_STEP) * LENGTH_STEP
+
+
+def as_arrays(inputs: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    return {name: ops.convert_to_numpy(value) for name, value in inputs.items()}
 
 
 def as_pair(size: int | tuple[int, int]) -> tuple[int, int]:

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_laid.backbones.families import has_linear_layers
 from keras_laid.backbones.fingerprint import model_fingerprint
 from keras_laid.backbones.fingerprint import preprocessor_fingerprint
 from keras_laid.typing import Tensor
@@ -44,7 +45,10 @@ class ModelPrompts:
     ) -> None:
         self.causal_lm = causal_lm
         self.preprocessor = preprocessor
-        self._first_logits = FirstLogits(causal_lm.backbone, hidden_states)
+        self._hidden_states = hidden_states
+        self._needs_length = has_linear_layers(causal_lm)
+        # From the length of prompts, or 0 for any, to a model that reads them.
+        self._by_length: dict[int, FirstLogits] = {}
         causal_lm.compile(sampler="greedy")
 
     def fill(self, template: str, images: int, **texts: str) -> str:
@@ -103,6 +107,28 @@ class ModelPrompts:
             A list of strings, the answers without the prompts.
         """
         raise NotImplementedError
+
+    def logits_at(
+        self, inputs: dict[str, np.ndarray], last: np.ndarray
+    ) -> np.ndarray:
+        """Logits after one token of each prompt.
+
+        Args:
+            inputs: Dictionary of the model's inputs.
+            last: Integer array of shape `(batch,)`, the places of the tokens.
+
+        Returns:
+            A float array of shape `(batch, vocabulary)`.
+        """
+        # What TensorFlow has compiled for two lengths knows neither of them.
+        length = inputs["token_ids"].shape[1] if self._needs_length else 0
+        if length not in self._by_length:
+            self._by_length[length] = FirstLogits(
+                self.causal_lm.backbone, self._hidden_states
+            )
+        return self._by_length[length].predict_on_batch(
+            {"inputs": inputs, "last": last}
+        )
 
     def fingerprint(self) -> str:
         """A string that changes with everything that answers depend on."""

@@ -13,7 +13,7 @@ from keras_hub.models import CausalLM
 from keras_laid.backbones.decoder import rotates_plainly
 from keras_laid.backbones.families import FAMILIES
 from keras_laid.backbones.families import attention_layers
-from keras_laid.backbones.prompt_forms import LENGTH_STEP
+from keras_laid.backbones.prompt_form_base import LENGTH_STEP
 
 CHUNK = 1024  # Tokens read at once, so that memory is linear in length.
 

@@ -15,6 +15,8 @@ from keras_laid.backbones.decoder import replaced_method
 from keras_laid.backbones.families import family_of
 from keras_laid.backbones.linear_memory import linear_blocks
 from keras_laid.backbones.linear_memory import named
+from keras_laid.backbones.qwen_vision import images_apart
+from keras_laid.backbones.qwen_vision import reads_grids
 from keras_laid.backbones.rotary_positions import rotary_embeddings_at
 from keras_laid.ops.attention import Attention
 from keras_laid.ops.attention_output import Name
@@ -58,7 +60,8 @@ def rematerialized(
             call = recomputing(block.call, scopes, captured)
             stack.enter_context(replaced_method(block, "call", call))
         for block in vision_blocks(backbone):
-            call = recomputing(block.call, no_scopes, captured)
+            inside = functools.partial(scopes_of_vision_block, model, block)
+            call = recomputing(block.call, inside, captured)
             stack.enter_context(replaced_method(block, "call", call))
         yield
 
@@ -81,8 +84,14 @@ def scopes_of_block(
 
 
 @contextlib.contextmanager
-def no_scopes() -> Iterator[dict[int, Attention]]:
-    yield {}
+def scopes_of_vision_block(
+    model: keras.Model, block: keras.layers.Layer
+) -> Iterator[dict[int, Attention]]:
+    """Scopes that change what a block of the vision encoder does."""
+    with contextlib.ExitStack() as stack:
+        if reads_grids(model):
+            stack.enter_context(images_apart(block))
+        yield {}
 
 
 def vision_blocks(backbone: keras.Model) -> list[keras.layers.Layer]:

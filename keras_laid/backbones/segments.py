@@ -48,9 +48,10 @@ def segments_of(
         key_length: Integer, the number of tokens, of images and text together.
         count: Optional integer, the largest number of a segment; keys with
             larger numbers are in no segment. Required with `"segments"` that
-            no `"segment_numbers"` list, and for Qwen 3.5, whose inputs do not
-            say how many images a prompt has. Defaults to the number of images,
-            or of listed segments.
+            no `"segment_numbers"` list, and for an `"image_grid_thw"` of Qwen
+            3.5 without an axis of prompts, which does not say how many images
+            a prompt has. Defaults to the number of images, or of listed
+            segments.
 
     Returns:
         The `Segments`, or `None` if the inputs have neither images nor
@@ -117,11 +118,10 @@ def listed_segments(inputs: Mapping[str, Tensor]) -> int | Tensor | None:
 
 def images_per_prompt(inputs: Mapping[str, Tensor]) -> int | Tensor | None:
     """How many images a prompt can have; `None` if inputs do not say."""
-    if "image_grid_thw" in inputs:
-        # Inputs of Qwen 3.5 hold the images of all prompts one after another.
-        return None
     images = inputs.get("images", inputs.get("pixel_values"))
-    if images is None:
+    images = inputs.get("image_grid_thw", images)
+    # Grids of KerasHub's own preprocessor have no axis of prompts.
+    if images is None or len(images.shape) == 2:
         return None
     if "vision_mask" not in inputs and len(images.shape) == 4:
         return 1  # A plain PaliGemma has no axis of images.

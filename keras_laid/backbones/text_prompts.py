@@ -11,7 +11,7 @@ from keras_hub.models import PaliGemmaCausalLM
 from keras_laid.backbones.decoder import check_values
 from keras_laid.backbones.image_prompts import ImagePrompts
 from keras_laid.backbones.model_prompts import ModelPrompts
-from keras_laid.backbones.prompt_forms import LENGTH_STEP
+from keras_laid.backbones.prompt_form_base import LENGTH_STEP
 from keras_laid.backbones.prompt_forms import TextForm
 from keras_laid.backbones.read_documents import DocumentReader
 from keras_laid.backbones.read_documents import can_be_read_once
@@ -57,9 +57,7 @@ class TextPrompts(ModelPrompts):
         if self.reads_once and len(asked) > len({*documents}):
             return self.logits_of_shared(documents, prompts)
         inputs, lengths = self.inputs(images, prompts)
-        return self._first_logits.predict_on_batch(
-            {"inputs": inputs, "last": lengths - 1}
-        )
+        return self.logits_at(inputs, lengths - 1)
 
     def logits_of_shared(
         self, documents: Sequence[tuple[str, ...]], prompts: Sequence[str]

@@ -103,7 +103,8 @@ def training_data(recipe: Recipe, student: keras.Model) -> LongPrompts:
     data = recipe.data
     stretching = None
     if data.window is not None:
-        image_length = prompt_form(student.preprocessor).image_length
+        form = prompt_form(student.preprocessor, image_size(student))
+        image_length = form.position_length
         if not image_length:  # PaliGemma's images are apart from the text.
             image_length = student.backbone.image_sequence_length
         stretching = PositionStretching(data.window, image_length)

@@ -6,6 +6,8 @@ from typing import Any
 import keras
 
 from keras_laid.arguments import check_tokens
+from keras_laid.backbones.qwen_vision import check_grids
+from keras_laid.backbones.teacher_inputs import inputs_of_teacher
 from keras_laid.backbones.workers import check_workers
 from keras_laid.distillation import checks
 from keras_laid.distillation.stored_teacher import StoredTeacher
@@ -104,11 +106,13 @@ class CheckedEntries:
         return batch
 
     def check_tokens(self, x: Any, y: Any, sample_weight: Any) -> None:
-        """Refuses ids and labels that are not tokens, if values can be read."""
+        """Refuses what is no token or no image, if values can be read."""
         student, teacher = [each.vocabulary_size for each in self.descriptions]
         is_stored = isinstance(self.teacher, StoredTeacher)
         if isinstance(x, dict) and "token_ids" in x:
             checks.check_teacher_inputs(x, is_stored, self.terms)
             read_by_all = student if is_stored else min(student, teacher)
             check_tokens("token_ids", x["token_ids"], read_by_all, least=0)
+            check_grids(x)
+            check_grids(inputs_of_teacher(x))
         checks.check_labels(student, self.supervised_loss, y, sample_weight)

@@ -25,7 +25,9 @@ class PositionStretching:
         max_images: Integer, the longest window, in images.
         image_length: Integer, the number of tokens that an image adds to a
             prompt: `backbone.image_sequence_length`, and where images stand
-            among text, also the tokens that mark the image.
+            among text, also the tokens that mark the image. With M-RoPE, the
+            number of positions that it adds, which is smaller: in Qwen 3.5, its
+            rows or columns of tokens, whichever are more, and 2.
 
     Raises:
         TypeError: If a number is not an integer.
@@ -100,6 +102,21 @@ class PositionStretching:
         Returns:
             An `int32` array of shape `(batch, length)`, in tokens.
         """
+        offsets = self.offsets_in_text(vision_mask, rng, margin)
+        return np.arange(offsets.shape[1], dtype="int32") + offsets
+
+    def offsets_in_text(
+        self, vision_mask: ArrayLike, rng: np.random.Generator, margin: int = 0
+    ) -> np.ndarray:
+        """Draws by how much the positions of a batch grow.
+
+        The arguments are those of `positions_in_text`. Where a model does not
+        count positions token by token, as Qwen 3.5 with images, the result is
+        added to its own positions, and `image_length` is in positions.
+
+        Returns:
+            An `int32` array of shape `(batch, length)`.
+        """
         check_generator(rng)
         check_integer("margin", margin, at_least=0)
         vision_mask = np.asarray(vision_mask)
@@ -123,7 +140,7 @@ class PositionStretching:
                 offsets[start:] = images * self.image_length
             free = windows[0, 0] - len(firsts)
             offsets[ends[-1] + margin :] = free * self.image_length
-        return np.arange(moved.shape[1], dtype="int32") + moved
+        return moved
 
     def _draw(
         self, batch: int, images: int, rng: np.random.Generator

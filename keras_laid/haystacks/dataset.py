@@ -10,7 +10,7 @@ from keras_hub.models import PaliGemmaCausalLMPreprocessor
 
 from keras_laid.arguments import check_integer
 from keras_laid.arguments import check_integers
-from keras_laid.backbones.prompt_forms import Batch
+from keras_laid.backbones.prompt_form_base import Batch
 from keras_laid.backbones.prompt_forms import prompt_form
 from keras_laid.backbones.prompt_forms import sizes_read
 from keras_laid.backbones.teacher_inputs import aligned_tokens
@@ -52,8 +52,9 @@ class Haystacks(keras.utils.PyDataset):
             its arguments.
         preprocessor: The model's preprocessor, with an image converter: a
             `keras_hub.models.PaliGemmaCausalLMPreprocessor`,
-            `keras_hub.models.Gemma3CausalLMPreprocessor` or
-            `keras_hub.models.Gemma4CausalLMPreprocessor`.
+            `keras_hub.models.Gemma3CausalLMPreprocessor`,
+            `keras_hub.models.Gemma4CausalLMPreprocessor` or
+            `keras_hub.models.Qwen3_5CausalLMPreprocessor`.
         num_questions: Integer, the number of questions in all.
         sizes: Sequence of integers: how many images a haystack holds. Sizes are
             shared out evenly over the batches.
@@ -141,7 +142,8 @@ class Haystacks(keras.utils.PyDataset):
             size = preprocessor.image_converter.image_size
             self._check_scale(preprocessor.image_converter)
         else:
-            self.form = prompt_form(preprocessor)
+            side = source.image_size
+            self.form = prompt_form(preprocessor, (side, side))
             size = self.form.image_size
         if size not in (None, (source.image_size, source.image_size)):
             raise ValueError(

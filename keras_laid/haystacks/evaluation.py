@@ -57,12 +57,13 @@ def evaluate_haystacks(
     ```
 
     Args:
-        model: A `keras_hub.models.PaliGemmaCausalLM`, `Gemma3CausalLM` or
-            `Gemma4CausalLM`, or a `keras_laid.MultiImagePaliGemmaCausalLM`,
-            with its preprocessor; any other `keras_hub.models.CausalLM` with a
-            preprocessor of text, for haystacks of documents; or a function of a
-            list of images for each question (as the haystacks hold them) and a
-            list of prompts, which returns a list of strings.
+        model: A `keras_hub.models.PaliGemmaCausalLM`, `Gemma3CausalLM`,
+            `Gemma4CausalLM` or `Qwen3_5CausalLM` with a vision encoder, or a
+            `keras_laid.MultiImagePaliGemmaCausalLM`, with its preprocessor; any
+            other `keras_hub.models.CausalLM` with a preprocessor of text, for
+            haystacks of documents; or a function of a list of images for each
+            question (as the haystacks hold them) and a list of prompts, which
+            returns a list of strings.
         haystacks: Iterable of `keras_laid.haystacks.Haystack`, of any sizes in
             any order: `draw_haystacks(...)`, `draw_text_haystacks(...)`,
             `question.haystack(rng)` of `read_questions`, or
@@ -87,7 +88,8 @@ def evaluate_haystacks(
             in the place of all, so that prompts are as long as before. A
             function and a decoder of text get no images instead. Accuracy is
             by the size of the whole haystack in each case. Defaults to `"all"`.
-        max_answer_tokens: Integer, for `through="generate"`. Defaults to `8`.
+        max_answer_tokens: Integer, for `through="generate"`. For Qwen 3.5 with
+            images each token takes a pass over the prompt. Defaults to `8`.
         tokens_per_batch: Integer, about how many tokens of images and text one
             batch holds; at least one question. Defaults to `8192`.
         root: Folder that paths are relative to, for haystacks of paths.

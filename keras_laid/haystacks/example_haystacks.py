@@ -127,6 +127,7 @@ def example_haystacks(
     model: keras.Model | None = None,
     seed: int = 0,
     options: tuple[str, ...] | None = None,
+    image_size: tuple[int, int] | None = None,
 ) -> Iterator[Haystack]:
     """Haystacks of your own examples, for `keras_laid.evaluate_haystacks`.
 
@@ -145,6 +146,9 @@ def example_haystacks(
         seed: Integer. Defaults to `0`.
         options: Optional tuple of strings, the possible answers of every
             question. Defaults to `None`: answers in free words.
+        image_size: Optional tuple of two integers, height and width in pixels
+            that images are made to have, for a model that takes several sizes,
+            such as Qwen 3.5. Defaults to `None`: that of `model`.
 
     Returns:
         An iterator of `Haystack`s, which are drawn one by one.
@@ -166,8 +170,9 @@ def example_haystacks(
                 f"Received: example {row} without"
             )
     check_room(known, sizes)
-    image_size = None
-    if model is not None:
+    if image_size is not None:
+        image_size = check_image_size(image_size)
+    elif model is not None:
         prompts = prompts_for(model)
         image_size = prompts.image_size if prompts.takes_images else None
     return _haystacks(known, num_questions, sizes, image_size, seed, options)

@@ -10,8 +10,8 @@ import numpy as np
 
 from keras_laid.arguments import check_integer
 from keras_laid.arguments import check_integers
-from keras_laid.backbones.prompt_forms import LENGTH_STEP
-from keras_laid.backbones.prompt_forms import Batch
+from keras_laid.backbones.prompt_form_base import LENGTH_STEP
+from keras_laid.backbones.prompt_form_base import Batch
 from keras_laid.backbones.prompt_forms import prompt_form
 from keras_laid.backbones.prompt_forms import sizes_read
 from keras_laid.backbones.teacher_inputs import aligned_tokens
@@ -35,8 +35,9 @@ class LongPrompts(keras.utils.PyDataset):
     responses: where an example has none, the teacher's next token is matched.
 
     Prompts are made by the model's own preprocessor: PaliGemma's images stand
-    before the text, those of Gemma 3 and 4 at placeholders. For a decoder of
-    text the images of examples are documents, and each is a segment.
+    before the text, those of Gemma 3, Gemma 4 and Qwen 3.5 at placeholders. For
+    a decoder of text the images of examples are documents, and each is a
+    segment.
 
     Batch `i` depends only on `seed` and `i`, so that prompts are the same in
     every epoch, on every backend and after a restart; positions depend on the
@@ -49,8 +50,8 @@ class LongPrompts(keras.utils.PyDataset):
             out, or of dictionaries with `"images"` (or `"image"`), `"prompt"`
             and maybe `"response"`, such as `tfds.as_numpy` gives;
             `keras_laid.haystacks.read_examples` reads a table.
-        preprocessor: The model's preprocessor, of PaliGemma, Gemma 3, Gemma 4
-            or any decoder of text in KerasHub.
+        preprocessor: The model's preprocessor, of PaliGemma, Gemma 3, Gemma 4,
+            Qwen 3.5 or any decoder of text in KerasHub.
         sizes: Sequence of integers: how many images, or documents, a prompt
             holds. Sizes are shared out evenly over the batches.
         num_prompts: Optional integer, how many prompts in all. Defaults to
@@ -62,7 +63,8 @@ class LongPrompts(keras.utils.PyDataset):
             `None`.
         image_size: Optional tuple of two integers, height and width in pixels
             that all images are made to have. Defaults to `None`: the size that
-            the preprocessor makes, which must make one.
+            the preprocessor makes, which must make one; for Qwen 3.5, the
+            smallest square that its preprocessor does not enlarge.
         max_length: Optional integer, the most tokens of text that a prompt may
             have, with placeholders of images. Defaults to `None`, no bound.
         teacher_images: Optional integer: the teacher reads prompts of its own,
@@ -84,7 +86,9 @@ class LongPrompts(keras.utils.PyDataset):
 
     Each batch is a tuple `(x, y, sample_weight)` as the preprocessor makes it.
     `x` also has `"needle"`, of shape `(batch,)`: the place of the example's
-    first image, from 0, which `keras_laid.find_retrieval_heads` reads.
+    first image, from 0, which `keras_laid.find_retrieval_heads` reads. For Qwen
+    3.5, `x` has the M-RoPE positions of its preprocessor as `"positions"`, of
+    shape `(batch, 4, length)`, and each input has an axis of prompts first.
 
     Raises:
         TypeError: If an argument is of another kind.
@@ -118,15 +122,15 @@ class LongPrompts(keras.utils.PyDataset):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.form = prompt_form(preprocessor)
+        if image_size is not None:
+            image_size = check_image_size(image_size)
+        self.form = prompt_form(preprocessor, image_size)
         self.sizes = check_integers("sizes", sizes)
         self.examples = as_examples(examples)
         if num_prompts is None:
             num_prompts = len(self.examples)
         check_integer("num_prompts", num_prompts)
         check_integer("batch_size", batch_size)
-        if image_size is not None:
-            image_size = check_image_size(image_size)
         if max_length is not None:
             check_integer("max_length", max_length)
         if teacher_images is not None:

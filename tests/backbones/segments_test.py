@@ -17,6 +17,7 @@ IMAGES = {
     small_models.pali_gemma_2: [1] * 4 + [0] * 16,
     small_models.gemma_3: AMONG_TEXT,
     small_models.gemma_4: AMONG_TEXT,
+    small_models.qwen_3_5_images: AMONG_TEXT,
 }
 TEXT = [f for f in small_models.FAMILIES if f not in IMAGES]
 

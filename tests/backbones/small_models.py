@@ -5,6 +5,11 @@ import numpy as np
 import pytest
 from keras import ops
 
+# Only a preset makes it otherwise: it has no public name.
+from keras_hub.src.models.qwen3_5.qwen3_5_vision_encoder import (
+    Qwen3_5VisionEncoder,
+)
+
 from tests.support import PALI_GEMMA
 from tests.support import PALI_GEMMA_2
 
@@ -128,6 +133,24 @@ def qwen_3_5(**larger):
     )
 
 
+def qwen_3_5_images(**larger):
+    config = DECODER | larger
+    return qwen_3_5(
+        **larger,
+        vision_encoder=Qwen3_5VisionEncoder(
+            depth=2,
+            hidden_size=16,
+            num_heads=2,
+            intermediate_size=8,
+            patch_size=4,
+            temporal_patch_size=2,
+            spatial_merge_size=2,
+            out_hidden_size=config["hidden_dim"],
+            num_position_embeddings=36,
+        ),
+    )
+
+
 def llama(**larger):
     return keras_hub.models.LlamaBackbone(
         **DECODER | larger, rope_max_wavelength=500
@@ -195,6 +218,7 @@ TASKS = {
     gemma_3: keras_hub.models.Gemma3CausalLM,
     gemma_4: keras_hub.models.Gemma4CausalLM,
     qwen_3_5: keras_hub.models.Qwen3_5CausalLM,
+    qwen_3_5_images: keras_hub.models.Qwen3_5CausalLM,
     llama: keras_hub.models.LlamaCausalLM,
     llama_3: keras_hub.models.Llama3CausalLM,
     mistral: keras_hub.models.MistralCausalLM,
@@ -239,7 +263,7 @@ def make_model(family, seed=0, **larger):
     """A task with the same weights on every backend, norms and biases too."""
     backbone = family(**larger)
     rng = np.random.default_rng(seed)
-    for variable in backbone.trainable_variables:
+    for variable in in_order(backbone.trainable_variables):
         shape = variable.shape
         fan_in = np.prod(shape[:-1]) if len(shape) > 1 else 16
         # Sharp attention, so that a wrong map shows.
@@ -248,6 +272,11 @@ def make_model(family, seed=0, **larger):
         variable.assign(offset + values)
     task = (TASKS | SLIDING)[family]
     return task(backbone=backbone, preprocessor=None)
+
+
+def in_order(variables):
+    """Those of Qwen 3.5's vision encoder last, as not on every backend."""
+    return sorted(variables, key=lambda v: "qwen3_5_vision" in v.path)
 
 
 def make_inputs(model, batch=2, seed=1):
@@ -268,6 +297,15 @@ def make_inputs(model, batch=2, seed=1):
     }
     inputs["padding_mask"][0, -3:] = 0
     inputs["response_mask"] *= inputs["padding_mask"]
+    if "image_grid_thw" in model.backbone.input:
+        # Two images of 16 patches a prompt, in other shapes.
+        patches = (batch, 32, 2, 4, 4, 3)
+        inputs["pixel_values"] = rng.normal(size=patches).astype("float32")
+        inputs["image_grid_thw"] = np.tile(
+            [[1, 4, 4], [1, 2, 8]], (batch, 1, 1)
+        )
+        # Indices count through the tokens of the whole batch.
+        inputs["vision_indices"] += LENGTH * np.arange(batch)[:, None]
     shape = tuple(model.backbone.input.get("images", np.empty(0)).shape[1:])
     if shape:
         images = (batch, 2 if len(shape) == 4 else 1, 16, 16, 3)

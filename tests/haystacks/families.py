@@ -16,6 +16,14 @@ GEMMA_3_TOKENS = [
     "\n\n",
 ]
 GEMMA_4_TOKENS = ["<|image>", "<|image|>", "<image|>"]
+QWEN_TOKENS = [
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
 COLOURS = ["red", "green", "blue", "white", "black", "pink", "grey", "brown"]
 
 
@@ -58,6 +66,29 @@ def gemma_4():
     )
 
 
+def qwen_3_5_images():
+    """Words of a byte-level vocabulary, merged letter by letter."""
+    words = f"Is there a page among these? yes no Yes No {' '.join(COLOURS)}"
+    words = [word for each in words.split() for word in (each, f"Ġ{each}")]
+    merges = [f"{w[:i]} {w[i]}" for w in words for i in range(1, len(w))]
+    tokens = [chr(letter) for letter in range(33, 127)] + ["Ġ", "Ċ"]
+    tokens += [merge.replace(" ", "") for merge in merges]
+    tokens = ["<|endoftext|>", *dict.fromkeys(tokens), *QWEN_TOKENS]
+    return keras_hub.models.Qwen3_5CausalLMPreprocessor(
+        tokenizer=keras_hub.models.Qwen3_5Tokenizer(
+            vocabulary={token: i for i, token in enumerate(tokens)},
+            merges=list(dict.fromkeys(merges)),
+        ),
+        image_converter=keras_hub.layers.Qwen3_5ImageConverter(
+            patch_size=4,
+            min_pixels=16 * 16,
+            max_pixels=64 * 64,
+            scale=1 / 127.5,
+            offset=-1.0,
+        ),
+    )
+
+
 def llama():
     class Tokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         def __init__(self, **kwargs):
@@ -84,6 +115,7 @@ PREPROCESSORS = {
     small_models.pali_gemma: pali_gemma,
     small_models.gemma_3: gemma_3,
     small_models.gemma_4: gemma_4,
+    small_models.qwen_3_5_images: qwen_3_5_images,
     small_models.llama: llama,
 }
 

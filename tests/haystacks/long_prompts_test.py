@@ -24,7 +24,15 @@ WITH_IMAGES = [
     small_models.pali_gemma,
     small_models.gemma_3,
     small_models.gemma_4,
+    small_models.qwen_3_5_images,
 ]
+# Positions that an image adds to a prompt.
+POSITION_LENGTH = {
+    small_models.pali_gemma: 4,
+    small_models.gemma_3: 8,
+    small_models.gemma_4: 6,
+    small_models.qwen_3_5_images: 4,
+}
 EACH = pytest.mark.parametrize(
     "family", PREPROCESSORS, ids=small_models.name_of
 )
@@ -64,7 +72,7 @@ def assert_same_batch(one, other):
         np.testing.assert_array_equal(a, b)
 
 
-@EACH_WITH_IMAGES
+@pytest.mark.parametrize("family", WITH_IMAGES[:3], ids=small_models.name_of)
 def test_prompts_are_those_that_kerashub_makes_itself(family):
     prompts = make_prompts(family, sizes=(3,))
     x, y, sample_weight = prompts[0]
@@ -103,6 +111,51 @@ def test_prompts_are_those_that_kerashub_makes_itself(family):
         )
 
 
+def test_prompts_of_qwen_are_those_that_kerashub_makes_itself():
+    prompts = make_prompts(small_models.qwen_3_5_images, sizes=(3,))
+    x, y, sample_weight = prompts[1]
+    images, _ = prompts.drawn(1)
+    examples = [prompts.examples[number] for number in prompts.order[4:8]]
+    # KerasHub's preprocessor takes no responses.
+    own = prompts.form.preprocessor.generate_preprocess(
+        {
+            "images": [image for each in images for image in each],
+            "prompts": [
+                "<|vision_start|><|image_pad|><|vision_end|>" * 3 + each.prompt
+                for each in examples
+            ],
+        },
+        sequence_length=x["token_ids"].shape[1],
+    )
+    own = {name: to_numpy(value) for name, value in own.items()}
+    for row, length in enumerate(own["padding_mask"].astype("int32").sum(1)):
+        np.testing.assert_array_equal(
+            x["token_ids"][row, :length], own["token_ids"][row, :length]
+        )
+        tokenizer = prompts.form.preprocessor.tokenizer
+        response = [*to_numpy(tokenizer(examples[row].response))]
+        expected = [*response, tokenizer.end_token_id]
+        assert y[row][sample_weight[row] > 0].tolist() == expected
+        assert x["padding_mask"][row].sum() == length + len(expected)
+    for name, own_name in (
+        ("positions", "position_ids"),
+        ("vision_indices", "vision_indices"),
+        ("image_grid_thw", "image_grid_thw"),
+        ("pixel_values", "pixel_values"),
+    ):
+        found = x[name].reshape(own[own_name].shape)
+        np.testing.assert_array_equal(found, own[own_name], name)
+
+
+def images_in(x, size):
+    """The images of a batch, as the model reads them."""
+    name = "images" if "images" in x else "pixel_values"
+    if "image_grid_thw" not in x:
+        return x[name]
+    assert x["image_grid_thw"].shape[:2] == (len(x[name]), size)
+    return x[name].reshape(len(x[name]), size, -1)
+
+
 @EACH_WITH_IMAGES
 def test_the_needle_is_the_examples_own_image(family):
     prompts = make_prompts(family, sizes=(3, 5))
@@ -111,8 +164,8 @@ def test_the_needle_is_the_examples_own_image(family):
         x, _, _ = prompts[batch]
         size = prompts.batch_images[batch]
         rows = prompts.order[4 * batch : 4 * batch + 4]
-        name = "images" if "images" in x else "pixel_values"
-        assert x[name].shape[:2] == (4, size)
+        shown = images_in(x, size)
+        assert shown.shape[:2] == (4, size)
         for row, number in enumerate(rows):
             alone, _, _ = prompts.form.encode(
                 np.stack([prompts.examples[number].images]),
@@ -122,9 +175,10 @@ def test_the_needle_is_the_examples_own_image(family):
             )
             needle = x["needle"][row]
             seen.add(int(needle))
-            np.testing.assert_allclose(x[name][row, needle], alone[name][0, 0])
-            others = np.delete(x[name][row], needle, axis=0)
-            assert all((other != alone[name][0, 0]).any() for other in others)
+            own = images_in(alone, 1)[0, 0]
+            np.testing.assert_allclose(shown[row, needle], own)
+            others = np.delete(shown[row], needle, axis=0)
+            assert all((other != own).any() for other in others)
     assert len(seen) > 2
 
 
@@ -185,16 +239,36 @@ def test_a_batch_depends_on_seed_and_number(family):
     ).any()
 
 
+def test_positions_of_mrope_move_with_their_image():
+    family = small_models.qwen_3_5_images
+    own = make_prompts(family)[0][0]["positions"]
+    stretching = PositionStretching(9, 4)
+    x = make_prompts(family, stretching=stretching)[0][0]
+    moved = x["positions"] - own
+    # All four kinds of positions move by whole images.
+    assert (moved == moved[:, :1]).all() and (moved % 4 == 0).all()
+    moved = moved[:, 0]
+    # An image with its two marks moves as a whole, and text follows.
+    for row in moved:
+        images = row[:18].reshape(3, 6)
+        assert (images == images[:, :1]).all()
+        assert (np.diff(row) >= 0).all()
+        assert (row[18:] == row[-1]).all()
+    assert moved.max() > 0
+
+
 @EACH_WITH_IMAGES
 def test_positions_are_stretched_anew_in_each_epoch(family):
-    length = {small_models.gemma_3: 8, small_models.gemma_4: 6}.get(family, 4)
+    length = POSITION_LENGTH[family]
     prompts = make_prompts(family, stretching=PositionStretching(9, length))
     first = prompts[0][0]["positions"]
     np.testing.assert_array_equal(prompts[0][0]["positions"], first)
     prompts.on_epoch_end()
     second = prompts[0][0]["positions"]
     assert (first != second).any()
-    assert (np.diff(first, axis=1) >= 1).all()
+    # The tokens of an image may have one position in time, with M-RoPE.
+    is_plain = family is not small_models.qwen_3_5_images
+    assert (np.diff(first, axis=-1) >= (1 if is_plain else -1)).all()
     assert first.max() <= 9 * length + 40
 
 
@@ -442,7 +516,7 @@ def test_haystacks_for_other_families_than_pali_gemma(family):
 
 @AMONG_TEXT
 def test_their_positions_are_stretched(family):
-    length = {small_models.gemma_3: 8, small_models.gemma_4: 6}[family]
+    length = POSITION_LENGTH[family]
     haystacks = make_haystacks(family, stretching=PositionStretching(9, length))
     first = haystacks[0][0]["positions"]
     haystacks.on_epoch_end()

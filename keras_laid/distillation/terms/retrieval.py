@@ -84,8 +84,8 @@ class RetrievalMatching(Term):
         num_segments: Optional integer, the largest number of a segment. It is
             needed if inputs have `"segments"` without `"segment_numbers"`,
             which lists them, or if they do not say how many images a prompt
-            has, as those of Qwen 3.5. Defaults to `None`, the number of images
-            or of listed segments.
+            has, as an `"image_grid_thw"` of shape `(images, 3)`. Defaults to
+            `None`, the number of images or of listed segments.
 
     Attributes:
         heads: Pairs `(layer, head)` of the teacher that are matched; `None`
