@@ -7,14 +7,18 @@ import keras
 import numpy as np
 
 import keras_laid
-from keras_laid.backbones.teacher_inputs import ALIGNED
-from keras_laid.backbones.teacher_inputs import TEACHER
 
-TEXT = ("token_ids", "padding_mask", "response_mask")
 IGNORED = -1  # The label of an unlabelled question.
 
 
-def make_data(settings, preprocessor, uses_unlabelled, stretching, seed):
+def make_data(
+    settings,
+    preprocessor,
+    uses_unlabelled,
+    stretching,
+    seed,
+    teacher_images=None,
+):
     """The training batches of one run, with each kind of question in each."""
     joined = settings.labelled and settings.unlabelled and uses_unlabelled
     labelled_in_batch = settings.batch_size
@@ -36,6 +40,7 @@ def make_data(settings, preprocessor, uses_unlabelled, stretching, seed):
             sizes=settings.sizes,
             batch_size=batch_size,
             stretching=stretching,
+            teacher_images=teacher_images,
             seed=seed + 1000 * number,
         )
         for number, (count, batch_size) in enumerate(kinds)
@@ -68,34 +73,6 @@ class Unlabelled(keras.utils.PyDataset):
         x["token_ids"] = np.where(response, any_token, x["token_ids"])
         is_first = np.cumsum(sample_weight > 0, axis=1) == 1
         return x, np.full_like(y, IGNORED), sample_weight * is_first
-
-    def on_epoch_end(self):
-        self.haystacks.on_epoch_end()
-
-
-class NeedleAlone(keras.utils.PyDataset):
-    """Haystacks whose teacher reads only the image that a question is about.
-
-    PaliGemma's images stand before the text, which is the same for both.
-    """
-
-    def __init__(self, haystacks):
-        super().__init__()
-        self.haystacks = haystacks
-
-    def __len__(self):
-        return len(self.haystacks)
-
-    def __getitem__(self, index):
-        x, y, sample_weight = self.haystacks[index]
-        own = {name: x[name] for name in TEXT}
-        own["images"] = np.take_along_axis(
-            x["images"], x["needle"][:, None, None, None, None], axis=1
-        )
-        own[ALIGNED] = np.broadcast_to(
-            np.arange(y.shape[1], dtype="int32"), y.shape
-        )
-        return x | {TEACHER: own}, y, sample_weight
 
     def on_epoch_end(self):
         self.haystacks.on_epoch_end()

@@ -19,8 +19,8 @@ class Method:
         lora_rank: Integer, the rank of LoRA, or `None` to train all weights.
             With LoRA the learning rate is multiplied by 4, since LoRA needs a
             larger one.
-        needle_alone: Boolean, whether the teacher reads only the image that the
-            question is about, where the student reads the whole haystack.
+        teacher_images: Integer, how many images of a haystack a teacher reads,
+            with 1 only the needle, or `None` for all.
         terms: Dictionary from the class of a term of the loss to its arguments;
             each run makes new terms.
     """
@@ -30,7 +30,7 @@ class Method:
     yarn: bool = False
     lora_rank: int | None = None
     strength: float = 4.0
-    needle_alone: bool = False
+    teacher_images: int | None = None
     terms: dict = dataclasses.field(default_factory=dict)
 
     @property
@@ -68,12 +68,12 @@ def laid(
     )
 
 
-def kd(stretching, yarn=False, needle_alone=False):
+def kd(stretching, yarn=False, teacher_images=None):
     return Method(
         stretching=stretching,
         gains=False,
         yarn=yarn,
-        needle_alone=needle_alone,
+        teacher_images=teacher_images,
     )
 
 

@@ -9,7 +9,6 @@ import keras_hub
 
 import keras_laid
 from benchmarks.window_extension import retrieval_methods
-from benchmarks.window_extension.data import NeedleAlone
 from benchmarks.window_extension.data import make_data
 from benchmarks.window_extension.method import kd
 from benchmarks.window_extension.method import laid
@@ -182,9 +181,8 @@ def train(method, settings, seed, learning_rate, student, callbacks=()):
         uses_unlabelled=method.has_teacher,
         stretching=stretching if method.stretching else None,
         seed=seed,
+        teacher_images=method.teacher_images,
     )
-    if method.needle_alone:
-        data = NeedleAlone(data)
     if method.lora_rank:
         student.backbone.enable_lora(method.lora_rank)
     if method.gains:

@@ -102,7 +102,7 @@ METHODS = {
     "all_labels": sft(stretching=False),
     "all_labels_stretched": sft(stretching=True),
     "logits": kd(stretching=False),
-    "logits_needle_alone": kd(stretching=False, needle_alone=True),
+    "logits_needle_alone": kd(stretching=False, teacher_images=1),
     "logits_stretched": kd(stretching=True),
     "logits_yarn": kd(stretching=False, yarn=True),
     "retrieval": matching(),
