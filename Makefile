@@ -74,7 +74,9 @@ reproduce: $(TEST_ENV)/ready
 # `RESULTS=$(REPRODUCED) python -m benchmarks.report`. Finished benchmarks are not run
 # again; training runs that already have a row are skipped.
 BENCHMARKS := memory_plan preset_scores retrieval_heads logits_divergence \
-	attention_divergence input_pipeline training_step
+	attention_divergence input_pipeline prompt_pipeline training_step
+BACKENDS_prompt_pipeline := jax tensorflow torch
+OPTIONS_prompt_pipeline := "--family pali_gemma" "--family gemma_3"
 BACKENDS_input_pipeline := jax tensorflow torch
 BACKENDS_attention_divergence := jax tensorflow torch
 BACKENDS_logits_divergence := jax torch
@@ -83,7 +85,8 @@ OPTIONS_attention_divergence := "--implementations definition chunked"
 LONG_PROMPT := --width 128 --vocabulary 4096 --tokens 4096 --methods keras_laid
 OPTIONS_training_step := "" "$(LONG_PROMPT)" "$(LONG_PROMPT) --linear_memory" \
 	"$(LONG_PROMPT) --linear_memory --rematerialize"
-STUDIES := single_image short_200 long_200 longer_200 far_200 unlabelled_200
+STUDIES := single_image short_200 long_200 longer_200 far_200 unlabelled_200 \
+	weak_teacher
 
 $(REPRODUCED)/%.csv: export RESULTS = $(REPRODUCED)
 $(REPRODUCED)/%.csv: | $(TEST_ENV)/ready

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import keras_laid
 from benchmarks import rows
+from benchmarks.markdown import markdown_table
 from benchmarks.measuring import Prepared
 from keras_laid.backbones import several_images
 from keras_laid.haystacks import read_examples
@@ -196,6 +197,21 @@ def measure(family, steps, epochs, seed):
                 if epoch:  # The first epoch includes compilation.
                     times[feeder].append(1e3 * took / steps)
     return {name: float(np.median(each)) for name, each in times.items()}
+
+
+def table():
+    """How much longer a step takes when it is fed by `LongPrompts`."""
+    lines = []
+    for backend, name in rows.BACKENDS.items():
+        cells = [name]
+        for family in FAMILIES:
+            row = rows.only("prompt_pipeline", backend=backend, family=family)
+            cells.append(f"{float(row['ratio']):.2f}")
+        lines.append(cells)
+    return markdown_table(["", "PaliGemma", "Gemma 3"], lines)
+
+
+TABLES = {"prompt_pipeline": table}
 
 
 def main():

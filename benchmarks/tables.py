@@ -10,17 +10,21 @@ from benchmarks import logits_divergence
 from benchmarks import memory_plan
 from benchmarks import mutants
 from benchmarks import preset_scores
+from benchmarks import prompt_pipeline
 from benchmarks import text_windows
 from benchmarks import training_step
+from benchmarks.compile_for import tables as compile_for
 from benchmarks.window_extension import tables as study
 
 BENCHMARKS = (
     attention_divergence,
+    compile_for,
     guide_runs,
     logits_divergence,
     memory_plan,
     mutants,
     preset_scores,
+    prompt_pipeline,
     text_windows,
     training_step,
 )
