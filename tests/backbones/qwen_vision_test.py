@@ -228,6 +228,13 @@ def test_grids_of_images_that_differ_are_refused(row):
         keras_laid.find_retrieval_heads(make_model(FAMILY), [inputs])
 
 
+def test_a_compiled_step_must_know_the_length():
+    inputs = make_inputs(make_model(FAMILY))
+    inputs["token_ids"] = keras.KerasTensor((None, None), "int32")
+    with pytest.raises(ValueError, match="one length.*run_eagerly=True"):
+        forward(make_model(FAMILY), inputs)
+
+
 def test_a_model_without_a_vision_encoder_is_refused():
     model = make_model(small_models.qwen_3_5)
     model.preprocessor = PREPROCESSORS[FAMILY]()
