@@ -188,8 +188,8 @@ def check_inputs(model: keras.Model, inputs: dict[str, Tensor]) -> None:
     if length is None and has_linear_layers(model):
         raise ValueError(
             "All prompts of a model with linear layers must have one length "
-            "where TensorFlow compiles a step, since KerasHub computes these "
-            "layers by a Python loop over tokens. Received: "
+            "where TensorFlow compiles a step, which must know how many chunks "
+            "of tokens these layers read. Received: "
             f"token_ids.shape={tuple(token_ids.shape)}. Give batches of one "
             "length, such as prompts with equally many images, or compile "
             "with `run_eagerly=True`."

@@ -147,8 +147,8 @@ def attention_layers(model: keras.Model) -> list[DecoderLayer]:
 def has_linear_layers(model: keras.Model) -> bool:
     """Whether a decoder layer has no attention maps, as in Qwen 3.5.
 
-    KerasHub computes such a layer by a Python loop over the prompt, whose
-    length a compiled step must know.
+    Such a layer reads a prompt in chunks, whose number a compiled step must
+    know.
     """
     return any(each.kind == "linear" for each in attention_layers(model))
 

@@ -9,6 +9,7 @@ from keras import ops
 
 from keras_laid.backbones import decoder
 from keras_laid.backbones.attention_capture import captured_attention
+from keras_laid.backbones.gated_delta import linear_layers_without_loops
 from keras_laid.backbones.hidden_states import captured_hidden_states
 from keras_laid.backbones.linear_memory import linear_blocks
 from keras_laid.backbones.linear_memory import named
@@ -97,6 +98,7 @@ def forward(
     inputs = model_inputs(model, inputs)
     with contextlib.ExitStack() as scopes:
         scopes.enter_context(compiled_images(model))
+        scopes.enter_context(linear_layers_without_loops(model))
         # The order matters, as each scope wraps the methods that it finds.
         # Capture wraps the attention of linear memory, rematerialised blocks
         # run again with both, and hidden states are outputs of those blocks.

@@ -11,6 +11,7 @@ from keras import ops
 from keras_laid.backbones.families import has_linear_layers
 from keras_laid.backbones.fingerprint import model_fingerprint
 from keras_laid.backbones.fingerprint import preprocessor_fingerprint
+from keras_laid.backbones.gated_delta import linear_layers_without_loops
 from keras_laid.typing import Tensor
 
 
@@ -185,7 +186,8 @@ class FirstLogits(keras.Model):
         self.built = True  # Otherwise Keras would first run it uncompiled.
 
     def call(self, data: dict[str, Any]) -> Tensor:
-        x = self.hidden_states(data["inputs"])
+        with linear_layers_without_loops(self.backbone):
+            x = self.hidden_states(data["inputs"])
         last = data["last"][:, None, None]
         x = ops.take_along_axis(x, last, axis=1)
         return self.backbone.token_embedding(x, reverse=True)[:, 0]
