@@ -13,6 +13,7 @@ from keras_laid.backbones.attention_capture import captured_attention
 from keras_laid.backbones.decoder import backbone_of
 from keras_laid.backbones.decoder import replaced_method
 from keras_laid.backbones.families import family_of
+from keras_laid.backbones.gated_delta import linear_layers_without_loops
 from keras_laid.backbones.linear_memory import linear_blocks
 from keras_laid.backbones.linear_memory import named
 from keras_laid.backbones.qwen_vision import images_apart
@@ -77,6 +78,7 @@ def scopes_of_block(
     """Scopes that change what a block of the decoder does."""
     with (
         linear_blocks(model, implementation, linear),
+        linear_layers_without_loops(model),
         rotary_embeddings_at(model, positions),
         captured_attention(model, layers) as captured,
     ):
