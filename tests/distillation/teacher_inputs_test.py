@@ -88,6 +88,18 @@ def test_logits_are_those_of_the_teachers_own_prompt(family):
     np.testing.assert_allclose(found, to_numpy(expected), rtol=1e-4)
 
 
+def images_in(inputs, row):
+    """The images of a prompt."""
+    if "images" in inputs:
+        return inputs["images"][row]
+    pixels = inputs["pixel_values"][row]
+    if "image_grid_thw" not in inputs:
+        return pixels
+    # Qwen 3.5 has the patches of all images one after another.
+    images = inputs["image_grid_thw"].shape[1]
+    return pixels.reshape(images, -1, *pixels.shape[1:])
+
+
 @EACH
 def test_the_teacher_is_shown_the_needle(family):
     whole = make_prompts(family, sizes=(4,))
@@ -110,11 +122,10 @@ def test_the_teacher_is_shown_the_needle(family):
                 np.testing.assert_array_equal(mine, same)
                 assert example.images[0].split()[1] in example.prompt
             else:
-                name = "images" if "images" in x else "pixel_values"
-                count = own[name].shape[1]
+                mine = images_in(own, row)
+                count = len(mine)
                 np.testing.assert_allclose(
-                    own[name][row],
-                    x[name][row, first : first + shown],
+                    mine, images_in(x, row)[first : first + shown]
                 )
             assert count == shown
         # Tokens of the response but the last, whose next one has no place.
