@@ -26,7 +26,6 @@ from tqdm import tqdm
 
 import keras_laid
 from benchmarks import rows
-from benchmarks.markdown import markdown_table
 from benchmarks.measuring import Prepared
 from keras_laid.backbones import several_images
 from keras_laid.haystacks import read_examples
@@ -197,25 +196,6 @@ def measure(family, steps, epochs, seed):
                 if epoch:  # The first epoch includes compilation.
                     times[feeder].append(1e3 * took / steps)
     return {name: float(np.median(each)) for name, each in times.items()}
-
-
-def table():
-    """How much longer a step takes when it is fed by `LongPrompts`."""
-    labels = {"pali_gemma": "PaliGemma", "gemma_3": "Gemma 3"}
-    lines = [
-        [
-            labels[row["family"]],
-            rows.BACKENDS[row["backend"]],
-            f"{float(row['ms_prepared']):,.0f}",
-            row["ratio"],
-        ]
-        for row in rows.read("prompt_pipeline")
-    ]
-    header = ["images as in", "backend", "step, ms", "with `LongPrompts`, over"]
-    return markdown_table(header, lines)
-
-
-TABLES = {"prompt_pipeline": table}
 
 
 def main():

@@ -10,7 +10,6 @@ from benchmarks import logits_divergence
 from benchmarks import memory_plan
 from benchmarks import mutants
 from benchmarks import preset_scores
-from benchmarks import prompt_pipeline
 from benchmarks import text_windows
 from benchmarks import training_step
 from benchmarks.compile_for import tables as compile_for
@@ -24,7 +23,6 @@ BENCHMARKS = (
     memory_plan,
     mutants,
     preset_scores,
-    prompt_pipeline,
     text_windows,
     training_step,
 )

@@ -40,6 +40,7 @@ def patches(shape, grids, seed=0):
     return pixels, np.array(grids, "int32")
 
 
+@pytest.mark.extra_large_but_on("tensorflow", "torch")
 def test_tokens_of_images_are_those_of_kerashub():
     model = make_model(FAMILY)
     encoder = model.backbone.vision_encoder
