@@ -22,7 +22,6 @@ from benchmarks.window_extension.tables import SIZES
 ROOT = pathlib.Path(__file__).parents[1]
 TEXTS = (
     "README.md",
-    "benchmarks/compile_for.md",
     "benchmarks/mutation_testing.md",
     "benchmarks/text_windows.md",
     "benchmarks/window_extension.md",

@@ -12,12 +12,10 @@ from benchmarks import mutants
 from benchmarks import preset_scores
 from benchmarks import text_windows
 from benchmarks import training_step
-from benchmarks.compile_for import tables as compile_for
 from benchmarks.window_extension import tables as study
 
 BENCHMARKS = (
     attention_divergence,
-    compile_for,
     guide_runs,
     logits_divergence,
     memory_plan,
