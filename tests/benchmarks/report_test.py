@@ -18,7 +18,10 @@ from benchmarks.window_extension import tables as study
 
 NUMBER = re.compile(r"\d+\.\d+")
 TABLE = re.compile(r"<!-- (\w+) -->(.*?)<!-- /\1 -->", re.DOTALL)
-NO_PROSE = re.compile(r"```.*?```|`[^`]*`|\]\([^)]*\)", re.DOTALL)
+# Code, links, and versions that are part of a name.
+NO_PROSE = re.compile(
+    r"```.*?```|`[^`]*`|\]\([^)]*\)|Qwen 3\.5|KerasHub \d\.\d+", re.DOTALL
+)
 # Numbers from no run: settings, the paper's numbers, versions and licences.
 SETTINGS = {
     "README.md": "2.0 3.11 0.5",
