@@ -10,18 +10,18 @@ batches made beforehand.
 """
 
 import argparse
+import functools
 import time
 
 import grain
 import keras
 import keras_hub
-import numpy as np
 import tensorflow as tf
-from tqdm import tqdm
 
 import keras_laid
 from benchmarks import rows
 from benchmarks.measuring import Prepared
+from benchmarks.measuring import ms_by_feeder
 from keras_laid.backbones import several_images
 
 PATH = rows.RESULTS / "input_pipeline.csv"
@@ -67,12 +67,6 @@ def make_distiller():
     return distiller, models[1].preprocessor
 
 
-def seconds(function):
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=30, help="in an epoch")
@@ -89,27 +83,22 @@ def main():
         stretching=keras_laid.PositionStretching(150, 4),
         seed=args.seed,
     )
-    making = seconds(lambda: Prepared(haystacks))
+    started = time.perf_counter()
+    Prepared(haystacks)
+    making = time.perf_counter() - started
     feeders = {name: make(haystacks) for name, make in FEEDERS.items()}
-    times = {name: [] for name in feeders}
-    for epoch in tqdm(range(args.epochs + 1), desc="epochs a feeder"):
-        for name, feeder in feeders.items():
-            took = seconds(
-                lambda f=feeder: distiller.fit(
-                    f, steps_per_epoch=args.steps, verbose=0
-                )
-            )
-            if epoch:  # The first epoch includes compilation.
-                times[name].append(took)
-    per_step = {n: float(np.median(t)) / args.steps for n, t in times.items()}
+    ms = ms_by_feeder(
+        functools.partial(distiller.fit, steps_per_epoch=args.steps, verbose=0),
+        feeders,
+        args.steps,
+        args.epochs,
+    )
     found = [
         {
             "backend": keras.backend.backend(),
             "feeder": name,
-            "ms_per_step": round(1e3 * per_step[name], 2),
-            "ratio_to_prepared": round(
-                per_step[name] / per_step["prepared"], 3
-            ),
+            "ms_per_step": round(ms[name], 2),
+            "ratio_to_prepared": round(ms[name] / ms["prepared"], 3),
             "ms_making_a_batch": round(1e3 * making / args.steps, 2),
             "steps": args.steps,
             "epochs": args.epochs,

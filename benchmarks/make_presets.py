@@ -123,17 +123,12 @@ CONSTANTS = {
 }
 
 
-def make_preprocessor():
-    """With a real SentencePiece vocabulary, trained on the questions."""
-    sentences = [question(a, b) for a in NAMES for b in NAMES if a != b]
+def sentence_piece(sentences, **kwargs):
+    """The bytes of a SentencePiece model; `kwargs` go to its trainer."""
     proto = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(
-            sentences + ["yes", "no", "and what", CAPTION_PROMPT] * 50
-        ),
+        sentence_iterator=iter(sentences),
         model_writer=proto,
-        model_type="bpe",
-        vocab_size=128,
         pad_id=0,
         eos_id=1,
         bos_id=2,
@@ -143,10 +138,18 @@ def make_preprocessor():
         bos_piece="<bos>",
         unk_piece="<unk>",
         minloglevel=2,
+        **kwargs,
     )
-    tokenizer = keras_hub.models.PaliGemmaTokenizer(proto=proto.getvalue())
+    return proto.getvalue()
+
+
+def make_preprocessor():
+    """With a real SentencePiece vocabulary, trained on the questions."""
+    sentences = [question(a, b) for a in NAMES for b in NAMES if a != b]
+    sentences += ["yes", "no", "and what", CAPTION_PROMPT] * 50
+    proto = sentence_piece(sentences, model_type="bpe", vocab_size=128)
     return keras_hub.models.PaliGemmaCausalLMPreprocessor(
-        tokenizer,
+        keras_hub.models.PaliGemmaTokenizer(proto=proto),
         keras_hub.layers.PaliGemmaImageConverter(scale=1 / 127.5, offset=-1.0),
         sequence_length=16,
     )

@@ -12,6 +12,7 @@ import time
 
 import keras
 import numpy as np
+from tqdm import tqdm
 
 from benchmarks import rows
 
@@ -32,6 +33,28 @@ class Prepared(keras.utils.PyDataset):
 
     def __getitem__(self, index):
         return self.batches[index]
+
+
+def ms_by_feeder(fit, feeders, steps, epochs):
+    """Median milliseconds of a training step, by what feeds it.
+
+    Feeders take turns, with one epoch each.
+
+    Args:
+        fit: Function of data that trains for an epoch.
+        feeders: Dictionary from names to data.
+        steps: Integer, the steps of an epoch.
+        epochs: Integer, how many epochs of each are measured.
+    """
+    times = {name: [] for name in feeders}
+    for epoch in tqdm(range(epochs + 1), desc="epochs of each feeder"):
+        for name, data in feeders.items():
+            started = time.perf_counter()
+            fit(data)
+            if epoch:  # The first epoch includes compilation.
+                took = time.perf_counter() - started
+                times[name].append(1e3 * took / steps)
+    return {name: float(np.median(each)) for name, each in times.items()}
 
 
 def make_step(loss, trained, others):

@@ -12,21 +12,19 @@ more. Both take turns, with one epoch each.
 import argparse
 import csv
 import functools
-import io
 import pathlib
 import tempfile
-import time
 
 import keras
 import keras_hub
 import numpy as np
-import sentencepiece
 from PIL import Image
-from tqdm import tqdm
 
 import keras_laid
 from benchmarks import rows
+from benchmarks.make_presets import sentence_piece
 from benchmarks.measuring import Prepared
+from benchmarks.measuring import ms_by_feeder
 from keras_laid.backbones import several_images
 from keras_laid.haystacks import read_examples
 
@@ -59,24 +57,13 @@ def write_folder(folder, rng):
 
 
 def tokenizer(cls, **kwargs):
-    proto = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([PROMPT, *RESPONSES]),
-        model_writer=proto,
+    proto = sentence_piece(
+        [PROMPT, *RESPONSES],
         model_type="word",
         hard_vocab_limit=False,
-        pad_id=0,
-        eos_id=1,
-        bos_id=2,
-        unk_id=3,
-        pad_piece="<pad>",
-        eos_piece="<eos>",
-        bos_piece="<bos>",
-        unk_piece="<unk>",
-        minloglevel=2,
         **kwargs,
     )
-    return cls(proto=proto.getvalue())
+    return cls(proto=proto)
 
 
 def pali_gemma():
@@ -160,12 +147,6 @@ def gemma_3():
 FAMILIES = {"pali_gemma": pali_gemma, "gemma_3": gemma_3}
 
 
-def seconds(function):
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
 def measure(family, steps, epochs, seed):
     """Medians of a step's milliseconds, by what feeds it."""
     keras.utils.set_random_seed(seed)
@@ -187,15 +168,9 @@ def measure(family, steps, epochs, seed):
             seed=seed,
         )
         feeders = {"prepared": Prepared(prompts), "long_prompts": prompts}
-        times = {feeder: [] for feeder in feeders}
-        for epoch in tqdm(range(epochs + 1), desc="epochs of each"):
-            for feeder, data in feeders.items():
-                took = seconds(
-                    functools.partial(distiller.fit, data, verbose=0)
-                )
-                if epoch:  # The first epoch includes compilation.
-                    times[feeder].append(1e3 * took / steps)
-    return {name: float(np.median(each)) for name, each in times.items()}
+        return ms_by_feeder(
+            functools.partial(distiller.fit, verbose=0), feeders, steps, epochs
+        )
 
 
 def main():

@@ -21,13 +21,11 @@ class Chip:
         topology: String, the name by which libtpu knows them.
         mesh_shape: Tuple of two integers: over how many chips a batch is
             split, and over how many the models.
-        memory: Float, the bytes of one chip.
         chips_of_host: Tuple of three integers, how the chips of one host stand.
     """
 
     topology: str
     mesh_shape: tuple[int, int]
-    memory: float
     chips_of_host: tuple[int, int, int] = (2, 2, 1)
 
     def devices(self):
@@ -41,13 +39,12 @@ class Chip:
         ).devices
 
 
-V5E, V6E = 15.75 * 2**30, 31.25 * 2**30
 CHIPS = {
-    "v5e": Chip("v5e:1x1", (1, 1), V5E, (1, 1, 1)),
-    "v5e-4": Chip("v5e:2x2", (1, 4), V5E),
-    "v5e-16": Chip("v5e:4x4", (1, 16), V5E),
-    "v6e": Chip("v6e:1x1", (1, 1), V6E, (1, 1, 1)),
-    "v6e-8": Chip("v6e:2x4", (1, 8), V6E),
+    "v5e": Chip("v5e:1x1", (1, 1), chips_of_host=(1, 1, 1)),
+    "v5e-4": Chip("v5e:2x2", (1, 4)),
+    "v5e-16": Chip("v5e:4x4", (1, 16)),
+    "v6e": Chip("v6e:1x1", (1, 1), chips_of_host=(1, 1, 1)),
+    "v6e-8": Chip("v6e:2x4", (1, 8)),
 }
 
 

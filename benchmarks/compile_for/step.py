@@ -22,7 +22,7 @@ class Compiled(NamedTuple):
         layouts: List of pairs, the path of each variable that a step changes
             or reads, and its `jax.sharding.NamedSharding`. A teacher and a
             student may have the same paths.
-        seconds: Dictionary from `"build"`, `"lower"` and `"compile"` to floats.
+        seconds: Dictionary from `"lower"` and `"compile"` to floats.
     """
 
     step: Any
@@ -30,9 +30,7 @@ class Compiled(NamedTuple):
     seconds: dict[str, float]
 
 
-def compile_step(
-    pair, tokens, devices, mesh_shape, batch_size=1, retrieval=True
-):
+def compile_step(pair, tokens, devices, mesh_shape):
     """Compiles a training step of a pair of models; no weight is made.
 
     Args:
@@ -40,10 +38,7 @@ def compile_step(
         tokens: Integer, the tokens of a prompt.
         devices: List of devices, or of their descriptions.
         mesh_shape: Tuple of two integers, over how many devices a batch is
-            split, and over how many the models.
-        batch_size: Integer, the number of prompts. Defaults to `1`.
-        retrieval: Boolean, whether the loss has the retrieval term besides the
-            logits. Defaults to `True`.
+            split, with one prompt each, and over how many the models.
 
     Returns:
         A `Compiled`.
@@ -62,12 +57,7 @@ def compile_step(
 
     # Keras would initialize the variables of this thread later.
     with concurrent.futures.ThreadPoolExecutor(max_workers=1) as thread:
-        distiller = timed(
-            "build",
-            lambda: thread.submit(
-                make_distiller, pair, distribution, retrieval
-            ).result(),
-        )
+        distiller = thread.submit(make_distiller, pair, distribution).result()
     groups = (
         distiller.trainable_variables,
         distiller.non_trainable_variables,
@@ -94,7 +84,7 @@ def compile_step(
         lambda array: jax.ShapeDtypeStruct(
             array.shape, array.dtype, sharding=split
         ),
-        pair.batch(tokens, batch_size),
+        pair.batch(tokens, mesh_shape[0]),
     )
     step = jax.jit(
         distiller.train_step,
@@ -111,7 +101,7 @@ def compile_step(
     return Compiled(compiled, laid_out, seconds)
 
 
-def make_distiller(pair, distribution, retrieval):
+def make_distiller(pair, distribution):
     """A distiller whose variables have no values, ready to be compiled."""
     # The few numbers of its own that an optimizer begins with have values.
     optimizer = keras.optimizers.AdamW(1e-5)
@@ -121,13 +111,12 @@ def make_distiller(pair, distribution, retrieval):
         teacher = pair.teacher()
         keras.config.set_dtype_policy("mixed_bfloat16")
         student = pair.student()
-        terms = [distillation.NextTokens(1.0, 0.0)]
-        if retrieval:
-            terms.append(
-                distillation.RetrievalMatching(
-                    teacher_heads=pair.heads, num_segments=pair.segments
-                )
-            )
+        terms = [
+            distillation.NextTokens(supervised_weight=0.0),
+            distillation.RetrievalMatching(
+                teacher_heads=pair.heads, num_segments=pair.segments
+            ),
+        ]
         distiller = keras_laid.DistanceWeightedAttentionDistillation(
             teacher,
             student,

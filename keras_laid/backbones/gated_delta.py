@@ -50,9 +50,10 @@ def gated_delta_rule(
 ) -> tuple[Tensor, Tensor | None]:
     """The outputs of a gated delta rule, for the tokens of whole prompts.
 
-    A state `S` of each head maps keys to values. A token lets it decay by
-    `exp(g)`, and moves what it returns for the token's key by the share `beta`
-    towards the token's value. The output is what it returns for the query.
+    Each head has a matrix `S`, its state. For each token, `S` is multiplied by
+    `exp(g)`; then `outer(key, beta * (value - key @ S))` is added to it; and
+    the output is `query @ S`. Queries and keys have length 1 in this, and
+    outputs are divided by the square root of `key_dim`.
 
     Args:
         query: Tensor of shape `(batch, length, heads, key_dim)`.
